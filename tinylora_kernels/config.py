@@ -1,0 +1,79 @@
+"""What an adapter is: its hyperparameters, validated where they are written down."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+SCALINGS = ("left", "sqrt")
+INITS = ("zeros", "uniform")
+V_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class TinyLoRAConfig:
+    """Hyperparameters of TinyLoRA (Morris et al., "Learning to Reason in 13 Parameters", arXiv 2602.04118).
+
+    W' = W + alpha U S (sum_i v_i P_i) V^T, with v shared by the modules of a tie group.
+
+    Attributes:
+        frozen_rank: r, how many singular triplets of W span the update; the paper finds 2 best.
+        trainable_dim: u, trained numbers in each tie group.
+        n_tie: modules that share one v; ceil(modules / n_tie) groups when tiled.
+        target_modules: names to adapt: a module matches by its full name, its last component ("q_proj") or a dotted
+            suffix ("self_attn.q_proj"). None or "all-linear": every linear layer but the output head.
+        tying: "tiled" (consecutive modules), "structured" (within a kind of module), or {module name: group}.
+        alpha: scale of the update.
+        scaling: "left", R acts between S and V^T (the paper); "sqrt", S is split evenly on both sides of R (as PEFT does).
+        seed: key of the fixed random P.
+        init: "zeros" starts at the base model; "uniform" draws v from U(-0.01, 0.01) by the seed.
+        v_dtype: storage of v; arithmetic is float32 whatever it is.
+        backend: "cuda", "triton", "cpu", "reference" or None (automatic).
+        cache: keep truncated SVDs on disk, keyed by the weight's content.
+    """
+
+    frozen_rank: int = 2
+    trainable_dim: int = 1
+    n_tie: int = 1
+    target_modules: Sequence[str] | str | None = None
+    tying: str | Mapping[str, object] = "tiled"
+    alpha: float = 1.0
+    scaling: str = "left"
+    seed: int = 0
+    init: str = "zeros"
+    v_dtype: torch.dtype = torch.float32
+    backend: str | None = None
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive_int("frozen_rank", self.frozen_rank)
+        check_positive_int("trainable_dim", self.trainable_dim)
+        check_positive_int("n_tie", self.n_tie)
+        if isinstance(self.tying, str) and self.tying not in ("tiled", "structured"):
+            raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {self.tying!r}")
+        check_scale("alpha", self.alpha)
+        check_choice("scaling", self.scaling, SCALINGS)
+        check_seed(self.seed)
+        check_choice("init", self.init, INITS)
+        check_choice("v_dtype", self.v_dtype, V_DTYPES)
+
+
+def check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
+
+
+def check_scale(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        raise ValueError(f"{name}: expected a finite number, found {value!r}")
+
+
+def check_seed(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"seed: expected an integer in [0, 2**64), found {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")

@@ -1,0 +1,61 @@
+"""The update as a function of tensors, with gradients: what every layer, adapter bank and integration calls."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops import TinyLoRAUpdate, choose
+from .ops.schema import accumulation_dtype
+
+
+def tiny_lora_update(
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Adapt the output of a frozen linear layer: y + ((y U - c) M^T) U^T with M = sum_i v_i P'_i.
+
+    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update), since
+    U^T W = S V^T.
+
+    Args:
+        y: [..., D] output of the frozen layer; float32, bfloat16, float16 or float64.
+        basis: [r, D] U^T, the left singular vectors as rows.
+        v: [u] the trained numbers, or [K, u] for K adapters with adapter_ids.
+        projection: [u, r, r] P', or [r, r] for LoRA-XS (then u = r * r and M = projection * v.view(r, r)).
+        offset: [r] c = b U, for a layer with bias b.
+        adapter_ids: [B] int32 or int64, B a divisor of the rows of y; -1 leaves a row alone.
+        inplace: write into y. Only for an output nobody else holds and no autograd node has saved.
+        backend: "cuda", "triton", "cpu" or "reference"; None chooses (TINYLORA_BACKEND, then the fastest).
+
+    Returns:
+        [..., D], dtype of y; y itself with inplace=True where its layout allows.
+
+    Gradients flow into y and v only; only r numbers a row are saved for them. Second derivatives are not defined.
+
+    Raises:
+        ValueError, IndexError: an argument's shape, dtype, device or id is wrong; y is left untouched.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    accumulate = accumulation_dtype(y.dtype)
+    if basis.dtype is not accumulate:
+        basis, projection = basis.to(accumulate), projection.to(accumulate)
+        offset = None if offset is None else offset.to(accumulate)
+    if v.dtype is not accumulate:
+        v = v.to(accumulate)
+
+    if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
+        y = y.contiguous()  # a fresh copy, rows in one stride
+    elif not inplace:
+        y = y.clone()
+    chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
+    if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad):
+        return TinyLoRAUpdate.apply(y, basis, v, projection, offset, adapter_ids, chosen)
+    chosen.update(y, basis, v, projection, offset, adapter_ids)
+    return y

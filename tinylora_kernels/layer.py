@@ -1,0 +1,155 @@
+"""One adapted layer: a frozen linear-like module and the in-place update of its output."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import tiny_lora_update
+from .ops.reference import contract
+
+FORWARDED = ("weight", "bias", "in_features", "out_features")  # read through to the base, as callers of nn.Linear expect
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether the module's output is linear in a 2-D weight whose left singular vectors live on the last dimension."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer that stores its weight as [in, out]. Known by name: no import."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The frozen weight as [out, in], a view without a copy."""
+    weight = module.weight.detach()
+    return weight.T if _is_conv1d(module) else weight
+
+
+class TinyLoRALayer(nn.Module):
+    """A frozen layer whose output gets y += ((y U - c) M^T) U^T, M = sum_i v_i P'_i.
+
+    The wrapped layer stays as it is under ``base``; its weight, bias and feature counts are readable through this
+    module. ``v`` is one parameter for each tie group, registered on the group's first layer.
+
+    Args:
+        base: nn.Linear, transformers' Conv1D, or a module with a 2-D weight [out, in] and output [..., out].
+        basis: [r, out] U^T.
+        sigma: [r] singular values.
+        projection: [u, r, r] P', or [r, r] for LoRA-XS.
+        v: [u] the trained numbers, or the TinyLoRALayer that holds them for this tie group.
+        name, index, group: the module's qualified name, its position among the adapted modules, its tie group.
+        config: the TinyLoRAConfig or LoRAXSConfig it was built from.
+        degenerate: the singular subspace is arbitrary (equal singular values): files must carry the basis.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        basis: Tensor,
+        sigma: Tensor,
+        projection: Tensor,
+        v: nn.Parameter | TinyLoRALayer,
+        *,
+        name: str = "layer",
+        index: int = 0,
+        group: int = 0,
+        config=None,
+        degenerate: bool = False,
+    ):
+        super().__init__()
+        self.base = base
+        self.name, self.index, self.group, self.config = name, index, group, config
+        self.degenerate = degenerate
+        self.enabled = True  # False: the bare base, e.g. while the update is merged into its weight
+        self.adapter_ids: Tensor | None = None
+        self.backend = getattr(config, "backend", None)
+        device = base.weight.device
+        self.register_buffer("basis", basis.to(device).contiguous(), persistent=False)
+        self.register_buffer("sigma", sigma.to(device), persistent=False)
+        self.register_buffer("projection", projection.to(self.basis).contiguous(), persistent=False)
+        # c = b U, so that t = y U - c is the projection of W x alone
+        bias = getattr(base, "bias", None)
+        offset = None if bias is None else (self.basis @ bias.detach().to(self.basis.dtype))
+        self.register_buffer("offset", offset, persistent=False)
+        if isinstance(v, TinyLoRALayer):
+            self._owner = (v,)  # in a tuple, or nn.Module would register the owner as a child
+        else:
+            self._owner = (self,)
+            self.register_parameter("v", v)
+        # A forward of these types returns a tensor nobody else holds, from a node that saves no output.
+        self._fresh_output = type(base) is nn.Linear or _is_conv1d(base)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        y = self.base(*args, **kwargs)
+        if not self.enabled:
+            return y
+        v = self._owner[0]._parameters["v"]
+        if v.device != y.device:
+            v = v.to(y.device)  # a tie group that spans devices
+        return tiny_lora_update(
+            y, self.basis, v, self.projection, self.offset, self.adapter_ids,
+            inplace=self._fresh_output and not _is_watched(self.base), backend=self.backend,
+        )  # fmt: skip
+
+    @property
+    def owner(self) -> TinyLoRALayer:
+        """The layer of this tie group that holds ``v``."""
+        return self._owner[0]
+
+    def weight_matrix(self) -> Tensor:
+        """The frozen weight as [out, in], without a copy."""
+        return weight_matrix(self.base)
+
+    @torch.no_grad()
+    def mixing(self) -> Tensor:
+        """M = sum_i v_i P'_i, [r, r]."""
+        return contract(self.v.to(self.projection), self.projection)
+
+    @torch.no_grad()
+    def right_factor(self) -> Tensor:
+        """B^T = U^T W, [r, in]: S V^T up to the SVD's residual, and exactly what the update implies."""
+        return self.basis @ self.weight_matrix().to(self.basis.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """W' - W = U M U^T W, [out, in], in the basis's dtype."""
+        return self.basis.T @ (self.mixing() @ self.right_factor())
+
+    def extra_repr(self) -> str:
+        rank, features = self.basis.shape
+        return f"rank={rank}, out_features={features}, group={self.group}, trained={self.v.numel()}"
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "v" and "_owner" in self.__dict__:
+                return self._owner[0]._parameters["v"]
+            if name in FORWARDED:
+                return getattr(super().__getattr__("base"), name)
+            raise
+
+    def _apply(self, fn, recurse=True):
+        """Move with the model, but keep v and the factors in their own dtype: model.bfloat16() must not round v."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        if recurse:
+            self.base._apply(fn)
+        return super()._apply(keep_dtype, recurse=False)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook may hold the module's output, or stands between it and autograd."""
+    hooks = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )

@@ -1,0 +1,76 @@
+"""Argument checks shared by the backends written in Python (the C++ ones make the same checks before any launch)."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .schema import accumulation_dtype
+
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_arguments(
+    activation_name: str,
+    activation: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None = None,
+    t: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+) -> None:
+    """Raise a one-line ValueError that names the argument, what was expected and what was found."""
+    if activation.dtype not in ACTIVATION_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in ACTIVATION_DTYPES)
+        raise ValueError(f"{activation_name}: expected dtype {names}, found {activation.dtype}")
+    if activation.dim() < 1 or basis.dim() != 2:
+        raise ValueError(
+            f"{activation_name} [..., D] and basis [r, D] expected, found {tuple(activation.shape)} and {tuple(basis.shape)}"
+        )
+    rank, features = basis.shape
+    if activation.shape[-1] != features:
+        raise ValueError(
+            f"{activation_name}: expected last dimension {features} as in basis {tuple(basis.shape)}, "
+            f"found {tuple(activation.shape)}"
+        )
+    _check_projection(v, projection, rank, adapter_ids)
+    rows = activation.numel() // features if features else 0
+    expected_shapes = {"offset": (offset, (rank,)), "t": (t, (rows, rank))}
+    for name, (tensor, shape) in expected_shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
+    accumulate = accumulation_dtype(activation.dtype)
+    for name, tensor in (("basis", basis), ("v", v), ("projection", projection), ("offset", offset), ("t", t)):
+        if tensor is None:
+            continue
+        if tensor.dtype != accumulate:
+            raise ValueError(f"{name}: expected {accumulate} beside {activation.dtype} activations, found {tensor.dtype}")
+        if tensor.device != activation.device:
+            raise ValueError(f"{name}: expected device {activation.device} as {activation_name}, found {tensor.device}")
+    if adapter_ids is not None:
+        _check_adapter_ids(adapter_ids, rows, activation)
+
+
+def _check_projection(v: Tensor, projection: Tensor, rank: int, adapter_ids: Tensor | None) -> None:
+    if projection.dim() not in (2, 3) or tuple(projection.shape[-2:]) != (rank, rank):
+        raise ValueError(
+            f"projection: expected [u, {rank}, {rank}] or [{rank}, {rank}] for a basis of rank {rank}, "
+            f"found {tuple(projection.shape)}"
+        )
+    numbers = projection.shape[0] if projection.dim() == 3 else rank * rank
+    expected_dims = 1 if adapter_ids is None else 2
+    if v.dim() != expected_dims or v.shape[-1] != numbers or numbers == 0:
+        expected = f"[{numbers}]" if adapter_ids is None else f"[K, {numbers}] with adapter_ids"
+        raise ValueError(f"v: expected {expected}, at least one number, found {tuple(v.shape)}")
+
+
+def _check_adapter_ids(adapter_ids: Tensor, rows: int, activation: Tensor) -> None:
+    if adapter_ids.dtype not in (torch.int32, torch.int64) or adapter_ids.dim() != 1:
+        raise ValueError(
+            f"adapter_ids: expected a 1-D int32 or int64 tensor, found {adapter_ids.dtype} {tuple(adapter_ids.shape)}"
+        )
+    if adapter_ids.device != activation.device:
+        raise ValueError(f"adapter_ids: expected device {activation.device}, found {adapter_ids.device}")
+    count = adapter_ids.numel()
+    if (count == 0 and rows) or (count and rows % count):
+        raise ValueError(f"adapter_ids: expected a length that divides the {rows} rows, found {count}")

@@ -1,0 +1,82 @@
+"""Which backend runs an update: a table of (backend, reason why not), asked outside traced code and cached.
+
+The automatic choice takes the first backend that can serve the request and says once why a faster one could not. An
+explicit choice (the ``backend`` argument, set_backend() or the environment variable TINYLORA_BACKEND) is honoured or
+raises.
+"""
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import native, reference, triton_kernels
+
+
+class Backend(NamedTuple):
+    """One implementation of the two ops; the callables take the arguments of the op schemas, all positional."""
+
+    name: str
+    update: Callable
+    update_backward: Callable
+    why_not: Callable[[str, torch.dtype, int], str | None]  # (device type, activation dtype, rank) -> reason or None
+
+
+BACKENDS: dict[str, Backend] = {  # in order of preference
+    "cuda": Backend("cuda", native.update, native.update_backward, native.why_not_cuda),
+    "triton": Backend("triton", triton_kernels.update, triton_kernels.update_backward, triton_kernels.why_not),
+    "cpu": Backend("cpu", native.update, native.update_backward, native.why_not_cpu),
+    "reference": Backend("reference", reference.update, reference.update_backward, reference.why_not),
+}
+ON_GPU = ("cuda", "triton")  # passed over in silence for tensors that live elsewhere
+
+_requested: str | None = os.environ.get("TINYLORA_BACKEND") or None
+
+
+def set_backend(name: str | None) -> None:
+    """Ask for one backend for every later call ("cuda", "triton", "cpu", "reference"); None chooses automatically."""
+    global _requested
+    if name is not None:
+        _check_name(name)
+    _requested = name
+
+
+def requested_backend() -> str | None:
+    """What set_backend() or TINYLORA_BACKEND asked for; None where the choice is automatic."""
+    return _requested
+
+
+def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None = None) -> Backend:
+    """The backend for activations of this device and dtype at this rank; raises if an explicit one cannot be honoured."""
+    return _choose(device_type, dtype, rank, backend or _requested)
+
+
+@functools.lru_cache(maxsize=None)
+def _choose(device_type: str, dtype: torch.dtype, rank: int, name: str | None) -> Backend:
+    if name is not None:
+        _check_name(name)
+        reason = BACKENDS[name].why_not(device_type, dtype, rank)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for but cannot run: {reason}")
+        return BACKENDS[name]
+    for candidate in BACKENDS.values():
+        reason = candidate.why_not(device_type, dtype, rank)
+        if reason is None:
+            return candidate
+        if (candidate.name in ON_GPU) == (device_type != "cpu"):
+            warnings.warn(f"tinylora_kernels: backend {candidate.name!r} is not used: {reason}", stacklevel=4)
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def table(device_type: str, dtype: torch.dtype = torch.float32, rank: int = 2) -> list[tuple[str, str | None]]:
+    """(backend, reason why it cannot run here or None), in order of preference."""
+    return [(b.name, b.why_not(device_type, dtype, rank)) for b in BACKENDS.values()]
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {name!r}")

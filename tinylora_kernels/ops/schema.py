@@ -1,0 +1,39 @@
+"""The two ops of the package, declared once.
+
+Every backend implements these two functions and nothing else. With a frozen layer's output y0 = W x + b, the truncated
+SVD W ~ U S V^T and M = sum_i v_i P'_i (Morris et al., arXiv 2602.04118, rewritten on the output side):
+
+    update            t = y0 U - c          y  = y0 + (t M^T) U^T         c = b U
+    update_backward   a = g U               g0 = g  + (a M) U^T           dM = a^T t,  dv_i = <P'_i, dM>
+
+Shapes: N rows, D output features, r the frozen rank, u trained numbers, K adapters.
+
+    y, g         [..., D]   float32, bfloat16, float16 or float64; last stride 1, leading dimensions one row stride
+    basis        [r, D]     U^T, contiguous
+    v            [u], or [K, u] with adapter_ids
+    projection   [u, r, r]  P': M = sum_i v_i P'_i;   or [r, r] (LoRA-XS, u = r * r): M = projection * v.view(r, r)
+    offset       [r]        c, or None for a layer without bias
+    adapter_ids  [B]        int32 or int64, N a multiple of B; row n belongs to adapter_ids[n // (N / B)];
+                            -1 leaves the row alone, any other id outside [0, K) is an error
+    t, a         [N, r]
+
+basis, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
+"""
+import torch
+
+UPDATE = (
+    "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? adapter_ids) -> Tensor"
+)
+UPDATE_BACKWARD = (
+    "update_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "
+    "bool need_input_grad) -> (Tensor, Tensor)"
+)
+
+library = torch.library.Library("tinylora", "DEF")
+library.define(UPDATE)
+library.define(UPDATE_BACKWARD)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 activations, float32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
