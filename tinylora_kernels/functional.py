@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import TinyLoRAUpdate, choose
+from .ops import BACKENDS, TinyLoRAUpdate, choose
 from .ops.schema import accumulation_dtype
 
 
@@ -57,5 +57,5 @@ def tiny_lora_update(
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad):
         return TinyLoRAUpdate.apply(y, basis, v, projection, offset, adapter_ids, chosen)
-    chosen.update(y, basis, v, projection, offset, adapter_ids)
+    BACKENDS[chosen].update(y, basis, v, projection, offset, adapter_ids)
     return y

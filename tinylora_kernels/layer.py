@@ -75,8 +75,8 @@ class TinyLoRALayer(nn.Module):
         if isinstance(v, TinyLoRALayer):
             self._owner = (v,)  # in a tuple, or nn.Module would register the owner as a child
         else:
-            self._owner = (self,)
             self.register_parameter("v", v)
+            self._owner = (self,)
         # A forward of these types returns a tensor nobody else holds, from a node that saves no output.
         self._fresh_output = type(base) is nn.Linear or _is_conv1d(base)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native, reference, triton_kernels
 from .checks import check_arguments
-from .dispatch import Backend
+from .dispatch import BACKENDS
 from .schema import accumulation_dtype, library
 
 # The library fills the CPU key and, if built for it, the CUDA key. Whatever is left falls to Triton or the reference.
@@ -46,8 +46,8 @@ class TinyLoRAUpdate(torch.autograd.Function):
     """y <- y + ((y U - c) M^T) U^T in place, with gradients into y and v. Saves t: r numbers a row, nothing else."""
 
     @staticmethod
-    def forward(ctx, y, basis, v, projection, offset, adapter_ids, backend: Backend):
-        t = backend.update(y, basis, v, projection, offset, adapter_ids)
+    def forward(ctx, y, basis, v, projection, offset, adapter_ids, backend: str):
+        t = BACKENDS[backend].update(y, basis, v, projection, offset, adapter_ids)
         ctx.mark_dirty(y)
         ctx.backend = backend
         ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, basis, v, projection, adapter_ids)
@@ -60,5 +60,5 @@ class TinyLoRAUpdate(torch.autograd.Function):
         need_input_grad = ctx.needs_input_grad[0]
         if g.stride(-1) != 1 or not g.is_contiguous():
             g = g.contiguous()  # expanded gradients (sum, mean) have stride 0
-        g0, dv = ctx.backend.update_backward(g, basis, v, projection, t, adapter_ids, need_input_grad)
+        g0, dv = BACKENDS[ctx.backend].update_backward(g, basis, v, projection, t, adapter_ids, need_input_grad)
         return (g0 if need_input_grad else None), None, (dv if t is not None else None), None, None, None, None

@@ -50,25 +50,30 @@ def requested_backend() -> str | None:
     return _requested
 
 
-def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None = None) -> Backend:
-    """The backend for activations of this device and dtype at this rank; raises if an explicit one cannot be honoured."""
+@torch.compiler.assume_constant_result
+def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None = None) -> str:
+    """Name of the backend for activations of this device and dtype at this rank.
+
+    Raises:
+        RuntimeError: an explicitly requested backend cannot be honoured; the message says why.
+    """
     return _choose(device_type, dtype, rank, backend or _requested)
 
 
 @functools.lru_cache(maxsize=None)
-def _choose(device_type: str, dtype: torch.dtype, rank: int, name: str | None) -> Backend:
+def _choose(device_type: str, dtype: torch.dtype, rank: int, name: str | None) -> str:
     if name is not None:
         _check_name(name)
         reason = BACKENDS[name].why_not(device_type, dtype, rank)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for but cannot run: {reason}")
-        return BACKENDS[name]
+        return name
     for candidate in BACKENDS.values():
         reason = candidate.why_not(device_type, dtype, rank)
         if reason is None:
-            return candidate
+            return candidate.name
         if (candidate.name in ON_GPU) == (device_type != "cpu"):
-            warnings.warn(f"tinylora_kernels: backend {candidate.name!r} is not used: {reason}", stacklevel=4)
+            warnings.warn(f"tinylora_kernels: backend {candidate.name!r} is not used: {reason}", stacklevel=5)
     raise AssertionError("the reference backend runs everywhere")
 
 
