@@ -1,0 +1,434 @@
+"""GRPO against values worked out by hand, against autograd in float64, and on a bandit that must learn."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tinylora_kernels.rl import GRPOTrainer, group_advantages, token_log_probs
+
+
+class Free(nn.Module):
+    """A model whose log-probabilities are its parameters: the gradient of the loss can be read off."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = nn.Parameter(torch.as_tensor(values, dtype=torch.float64).clone())
+
+    def forward(self):
+        return self.values * 1.0
+
+
+def sgd(parameters):
+    """lr 1: the step equals minus the gradient."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def gradient_of_step(values, trainer_options, **step):
+    model = Free(values)
+    trainer = GRPOTrainer(model, optimizer=sgd, **trainer_options)
+    before = model.values.detach().clone()
+    metrics = trainer.training_step(log_probs=model(), **step)
+    return before - model.values.detach(), metrics
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, 5.0, 3.0, 5.0], dtype=torch.float64)
+    advantages, flat = group_advantages(rewards, 4, eps=0.0)
+    # group 1: mean 1/4, variance (9/16 + 3/16) / 3 = 1/4; group 2: mean 4, variance 4/3
+    expected = [1.5, -0.5, -0.5, -0.5] + [sign * math.sqrt(3) / 2 for sign in (-1, 1, -1, 1)]
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64))
+    assert flat.tolist() == [False, False]
+
+
+def test_unscaled_advantages_are_centred_rewards():
+    advantages, _ = group_advantages(torch.tensor([4.0, 0.0]), 2, scale=False)
+    assert advantages.tolist() == [2.0, -2.0]
+
+
+def test_zero_variance_groups_are_exactly_zero_and_counted():
+    # 0.1 + 0.1 + 0.1 does not average back to 0.1: without the guard rounding would become an advantage of order one
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 0.0, 1.0])
+    gradient, metrics = gradient_of_step([-1.0] * 6, {"group_size": 3}, old_log_probs=None, rewards=rewards)
+    assert gradient[:3].tolist() == [0.0, 0.0, 0.0]
+    assert metrics["zero_variance_groups"] == 1
+    assert gradient[3:].abs().min() > 0
+
+
+def test_sequence_level_surrogate_by_hand():
+    new = torch.tensor([-1.0, -2.0, -1.0, -2.0], dtype=torch.float64)
+    ratios = torch.tensor([1.1, 1.5, 0.9, 0.5], dtype=torch.float64)
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    a = math.sqrt(3) / 2 / (1 + 1e-6 * math.sqrt(3))  # mean 1/2, deviation 1/sqrt(3), eps 1e-6
+    gradient, metrics = gradient_of_step(new, {}, old_log_probs=new - ratios.log(), rewards=rewards)
+    # A > 0: ratio 1.1 passes, 1.5 is cut at 1.2.  A < 0: ratio 0.9 passes, 0.5 is cut at 0.8.
+    assert metrics["loss"] == pytest.approx(-a * (1.1 + 1.2 - 0.9 - 0.8) / 4, rel=1e-9)
+    expected = torch.tensor([-a * 1.1 / 4, 0.0, a * 0.9 / 4, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=0.0)
+    assert metrics["clip_fraction"] == 0.5
+    assert metrics["ratio_mean"] == pytest.approx(1.0)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()))
+
+
+def test_pessimistic_side_is_not_clipped():
+    # A > 0 with a small ratio and A < 0 with a large one keep their gradient: min takes the unclipped term
+    new = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    ratios = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    gradient, metrics = gradient_of_step(
+        new, {"group_size": 2}, old_log_probs=new - ratios.log(), rewards=torch.tensor([1.0, 0.0])
+    )
+    assert gradient.abs().min() > 0.1
+    assert metrics["clip_fraction"] == 0.0
+
+
+def test_upper_clip_bound_of_its_own():
+    new = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    step = {"old_log_probs": new - math.log(1.25), "rewards": torch.tensor([1.0, 0.0])}
+    clipped, _ = gradient_of_step(new, {"group_size": 2}, **step)
+    raised, _ = gradient_of_step(new, {"group_size": 2, "clip_eps_high": 0.28}, **step)
+    assert clipped[0] == 0.0 and raised[0] < 0.0
+
+
+@pytest.mark.parametrize(
+    "loss_type, options, divisors",
+    [
+        ("grpo", {}, (2 * 3, 2 * 1)),  # B T_i
+        ("dapo", {}, (4, 4)),  # sum of T_i
+        ("dr_grpo", {"max_tokens": 5}, (10, 10)),  # B max_tokens
+    ],
+)
+def test_loss_normalisations_by_hand(loss_type, options, divisors):
+    values = torch.full((2, 3), -1.0, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    options = {"group_size": 2, "loss_type": loss_type, "scale_rewards": False, **options}
+    gradient, metrics = gradient_of_step(
+        values, options, old_log_probs=values, rewards=torch.tensor([2.0, 0.0]), mask=mask
+    )
+    expected = torch.tensor([[-1.0] * 3, [1.0] * 3], dtype=torch.float64) * mask
+    expected /= torch.tensor(divisors, dtype=torch.float64).unsqueeze(1)
+    torch.testing.assert_close(gradient, expected)
+    assert metrics["ratio_mean"] == 1.0
+
+
+def test_values_outside_the_mask_are_never_read():
+    values = torch.full((2, 3), -1.0, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    old = values - 0.05
+    step = {"rewards": torch.tensor([1.0, 0.0]), "mask": mask, "ref_log_probs": old, "rollout_log_probs": old}
+    options = {"group_size": 2, "kl_coeff": 0.1}
+    clean, clean_metrics = gradient_of_step(values, options, old_log_probs=old, **step)
+    for poison in (float("nan"), float("-inf"), 1e30):
+        dirty = {k: v.masked_fill(~mask, poison) if k.endswith("log_probs") else v for k, v in step.items()}
+        gradient, metrics = gradient_of_step(
+            values.masked_fill(~mask, poison), options, old_log_probs=old.masked_fill(~mask, poison), **dirty
+        )
+        torch.testing.assert_close(gradient[mask], clean[mask], rtol=0, atol=0)
+        assert metrics == clean_metrics
+
+
+def test_kl_is_the_k3_estimator():
+    new = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    ref = torch.tensor([-1.5, -0.2], dtype=torch.float64)
+    step = {"old_log_probs": new, "rewards": torch.tensor([1.0, 1.0]), "ref_log_probs": ref}
+    gradient, metrics = gradient_of_step(new, {"group_size": 2, "kl_coeff": 0.3}, **step)
+    d = [-0.5, 0.8]
+    kl = sum(math.exp(x) - x - 1 for x in d) / 2
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-12)
+    assert metrics["loss"] == pytest.approx(0.3 * kl, rel=1e-12)  # the flat group adds nothing
+    expected = torch.tensor([0.3 * (1 - math.exp(x)) / 2 for x in d], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_kl_is_reported_without_being_trained_on():
+    new = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    gradient, metrics = gradient_of_step(
+        new, {"group_size": 2}, old_log_probs=new, rewards=[1, 1], ref_log_probs=new - 1.0
+    )
+    assert metrics["kl"] > 0 and metrics["loss"] == 0.0 and gradient.tolist() == [0.0, 0.0]
+
+
+def test_truncated_importance_sampling_by_hand():
+    old = torch.full((2, 2), -1.0, dtype=torch.float64)
+    weights = torch.tensor([[0.5, 1.0], [1.5, 4.0]], dtype=torch.float64)
+    options = {"group_size": 2, "scale_rewards": False, "tis_cap": 2.0}
+    gradient, metrics = gradient_of_step(
+        old, options, old_log_probs=old, rewards=torch.tensor([2.0, 0.0]), rollout_log_probs=old - weights.log()
+    )
+    expected = torch.tensor([[-0.5, -1.0], [1.5, 2.0]], dtype=torch.float64) / 4
+    torch.testing.assert_close(gradient, expected)
+    assert metrics["tis_weight_mean"] == pytest.approx((0.5 + 1 + 1.5 + 2) / 4)
+    assert metrics["tis_capped_fraction"] == 0.25
+
+
+def test_on_policy_default_equals_old_log_probs_of_the_same_policy():
+    values, rewards = [-1.0, -2.0, -3.0, -0.5], [1, 0, 0, 1]
+    given, _ = gradient_of_step(
+        values, {}, old_log_probs=torch.tensor(values, dtype=torch.float64), rewards=rewards
+    )
+    default, _ = gradient_of_step(values, {}, old_log_probs=None, rewards=rewards)
+    assert torch.equal(given, default) and default.abs().max() > 0
+
+
+def test_a_ratio_beyond_any_range_stays_finite():
+    new = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    _, metrics = gradient_of_step(new, {"group_size": 2}, old_log_probs=new - 5000.0, rewards=[0.0, 1.0])
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_gradient_clipping():
+    model = Free([-1.0, -1.0])
+    trainer = GRPOTrainer(model, group_size=2, optimizer=sgd, max_grad_norm=0.01)
+    before = model.values.detach().clone()
+    metrics = trainer.training_step(model(), None, [1.0, 0.0])
+    assert float((before - model.values.detach()).norm()) == pytest.approx(0.01, rel=1e-4)
+    assert metrics["grad_norm"] > 0.1  # reported as it was before clipping
+
+
+def test_accumulation_averages_two_batches():
+    torch.manual_seed(0)
+    values = torch.randn(4, dtype=torch.float64)
+    first, _ = gradient_of_step(values, {"group_size": 2}, old_log_probs=None, rewards=[1, 0, 3, 1])
+    second, _ = gradient_of_step(values, {"group_size": 2}, old_log_probs=None, rewards=[0, 1, 1, 1])
+    model = Free(values)
+    trainer = GRPOTrainer(model, group_size=2, optimizer=sgd, accumulation_steps=2)
+    assert trainer.training_step(model(), None, [1, 0, 3, 1])["steps"] == 0
+    assert torch.equal(model.values.detach(), values)
+    with pytest.raises(RuntimeError, match="1 of 2 accumulation steps are pending"):
+        trainer.state_dict()
+    assert trainer.training_step(model(), None, [0, 1, 1, 1])["steps"] == 1
+    torch.testing.assert_close(values - model.values.detach(), (first + second) / 2)
+
+
+def test_half_precision_log_probs_are_worked_on_in_fp32():
+    model = Free([-1.0, -2.0])
+    old = torch.tensor([-1.0, -2.0])
+    metrics = GRPOTrainer(model, group_size=2).training_step(model().to(torch.bfloat16), old, [1.0, 0.0])
+    assert metrics["ratio_mean"] == 1.0 and metrics["grad_norm"] > 0
+
+
+def good_step(model):
+    return {
+        "log_probs": model().view(4, 1).expand(4, 2),
+        "old_log_probs": torch.full((4, 2), -1.0),
+        "rewards": [1.0, 0.0, 1.0, 0.0],
+    }
+
+
+BAD_STEPS = {
+    "log_probs: no gradient": lambda s: s | {"log_probs": s["log_probs"].detach()},
+    "log_probs: they do not depend": lambda s: s | {"log_probs": torch.zeros(4, 2, requires_grad=True)},
+    "log_probs: expected non-empty": lambda s: s | {"log_probs": s["log_probs"].unsqueeze(0)},
+    "log_probs: 8 of 8 values are not finite": lambda s: s | {"log_probs": s["log_probs"] * float("nan")},
+    "old_log_probs: expected the shape": lambda s: s | {"old_log_probs": torch.zeros(4, 3)},
+    "old_log_probs: 1 of 8 values": lambda s: s | {"old_log_probs": torch.tensor([[0.0] * 2] * 3 + [[0, torch.inf]])},
+    "old_log_probs: expected a floating": lambda s: s | {"old_log_probs": torch.zeros(4, 2, dtype=torch.long)},
+    "rewards: expected one per completion": lambda s: s | {"rewards": [1.0, 0.0]},
+    "rewards: 1 of 4 are not finite": lambda s: s | {"rewards": [1.0, 0.0, 1.0, float("nan")]},
+    "mask: expected the shape": lambda s: s | {"mask": torch.ones(4)},
+    "mask: expected booleans": lambda s: s | {"mask": torch.full((4, 2), 0.5)},
+    "mask: it selects no token": lambda s: s | {"mask": torch.zeros(4, 2)},
+    "mask: log_probs are sums": lambda s: {
+        "log_probs": s["log_probs"].sum(1), "old_log_probs": None, "rewards": s["rewards"], "mask": torch.ones(4)
+    },
+    "ref_log_probs: expected the shape": lambda s: s | {"ref_log_probs": torch.zeros(4)},
+    "rollout_log_probs: expected the shape": lambda s: s | {"rollout_log_probs": torch.zeros(4)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_STEPS)
+def test_bad_input_is_one_line_and_changes_nothing(message):
+    model = Free([-1.0, -2.0, -1.5, -0.5])
+    trainer = GRPOTrainer(model, group_size=2, lr=0.1)
+    trainer.training_step(**good_step(model))  # the optimizer has state to lose
+    before, state = model.values.detach().clone(), trainer.state_dict()
+    moments = {slot: value.clone() for slot, value in state["optimizer"]["state"][0].items()}
+    model.values.grad = kept = torch.ones_like(model.values)
+    with pytest.raises(ValueError) as error:
+        trainer.training_step(**BAD_STEPS[message](good_step(model)))
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert torch.equal(model.values, before) and model.values.grad is kept
+    assert trainer.steps == 1
+    after = trainer.state_dict()["optimizer"]["state"][0]
+    assert all(torch.equal(after[slot], value) for slot, value in moments.items())
+
+
+def test_rewards_not_divisible_by_group_size():
+    model = Free([-1.0] * 6)
+    with pytest.raises(ValueError, match="^rewards: 6 completions are not divisible by group_size 4$"):
+        GRPOTrainer(model).training_step(model(), None, [0.0, 1.0] * 3)
+
+
+def test_gradient_that_overflows_takes_no_step():
+    model = Free([-1.0, -2.0])
+    trainer = GRPOTrainer(model, group_size=2, lr=0.1)
+    log_probs = torch.sqrt(model.values - model.values.detach())  # value 0, slope infinite
+    with pytest.raises(ValueError, match="^gradient: its norm is"):
+        trainer.training_step(log_probs, None, [1.0, 0.0])
+    assert model.values.tolist() == [-1.0, -2.0] and trainer.steps == 0 and model.values.grad is None
+
+
+def test_kl_without_a_reference():
+    model = Free([-1.0, -2.0])
+    with pytest.raises(ValueError, match="^ref_log_probs: needed because kl_coeff > 0"):
+        GRPOTrainer(model, group_size=2, kl_coeff=0.1).training_step(model(), None, [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"group_size": 1}, "group_size"),
+        ({"kl_coeff": -1.0}, "kl_coeff"),
+        ({"clip_eps": 0.0}, "clip_eps"),
+        ({"loss_type": "ppo"}, "loss_type"),
+        ({"loss_type": "dr_grpo"}, "max_tokens"),
+        ({"tis_cap": 0.0}, "tis_cap"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"accumulation_steps": 0}, "accumulation_steps"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)}, "optimizer"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOTrainer(Free([0.0]), **options)
+
+
+def test_model_without_trainable_parameters():
+    with pytest.raises(ValueError, match="^model: no parameter requires grad; call apply_tiny_lora"):
+        GRPOTrainer(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_only_trainable_parameters_are_optimised():
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    trainer = GRPOTrainer(model, group_size=2, lr=0.1)
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(held) == 2 and held[0] is model[1].weight and held[1] is model[1].bias
+    frozen = model[0].weight.clone()
+    log_probs = model(torch.randn(4, 3)).log_softmax(-1)[:, 0]
+    trainer.training_step(log_probs=log_probs, old_log_probs=log_probs.detach(), rewards=[1.0, 0.0, 0.0, 1.0])
+    assert torch.equal(model[0].weight, frozen)
+
+
+def test_resume_continues_bit_for_bit():
+    def run(model, trainer, steps):
+        for step in steps:
+            trainer.training_step(model(), None, torch.tensor([step % 2, 1.0, 0.0, step % 3], dtype=torch.float64))
+
+    whole = Free([-1.0, -2.0, -3.0, -0.5])
+    run(whole, GRPOTrainer(whole, lr=0.05), range(6))
+    first = Free([-1.0, -2.0, -3.0, -0.5])
+    trainer = GRPOTrainer(first, lr=0.05)
+    run(first, trainer, range(3))
+    second = Free(first.values.detach().clone())
+    resumed = GRPOTrainer(second, lr=0.05)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.steps == 3
+    run(second, resumed, range(3, 6))
+    assert torch.equal(second.values, whole.values)
+
+
+def test_state_of_another_model_is_refused():
+    trainer = GRPOTrainer(Free([-1.0, -2.0]), group_size=2)
+    trainer.training_step(trainer.model(), None, [1.0, 0.0])
+    state = trainer.state_dict()
+    other = GRPOTrainer(Free([0.0] * 4))
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \[2\], expected \[4\]"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="covers 1 parameters, this optimizer holds 2"):
+        GRPOTrainer(nn.Linear(2, 2)).load_state_dict(state)
+    with pytest.raises(ValueError, match="expected version 1"):
+        trainer.load_state_dict(state | {"version": 2})
+    with pytest.raises(ValueError, match="expected the keys"):
+        trainer.load_state_dict({})
+    assert other.steps == 0 and not other.optimizer.state
+
+
+class Bandit(nn.Module):
+    def __init__(self, arms):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(arms))
+
+    def forward(self, pulls):
+        return self.scores.log_softmax(0)[pulls]
+
+
+def test_bandit_learns_the_best_arm():
+    generator = torch.Generator().manual_seed(1)
+    model = Bandit(5)
+    trainer = GRPOTrainer(model, group_size=8, lr=0.1)
+    for _ in range(60):
+        with torch.no_grad():
+            pulls = torch.multinomial(model.scores.softmax(0), 32, replacement=True, generator=generator)
+        rewards = (pulls == 3).float()
+        trainer.training_step(model(pulls), None, rewards)
+    assert model.scores.softmax(0)[3] > 0.95
+
+
+def test_bandit_stays_near_its_reference_under_a_strong_kl():
+    generator = torch.Generator().manual_seed(1)
+    free, held = Bandit(5), Bandit(5)
+    for model, kl_coeff in ((free, 0.0), (held, 2.0)):
+        trainer = GRPOTrainer(model, group_size=8, lr=0.05, kl_coeff=kl_coeff)
+        for _ in range(40):
+            with torch.no_grad():
+                pulls = torch.multinomial(model.scores.softmax(0), 64, replacement=True, generator=generator)
+            ref = torch.full((64,), -math.log(5))
+            trainer.training_step(model(pulls), None, (pulls == 3).float(), ref_log_probs=ref)
+    assert free.scores.softmax(0)[3] > 0.8
+    assert held.scores.softmax(0)[3] < 0.5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_token_log_probs_match_log_softmax(dtype, tolerance):
+    torch.manual_seed(0)
+    logits = (torch.randn(2, 150, 11, dtype=torch.float64) * 3).to(dtype).requires_grad_()
+    tokens = torch.randint(0, 11, (2, 149))
+    weights = torch.randn(2, 149, dtype=torch.float64)
+    result = token_log_probs(logits[:, :-1], tokens, temperature=0.7)
+    (result * weights).sum().backward()
+    reference = logits.detach().double().requires_grad_()
+    expected = (reference[:, :-1] / 0.7).log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
+    (expected * weights).sum().backward()
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert logits.grad.dtype == dtype
+    accurate = 1e-12 if dtype == torch.float64 else 1e-5  # the forward works in fp32 whatever the logits are
+    torch.testing.assert_close(result.double(), expected.detach(), rtol=accurate, atol=accurate)
+    torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_token_log_probs_gradcheck():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 5, (2, 3))
+    assert torch.autograd.gradcheck(lambda z: token_log_probs(z, tokens, 1.3), (logits,))
+
+
+def test_token_log_probs_keep_no_copy_of_the_logits():
+    logits = torch.randn(2, 8, 1000, requires_grad=True)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        token_log_probs(logits, torch.zeros(2, 8, dtype=torch.long))
+    extra = [t for t in saved if t.data_ptr() != logits.data_ptr()]
+    assert len(extra) == len(saved) - 1
+    assert sum(t.numel() for t in extra) == 2 * 2 * 8  # tokens and one normaliser per token
+
+
+@pytest.mark.parametrize(
+    "logits, tokens, options, message",
+    [
+        (torch.zeros(2, 5), torch.zeros(2, dtype=torch.long), {}, "^logits: expected a floating"),
+        (torch.zeros(1, 2, 5), torch.zeros(1, 3, dtype=torch.long), {}, "^tokens: expected integers of shape"),
+        (torch.zeros(1, 2, 5), torch.zeros(1, 2), {}, "^tokens: expected integers"),
+        (torch.zeros(1, 2, 5), torch.tensor([[0, -100]]), {}, "found -100..0; clamp"),
+        (torch.zeros(1, 2, 5), torch.tensor([[0, 5]]), {}, r"expected values in 0\.\.4"),
+        (torch.zeros(1, 2, 5), torch.tensor([[0, 4]]), {"temperature": 0.0}, "^temperature"),
+    ],
+)
+def test_token_log_probs_errors(logits, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        token_log_probs(logits, tokens, **options)

@@ -1,0 +1,88 @@
+"""One step of supervised fine-tuning: the negative log-likelihood of given tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .log_probs import token_log_probs
+from .trainer import VectorTrainer, check_log_probs, check_mask
+
+IGNORE_INDEX = -100  # as in transformers: labels that are not trained on
+
+
+class SFTTrainer(VectorTrainer):
+    """Maximum likelihood on a model's trainable parameters.
+
+    Args:
+        model: any module with parameters that require grad.
+        lr: of the Adam optimizer built when ``optimizer`` is None.
+        optimizer_options: ``betas``, ``eps``, ``weight_decay``, ``max_grad_norm``, ``accumulation_steps`` and
+            ``optimizer``, see ``VectorTrainer``.
+    """
+
+    def __init__(self, model: nn.Module, lr: float = 1e-4, **optimizer_options):
+        super().__init__(model, lr=lr, **optimizer_options)
+
+    def training_step(
+        self,
+        log_probs: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        logits: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        """One step; give either ``log_probs`` or ``logits`` and ``labels``.
+
+        Args:
+            log_probs: [B, T] per token, averaged over the tokens of the batch that ``mask`` selects, or [B] sums over
+                each sequence, averaged over sequences.
+            mask: [B, T] booleans or 0/1, 1 for tokens to learn; default all.  Values outside it are never read.
+            logits: [B, T, V] of a causal model.
+            labels: [B, T] as transformers takes them: ``labels[b, t]`` is the token *at* position t (predicted by
+                ``logits[b, t - 1]``; the shift happens here), -100 where nothing is to be learned.
+
+        Returns:
+            loss, perplexity (of the trained tokens; of the sequences for [B]), tokens (or sequences) trained on,
+            grad_norm (before clipping), steps.
+
+        Raises:
+            ValueError: an argument does not fit; one line that names it.  Nothing has changed then.
+        """
+        if (log_probs is None) == (logits is None) or (logits is None) != (labels is None):
+            raise ValueError("training_step: expected either log_probs, or logits together with labels")
+        if logits is not None:
+            if mask is not None:
+                raise ValueError(f"mask: it goes with log_probs; mark ignored labels with {IGNORE_INDEX}")
+            log_probs, mask = _shifted(logits, labels)
+        self._require_trainable(log_probs)
+        selected = check_mask(mask, log_probs)
+        check_log_probs("log_probs", log_probs, log_probs.shape, selected)
+        kept = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+        if selected is not None:
+            kept = kept.masked_fill(~selected, 0.0)
+        count = log_probs.numel() if selected is None else int(selected.sum())
+        # loss = - sum log p / count
+        loss = -kept.sum() / count
+        value = loss.detach()
+        norm = self._apply(loss)
+        return {
+            "loss": float(value),
+            "perplexity": float(value.exp()),
+            "tokens": count,
+            "grad_norm": norm,
+            "steps": self.steps,
+        }
+
+
+def _shifted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels: expected the first two dimensions of logits [B, T, V] = {list(logits.shape)}, "
+            f"found {list(labels.shape)}"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError("logits: a sequence of one token predicts nothing; expected T >= 2")
+    targets = labels[:, 1:].to(logits.device)
+    learned = targets != IGNORE_INDEX
+    return token_log_probs(logits[:, :-1], targets.masked_fill(~learned, 0)), learned

@@ -1,0 +1,175 @@
+"""What the GRPO and SFT steps share: the optimizer over the trained numbers, and a step that is all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class VectorTrainer:
+    """Optimizer, gradient clipping, gradient accumulation and resume for a model's trainable parameters.
+
+    Args:
+        model: any module; the parameters with ``requires_grad`` are trained.  After ``apply_tiny_lora`` those are the
+            vectors v, one per tie group.
+        lr, betas, eps, weight_decay: of the Adam optimizer built here (decoupled weight decay, as in AdamW).
+        max_grad_norm: clip the joint Euclidean norm of the gradient to this; None leaves it alone.
+        accumulation_steps: calls of ``training_step`` whose gradients are averaged into one optimizer step.
+        optimizer: a ready ``torch.optim.Optimizer`` over these parameters, or a function from the list of parameters
+            to one; lr, betas, eps and weight_decay are then its own business.
+
+    A step either happens whole or raises and leaves parameters, optimizer state and accumulated gradients as they were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    ):
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("model: no parameter requires grad; call apply_tiny_lora(model, config) first")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number or None, found {max_grad_norm}")
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps: expected at least 1, found {accumulation_steps}")
+        self.max_grad_norm = max_grad_norm
+        self.accumulation_steps = accumulation_steps
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        elif not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer(self.parameters)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(id(p) for p in self.parameters):
+            raise ValueError("optimizer: it holds none of the model's trainable parameters; build it from this model")
+        self.optimizer = optimizer
+        self.steps = 0  # optimizer steps taken
+        self._pending = 0  # micro-steps accumulated since the last optimizer step
+
+    def state_dict(self) -> dict:
+        """Optimizer state and step count; the trained numbers themselves are the model's (``save_adapter``).
+
+        Raises:
+            RuntimeError: gradients are accumulated but not yet applied; finish the step first.
+        """
+        if self._pending:
+            raise RuntimeError(
+                f"state_dict: {self._pending} of {self.accumulation_steps} accumulation steps are pending; "
+                "save after the optimizer step"
+            )
+        return {"version": 1, "steps": self.steps, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Resume from ``state_dict()``; anything that does not fit raises ValueError and changes nothing."""
+        if not isinstance(state, dict) or set(state) != {"version", "steps", "optimizer"}:
+            raise ValueError("trainer state: expected the keys version, steps and optimizer")
+        if state["version"] != 1:
+            raise ValueError(f"trainer state: expected version 1, found {state['version']!r}")
+        if not isinstance(state["steps"], int) or state["steps"] < 0:
+            raise ValueError(f"trainer state: steps must be a count, found {state['steps']!r}")
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        if sizes != [len(group["params"]) for group in self.optimizer.param_groups]:
+            raise ValueError(
+                f"trainer state: it covers {sum(sizes)} parameters, this optimizer holds {len(held)}; "
+                "it belongs to another model"
+            )
+        for index, slots in state["optimizer"]["state"].items():
+            for slot, value in slots.items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != held[index].shape:
+                    raise ValueError(
+                        f"trainer state: {slot} of parameter {index} has shape {list(value.shape)}, "
+                        f"expected {list(held[index].shape)}; it belongs to another model"
+                    )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+        self._pending = 0
+
+    def _require_trainable(self, log_probs: torch.Tensor) -> None:
+        """The log-probabilities must carry a graph; a merged model is the usual reason why they do not."""
+        if not isinstance(log_probs, torch.Tensor) or not log_probs.requires_grad:
+            raise ValueError(
+                "log_probs: no gradient flows through them; compute them with autograd on, from the adapted model "
+                "(not merged, adapters enabled)"
+            )
+
+    def _apply(self, loss: torch.Tensor) -> float:
+        """Backward and, when the accumulation window is full, the optimizer step.  Returns the gradient norm."""
+        accumulated = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        try:
+            (loss / self.accumulation_steps).backward()
+            fresh = [p.grad for p in self.parameters]
+            if all(g is None for g in fresh):
+                raise ValueError("log_probs: they do not depend on any trainable parameter of this trainer's model")
+            if self._pending:
+                fresh = [_sum(a, g) for a, g in zip(accumulated, fresh)]
+            norm = torch.nn.utils.get_total_norm([g for g in fresh if g is not None])
+            if not bool(torch.isfinite(norm)):
+                raise ValueError(f"gradient: its norm is {float(norm)}; the step was not taken")
+        except BaseException:
+            for p, gradient in zip(self.parameters, accumulated):
+                p.grad = gradient
+            raise
+        for p, gradient in zip(self.parameters, fresh):
+            p.grad = gradient
+        self._pending += 1
+        if self._pending == self.accumulation_steps:
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.steps += 1
+            self._pending = 0
+        return float(norm)
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def check_log_probs(name: str, value: torch.Tensor, shape: torch.Size, mask: torch.Tensor | None) -> None:
+    """``value`` must be floating, of ``shape`` and finite wherever the mask selects a token."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a floating tensor, found {found}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected the shape of log_probs {list(shape)}, found {list(value.shape)}")
+    finite = torch.isfinite(value)
+    if mask is not None:
+        finite = finite | ~mask.to(value.device)
+    if not bool(finite.all()):
+        raise ValueError(f"{name}: {int((~finite).sum())} of {value.numel()} values are not finite")
+
+
+def check_mask(mask: torch.Tensor | None, log_probs: torch.Tensor) -> torch.Tensor | None:
+    """The mask as booleans on the device of ``log_probs`` ([B, T]; True or 1: a completion token), or None for [B]."""
+    if log_probs.dim() not in (1, 2) or log_probs.numel() == 0:
+        raise ValueError(f"log_probs: expected non-empty [B] or [B, T], found {list(log_probs.shape)}")
+    if log_probs.dim() == 1:
+        if mask is not None:
+            raise ValueError("mask: log_probs are sums over whole sequences [B]; a mask needs log_probs of [B, T]")
+        return None
+    if mask is None:
+        return torch.ones(log_probs.shape, dtype=torch.bool, device=log_probs.device)
+    if mask.shape != log_probs.shape:
+        raise ValueError(f"mask: expected the shape of log_probs {list(log_probs.shape)}, found {list(mask.shape)}")
+    selected = mask.to(log_probs.device).bool()
+    if not bool((selected == mask.to(log_probs.device)).all()):
+        raise ValueError("mask: expected booleans or zeros and ones")
+    if not bool(selected.any()):
+        raise ValueError("mask: it selects no token")
+    return selected
