@@ -1,7 +1,7 @@
 """A whole model: find the modules, factorise them, share the vectors, freeze the rest."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,20 @@ from .tying import assign_groups
 UNIFORM_BOUND = 0.01  # init="uniform": v ~ U(-0.01, 0.01)
 
 
-def apply_tiny_lora(model: nn.Module, config: TinyLoRAConfig, *, progress: bool = True) -> nn.Module:
+def apply_tiny_lora(
+    model: nn.Module,
+    config: TinyLoRAConfig,
+    *,
+    progress: bool = True,
+    factors: Mapping[str, Factors] | None = None,
+) -> nn.Module:
     """Adapt a model in place with TinyLoRA and freeze everything but the vectors v.
 
     Args:
         model: any nn.Module; its linear layers (nn.Linear, transformers' Conv1D) may be adapted.
         config: see TinyLoRAConfig; modules are taken in named_modules order.
         progress: show a bar while the weights are factorised.
+        factors: the truncated SVD of every module, by name, where it is known already; nothing is factorised then.
 
     Returns:
         The same model.
@@ -34,16 +41,21 @@ def apply_tiny_lora(model: nn.Module, config: TinyLoRAConfig, *, progress: bool 
     names = target_names(model, config.target_modules)
     groups = assign_groups(names, config.n_tie, config.tying)
 
-    def projection(index: int, factors: Factors) -> Tensor:
-        fixed = philox_projection(config.seed, index, config.trainable_dim, config.frozen_rank)  # [u, r, r]
-        return scaled_projection(fixed, factors.sigma, config.alpha, config.scaling)
-
     def initial(group: int) -> Tensor:
         if config.init == "zeros":
             return torch.zeros(config.trainable_dim)
         return philox_uniform(config.seed, group, config.trainable_dim, UNIFORM_BOUND)
 
-    return attach(model, config, names, groups, config.frozen_rank, projection, initial, progress=progress)
+    return attach(
+        model, config, names, groups, config.frozen_rank,
+        lambda index, sigma: tiny_lora_projection(config, index, sigma), initial, progress=progress, factors=factors,
+    )  # fmt: skip
+
+
+def tiny_lora_projection(config: TinyLoRAConfig, index: int, sigma: Tensor) -> Tensor:
+    """P' [u, r, r] of the module at this index: its random P between its singular values."""
+    fixed = philox_projection(config.seed, index, config.trainable_dim, config.frozen_rank)  # [u, r, r]
+    return scaled_projection(fixed, sigma, config.alpha, config.scaling)
 
 
 def scaled_projection(fixed: Tensor, sigma: Tensor, alpha: float, scaling: str) -> Tensor:
@@ -85,25 +97,28 @@ def attach(
     names: list[str],
     groups: list[int],
     rank: int,
-    projection: Callable[[int, Factors], Tensor],
+    projection: Callable[[int, Tensor], Tensor],
     initial: Callable[[int], Tensor],
     *,
     progress: bool = True,
+    factors: Mapping[str, Factors] | None = None,
 ) -> nn.Module:
     """Replace the named modules by adapted layers; everything that can fail happens before the first replacement.
 
     Args:
         names, groups: the modules in order and the tie group of each.
         rank: singular triplets of each weight.
-        projection: (module index, factors) -> [u, r, r] or [r, r], float32.
+        projection: (module index, sigma [r]) -> [u, r, r] or [r, r].
         initial: group -> [u], the starting values of its vector.
+        factors: the truncated SVDs where they are known already.
     """
     bases = {name: model.get_submodule(name) for name in names}
     for name, base in bases.items():
         if base.weight.is_meta:
             raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
-    items = [(name, lambda base=base: weight_matrix(base)) for name, base in bases.items()]
-    factors = dict(factorize_many(items, rank, cache=config.cache, progress=progress))
+    if factors is None:
+        items = [(name, lambda base=base: weight_matrix(base)) for name, base in bases.items()]
+        factors = dict(factorize_many(items, rank, cache=config.cache, progress=progress))
 
     layers: dict[str, TinyLoRALayer] = {}
     owners: dict[int, TinyLoRALayer] = {}
@@ -113,7 +128,7 @@ def attach(
         if v is None:
             v = nn.Parameter(initial(group).to(device=base.weight.device, dtype=config.v_dtype))
         layer = TinyLoRALayer(
-            base, factor.basis, factor.sigma, projection(index, factor), v,
+            base, factor.basis, factor.sigma, projection(index, factor.sigma), v,
             name=name, index=index, group=group, config=config, degenerate=factor.degenerate,
         )  # fmt: skip
         layer.train(base.training)
