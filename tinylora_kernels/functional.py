@@ -52,8 +52,8 @@ def tiny_lora_update(
 
     if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
         y = y.contiguous()  # a fresh copy, rows in one stride
-    elif not inplace:
-        y = y.clone()
+    elif not inplace or torch.compiler.is_compiling():
+        y = y.clone()  # while tracing y may be a view of a matmul; Inductor removes the copy again
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad):
         return TinyLoRAUpdate.apply(y, basis, v, projection, offset, adapter_ids, chosen)

@@ -50,14 +50,28 @@ def requested_backend() -> str | None:
     return _requested
 
 
-@torch.compiler.assume_constant_result
 def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None = None) -> str:
     """Name of the backend for activations of this device and dtype at this rank.
 
     Raises:
         RuntimeError: an explicitly requested backend cannot be honoured; the message says why.
     """
+    if torch.compiler.is_compiling():
+        return _choose_while_tracing(device_type, dtype, _plain_int(rank), backend)
     return _choose(device_type, dtype, rank, backend or _requested)
+
+
+@torch.compiler.assume_constant_result
+def _choose_while_tracing(device_type: str, dtype: torch.dtype, rank: int, backend: str | None) -> str:
+    return _choose(device_type, dtype, rank, backend or _requested)
+
+
+def _plain_int(size: int) -> int:
+    """The value of a size that tracing may have made symbolic: the comparison that holds specialises it."""
+    for value in range(1, 4096):
+        if value == size:
+            return value
+    return size
 
 
 @functools.lru_cache(maxsize=None)
@@ -73,7 +87,7 @@ def _choose(device_type: str, dtype: torch.dtype, rank: int, name: str | None) -
         if reason is None:
             return candidate.name
         if (candidate.name in ON_GPU) == (device_type != "cpu"):
-            warnings.warn(f"tinylora_kernels: backend {candidate.name!r} is not used: {reason}", stacklevel=5)
+            warnings.warn(f"tinylora_kernels: backend {candidate.name!r} is not used: {reason}", stacklevel=4)
     raise AssertionError("the reference backend runs everywhere")
 
 

@@ -1,0 +1,178 @@
+"""One adapted layer: exactness around any linear-like base, and when the update may be in place."""
+import copy
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+
+from tests.cases import error
+from tinylora_kernels.layer import TinyLoRALayer
+from tinylora_kernels.ops.reference import contract
+
+
+def adapted(base: nn.Module, weight: torch.Tensor, rank: int = 2, numbers: int = 3, seed: int = 0) -> TinyLoRALayer:
+    """A layer with random v around a base whose weight as [out, in] is given."""
+    generator = torch.Generator().manual_seed(seed)
+    U, S, _ = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    projection = torch.randn(numbers, rank, rank, generator=generator)
+    v = nn.Parameter(torch.randn(numbers, generator=generator))
+    base.requires_grad_(False)
+    return TinyLoRALayer(base, U[:, :rank].T.to(dtype), S[:rank].to(dtype), projection, v)
+
+
+def linear(bias=True, dtype=torch.float32, out_features=24, in_features=16):
+    torch.manual_seed(1)
+    base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    return adapted(base, base.weight)
+
+
+def dense(layer: TinyLoRALayer, x: torch.Tensor) -> torch.Tensor:
+    """(W + delta) x + b in float64."""
+    bias = layer.base.bias
+    weight = layer.weight_matrix().double() + layer.delta_weight().double()
+    return nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (0, 16)], ids=str)
+def test_output_equals_the_dense_weight(bias, shape):
+    layer, x = linear(bias), torch.randn(shape)
+    assert error(layer(x), dense(layer, x)) < 1e-6
+
+
+def test_delta_weight_is_the_update_of_the_weight():
+    layer = linear(dtype=torch.float64)
+    U, M = layer.basis.T, contract(layer.v.detach().double(), layer.projection)
+    torch.testing.assert_close(layer.delta_weight(), U @ M @ U.T @ layer.base.weight)
+    torch.testing.assert_close(layer.right_factor(), U.T @ layer.base.weight)
+
+
+def test_a_conv1d_stores_its_weight_the_other_way_round():
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    base = transformers.Conv1D(24, 16)
+    layer, x = adapted(base, base.weight.T), torch.randn(3, 16)
+    assert layer.weight_matrix().shape == (24, 16) and error(layer(x), dense(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_v_and_factors_keep_their_precision_whatever_the_model_becomes(dtype):
+    layer, x = linear(), torch.randn(4, 16)
+    bits = layer.v.detach().clone(), layer.basis.clone()
+    layer.to(dtype)
+    assert layer.base.weight.dtype == dtype and layer.v.dtype == layer.basis.dtype == torch.float32
+    assert torch.equal(layer.v, bits[0]) and torch.equal(layer.basis, bits[1])
+    out = layer(x.to(dtype))
+    assert out.dtype == dtype and error(out, dense(layer, x.to(dtype))) < 4 * torch.finfo(dtype).eps + 1e-6
+    out.float().sum().backward()
+    assert layer.v.grad.dtype == torch.float32 and layer.v.grad.any()
+
+
+def test_the_update_is_in_place_on_a_fresh_output(monkeypatch):
+    layer, seen = linear(), []
+    run = layer.base.forward
+    monkeypatch.setattr(layer.base, "forward", lambda x: seen.append(run(x)) or seen[0])
+    with torch.no_grad():
+        assert layer(torch.randn(3, 16)).data_ptr() == seen[0].data_ptr()
+
+
+class Saving(nn.Linear):
+    """A linear layer whose own backward needs its output: writing into it would be wrong."""
+
+    def forward(self, x):
+        class Save(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, y):
+                out = y.clone()
+                ctx.save_for_backward(out)
+                return out
+
+            @staticmethod
+            def backward(ctx, g):
+                return g + 0 * ctx.saved_tensors[0]
+
+        return Save.apply(super().forward(x))
+
+
+class Cached(nn.Linear):
+    """A linear layer that hands out a tensor it keeps."""
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("kind", [Saving, Cached])
+def test_an_unknown_base_is_updated_out_of_place(kind):
+    base = kind(16, 24)
+    layer, x = adapted(base, base.weight), torch.randn(3, 16, requires_grad=True)
+    out = layer(x)
+    out.sum().backward()
+    assert error(out.detach(), dense(layer, x.detach())) < 1e-6 and x.grad.any()
+    if kind is Cached:
+        assert error(base.kept.detach(), nn.functional.linear(x, base.weight, base.bias).detach()) < 1e-6
+
+
+@pytest.mark.parametrize("hook", ["forward", "full_backward", "full_backward_pre"])
+def test_a_hook_on_the_base_sees_the_bare_output(hook):
+    layer, x, seen = linear(), torch.randn(3, 16, requires_grad=True), []
+    if hook == "forward":
+        layer.base.register_forward_hook(lambda module, args, out: seen.append(out))
+    else:
+        getattr(layer.base, f"register_{hook}_hook")(lambda *args: seen.append(args[-1][0]))
+    out = layer(x)
+    out.sum().backward()
+    assert error(out.detach(), dense(layer, x.detach())) < 1e-6 and len(seen) == 1
+    if hook == "forward":
+        assert error(seen[0].detach(), layer.base(x).detach()) < 1e-7
+
+
+def test_no_gradient_is_computed_that_nobody_needs():
+    layer, x = linear(), torch.randn(3, 16)
+    assert layer(x).requires_grad and not layer.eval()(x.detach()).is_leaf
+    layer.v.requires_grad_(False)
+    assert not layer(x).requires_grad
+    out = layer(x.requires_grad_())
+    out.sum().backward()
+    assert layer.v.grad is None and x.grad is not None
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_keep_the_tie(copy_of):
+    first = linear()
+    second = linear()
+    second = TinyLoRALayer(second.base, second.basis, second.sigma, second.projection, first)
+    model = nn.ModuleList([first, second])
+    twin, x = copy_of(model), torch.randn(3, 16)
+    assert twin[1].v is twin[0].v and twin[0].v is not first.v
+    assert torch.equal(twin[1](x), second(x))
+    assert [name for name, _ in twin.named_parameters()].count("0.v") == 1 and "1.v" not in twin.state_dict()
+
+
+def test_the_state_dict_holds_v_and_the_base_but_not_the_factors():
+    assert list(linear().state_dict()) == ["v", "base.weight", "base.bias"]
+
+
+def test_the_base_is_readable_through_the_layer():
+    layer = linear()
+    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
+    assert (layer.in_features, layer.out_features) == (16, 24)
+    with pytest.raises(AttributeError, match="no attribute 'wieght'"):
+        layer.wieght
+
+
+def test_fullgraph_compilation_of_a_layer_has_one_graph_over_lengths():
+    layer = linear()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for length in (3, 5, 9):
+        x = torch.randn(2, length, 16, requires_grad=True)
+        outputs = [f(x) for f in (compiled, layer)]
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*[torch.autograd.grad(o.sum(), (x, layer.v)) for o in outputs])
+    assert counter.frame_count == 1
