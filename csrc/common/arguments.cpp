@@ -1,0 +1,247 @@
+#include "common/arguments.h"
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+namespace tinylora {
+namespace {
+
+// torch's numbers for dtypes are part of no ABI: asked for once.
+struct DtypeCodes {
+  int32_t float32 = aoti_torch_dtype_float32();
+  int32_t bfloat16 = aoti_torch_dtype_bfloat16();
+  int32_t float16 = aoti_torch_dtype_float16();
+  int32_t float64 = aoti_torch_dtype_float64();
+  int32_t int32 = aoti_torch_dtype_int32();
+  int32_t int64 = aoti_torch_dtype_int64();
+};
+
+const DtypeCodes& codes() {
+  static const DtypeCodes instance;
+  return instance;
+}
+
+void require(int32_t status, const char* what) {
+  if (status != TORCH_SUCCESS) throw std::runtime_error(std::string("tinylora: torch refused to ") + what);
+}
+
+int32_t dtype_code(const Tensor& tensor) {
+  int32_t code = 0;
+  require(aoti_torch_get_dtype(tensor.get(), &code), "name a dtype");
+  return code;
+}
+
+std::string dtype_name(int32_t code) {
+  const DtypeCodes& c = codes();
+  if (code == c.float32) return "float32";
+  if (code == c.bfloat16) return "bfloat16";
+  if (code == c.float16) return "float16";
+  if (code == c.float64) return "float64";
+  if (code == c.int32) return "int32";
+  if (code == c.int64) return "int64";
+  return "dtype " + std::to_string(code);
+}
+
+std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ")";
+  return text.str();
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const char* argument, const Parts&... parts) {
+  std::ostringstream text;
+  text << argument << ": ";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+Dtype activation_dtype(const char* name, const Tensor& tensor) {
+  const int32_t code = dtype_code(tensor);
+  const DtypeCodes& c = codes();
+  if (code == c.float32) return Dtype::float32;
+  if (code == c.bfloat16) return Dtype::bfloat16;
+  if (code == c.float16) return Dtype::float16;
+  if (code == c.float64) return Dtype::float64;
+  fail(name, "expected dtype float32, bfloat16, float16 or float64, found ", dtype_name(code));
+}
+
+// The leading dimensions of [..., D] as N rows with one stride between them.
+void collapse_rows(const char* name, const Tensor& tensor, bool written, Arguments& out) {
+  const int64_t dims = tensor.dim();
+  if (dims < 1) fail(name, "expected [..., D], found a scalar");
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  out.width = sizes[dims - 1];
+  out.count = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) out.count *= sizes[i];
+  out.stride = out.width;
+  if (out.count == 0 || out.width == 0) return;
+  if (out.width > 1 && strides[dims - 1] != 1) {
+    fail(name, "expected last stride 1, found ", strides[dims - 1], "; call .contiguous() first");
+  }
+  int64_t rows = 1;  // those of the dimensions already folded in
+  for (int64_t i = dims - 2; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (rows == 1) out.stride = strides[i];
+    if (strides[i] != rows * out.stride) {
+      fail(name, "expected leading dimensions with one row stride, found stride ", strides[i], " instead of ",
+           rows * out.stride, " in dimension ", i, "; call .contiguous() first");
+    }
+    rows *= sizes[i];
+  }
+  if (written && out.count > 1 && out.stride < out.width) {
+    fail(name, "expected rows that do not overlap, found row stride ", out.stride, " below the width ", out.width);
+  }
+}
+
+// Same device, dtype Acc, contiguous: what basis, v, projection, offset and t have in common.
+void check_factor(const char* name, const Tensor& factor, const Tensor& rows, const char* rows_name) {
+  const int32_t expected = dtype_code(rows) == codes().float64 ? codes().float64 : codes().float32;
+  if (dtype_code(factor) != expected) {
+    fail(name, "expected dtype ", dtype_name(expected), " beside ", dtype_name(dtype_code(rows)), " ", rows_name,
+         ", found ", dtype_name(dtype_code(factor)));
+  }
+  if (factor.is_cuda() != rows.is_cuda() || factor.get_device_index() != rows.get_device_index()) {
+    fail(name, "expected the device of ", rows_name, ", found another");
+  }
+  if (!factor.is_contiguous()) fail(name, "expected a contiguous tensor; call .contiguous() first");
+}
+
+void check_basis(const char* rows_name, const Tensor& rows, const Tensor& basis, Arguments& out) {
+  check_factor("basis", basis, rows, rows_name);
+  if (basis.dim() != 2 || basis.size(0) < 1) {
+    fail("basis", "expected [r, D] with r at least 1, found ", shape_text(basis));
+  }
+  if (basis.size(1) != out.width) {
+    fail(rows_name, "expected last dimension ", basis.size(1), " as in basis ", shape_text(basis), ", found ",
+         shape_text(rows));
+  }
+  out.basis = basis.const_data_ptr();
+  out.rank = basis.size(0);
+}
+
+void check_adapter(const char* rows_name, const Tensor& rows, const Tensor& v, const Tensor& projection,
+                   const std::optional<Tensor>& adapter_ids, Arguments& out) {
+  check_factor("projection", projection, rows, rows_name);
+  check_factor("v", v, rows, rows_name);
+  const int64_t r = out.rank, dims = projection.dim();
+  if ((dims != 2 && dims != 3) || projection.size(dims - 1) != r || projection.size(dims - 2) != r) {
+    fail("projection", "expected [u, ", r, ", ", r, "] or [", r, ", ", r, "] for a basis of rank ", r, ", found ",
+         shape_text(projection));
+  }
+  out.elementwise = dims == 2;
+  out.trained = out.elementwise ? r * r : projection.size(0);
+  const int64_t v_dims = adapter_ids ? 2 : 1;
+  if (v.dim() != v_dims || v.size(v_dims - 1) != out.trained || out.trained < 1) {
+    fail("v", "expected ", adapter_ids ? "[K, " : "[", out.trained, adapter_ids ? "] with adapter_ids" : "]",
+         ", at least one number, found ", shape_text(v));
+  }
+  out.adapters = adapter_ids ? v.size(0) : 1;
+  out.projection = projection.const_data_ptr();
+  out.v = v.const_data_ptr();
+}
+
+void check_ids(const char* rows_name, const Tensor& rows, const Tensor& ids, Arguments& out) {
+  const int32_t code = dtype_code(ids);
+  if ((code != codes().int32 && code != codes().int64) || ids.dim() != 1 || !ids.is_contiguous()) {
+    fail("adapter_ids", "expected a contiguous 1-D int32 or int64 tensor, found ", dtype_name(code), " ",
+         shape_text(ids));
+  }
+  if (ids.is_cuda() != rows.is_cuda() || ids.get_device_index() != rows.get_device_index()) {
+    fail("adapter_ids", "expected the device of ", rows_name, ", found another");
+  }
+  const int64_t count = ids.size(0);
+  if (count == 0 ? out.count > 0 : out.count % count != 0) {
+    fail("adapter_ids", "expected a length that divides the ", out.count, " rows, found ", count);
+  }
+  out.ids.data = ids.const_data_ptr();
+  out.ids.is_int64 = code == codes().int64;
+  out.ids.count = count;
+  out.ids.rows_per_id = count ? out.count / count : 1;
+}
+
+Arguments check_common(const char* name, const Tensor& rows, bool written, const Tensor& basis, const Tensor& v,
+                       const Tensor& projection, const std::optional<Tensor>& adapter_ids) {
+  Arguments out;
+  out.dtype = activation_dtype(name, rows);
+  collapse_rows(name, rows, written, out);
+  check_basis(name, rows, basis, out);
+  check_adapter(name, rows, v, projection, adapter_ids, out);
+  if (adapter_ids) check_ids(name, rows, *adapter_ids, out);
+  return out;
+}
+
+Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  int32_t device_type = 0, device_index = 0;
+  require(aoti_torch_get_device_type(like.get(), &device_type), "name a device");
+  require(aoti_torch_get_device_index(like.get(), &device_index), "name a device");
+  AtenTensorHandle handle = nullptr;
+  require(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle),
+          "allocate a tensor");
+  return Tensor(handle);
+}
+
+int32_t accumulation_code(const Tensor& like) {
+  return dtype_code(like) == codes().float64 ? codes().float64 : codes().float32;
+}
+
+}  // namespace
+
+Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                       const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids) {
+  Arguments out = check_common("y", y, /*written=*/true, basis, v, projection, adapter_ids);
+  if (offset) {
+    check_factor("offset", *offset, y, "y");
+    if (offset->dim() != 1 || offset->size(0) != out.rank) {
+      fail("offset", "expected shape (", out.rank, "), found ", shape_text(*offset));
+    }
+    out.offset = offset->const_data_ptr();
+  }
+  out.rows = y.mutable_data_ptr();
+  return out;
+}
+
+Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                                const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids) {
+  Arguments out = check_common("g", g, /*written=*/false, basis, v, projection, adapter_ids);
+  if (t) {
+    check_factor("t", *t, g, "g");
+    if (t->dim() != 2 || t->size(0) != out.count || t->size(1) != out.rank) {
+      fail("t", "expected shape (", out.count, ", ", out.rank, "), found ", shape_text(*t));
+    }
+    out.t = t->const_data_ptr();
+  }
+  out.rows = const_cast<void*>(g.const_data_ptr());
+  return out;
+}
+
+Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return empty_strided(like, accumulate ? accumulation_code(like) : dtype_code(like), 2, sizes, strides);
+}
+
+Tensor empty_contiguous_like(const Tensor& like) {
+  constexpr int64_t most = 64;  // torch's own limit on dimensions
+  const int64_t dims = like.dim();
+  if (dims > most) throw std::invalid_argument("g: expected at most 64 dimensions");
+  int64_t strides[most];
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= like.size(i) > 0 ? like.size(i) : 1;
+  }
+  return empty_strided(like, dtype_code(like), dims, like.sizes().data(), strides);
+}
+
+Tensor empty_vector(const Tensor& like) {
+  const int64_t size = 0, stride = 1;
+  return empty_strided(like, dtype_code(like), 1, &size, &stride);
+}
+
+}  // namespace tinylora

@@ -1,0 +1,60 @@
+// The arguments of the two ops as plain numbers and pointers, checked before anything is read or written.
+// Shared by the CPU and the CUDA entry points.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace tinylora {
+
+using torch::stable::Tensor;
+
+enum class Dtype { float32, bfloat16, float16, float64 };
+
+// Which adapter each row belongs to: row n to ids[n / rows_per_id]; -1 leaves the row alone.
+struct RowIds {
+  const void* data = nullptr;  // [B] int32 or int64; null: every row belongs to adapter 0
+  bool is_int64 = false;
+  int64_t count = 0;           // B
+  int64_t rows_per_id = 1;     // N / B
+
+  int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// Acc is float64 where the activation is float64, float32 otherwise.
+struct Arguments {
+  void* rows = nullptr;          // y or g, [N, D], last stride 1
+  int64_t count = 0;             // N
+  int64_t width = 0;             // D
+  int64_t stride = 0;            // elements between row starts
+  Dtype dtype = Dtype::float32;  // of the rows
+
+  const void* basis = nullptr;       // Acc [r, D]
+  const void* v = nullptr;           // Acc [K, u]
+  const void* projection = nullptr;  // Acc [u, r, r], or [r, r] if elementwise
+  const void* offset = nullptr;      // Acc [r] or null
+  const void* t = nullptr;           // Acc [N, r] or null
+  RowIds ids;
+  int64_t rank = 0;          // r
+  int64_t trained = 0;       // u
+  int64_t adapters = 1;      // K
+  bool elementwise = false;  // LoRA-XS: M = projection * v, u = r * r
+};
+
+// Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
+// was found. The ids themselves are not looked at: they may live on a GPU.
+Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                       const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids);
+Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                                const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids);
+
+// New uninitialised tensors on the device of `like`; `accumulate` picks the dtype Acc instead of that of `like`.
+Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns);
+Tensor empty_contiguous_like(const Tensor& like);
+Tensor empty_vector(const Tensor& like);
+
+}  // namespace tinylora

@@ -1,0 +1,54 @@
+// What a kernel needs to know about a call, and the table that each instruction set fills with its kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace tinylora::cpu {
+
+// 16-bit floating point numbers as they lie in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// One pass over rows, both directions of the method:
+//     s = x U - c        z = s K^T        dst = x + z U^T
+// forward:  x = y0, s = t, K = M,   dst = x (in place);   backward:  x = g, s = a, K = M^T, c = 0, dst = g0.
+// Acc is double for float64 rows, float otherwise.
+struct RowsJob {
+  const void* src;      // x [N, D]
+  int64_t src_stride;   // elements between row starts
+  void* dst;            // [N, D]: src itself, disjoint from it, or null: s alone is wanted
+  int64_t dst_stride;
+  int64_t width;        // D
+  int64_t rank;         // r
+  const void* basis;    // Acc U^T [r, D]
+  const void* offset;   // Acc c [r], or null for zero
+  const void* mixing;   // Acc K [adapters, r, r]
+  const int64_t* adapter_of_id;  // [B] index into mixing, or -1: dst = x for these rows; null: every row has adapter 0
+  int64_t rows_per_id;  // row n has id n / rows_per_id
+  void* projected;      // Acc s [N, r], out
+  void* scratch;        // Acc z [N, r]; null for ranks 1, 2, 4 and 8, which keep it in registers
+};
+
+// The ranks with a kernel of their own.
+inline bool is_specialised(int64_t rank) { return rank == 1 || rank == 2 || rank == 4 || rank == 8; }
+
+// Rows [begin, end). A row's result depends on that row alone, not on its neighbours, the range or the thread.
+using RowsKernel = void (*)(const RowsJob& job, int64_t begin, int64_t end);
+
+struct Kernels {
+  const char* isa;
+  RowsKernel rows[4];  // indexed by Dtype: float32, bfloat16, float16, float64
+};
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+#endif
+
+}  // namespace tinylora::cpu

@@ -1,0 +1,214 @@
+// The row kernel, included once by the translation unit of each instruction set, inside an anonymous namespace: internal
+// linkage, so that the linker cannot hand a version built with AVX-512 to everybody.
+//
+// The includer defines, for T in float, BFloat16, Half, double:
+//     Lanes<T>::Acc, Reg (a register of Acc), kWidth (its lanes), and moves of 2 * kWidth elements
+//         load(const T*, Reg& low, Reg& high)    load_part(const T*, int64_t n, ...): n of them, the rest zero
+//         store(T*, Reg low, Reg high)           store_part(T*, int64_t n, ...): n of them
+// and for Reg: fill(Acc) -> Reg, multiply, add, multiply_add(a, b, c) = a b + c, sum(Reg) -> Acc;
+// and kAccumulators, how many registers of sums fit beside the operands.
+
+// Rows handled together, so that a register of the basis is loaded once for all of them.
+template <int R>
+constexpr int kRowsTogether = kAccumulators / (2 * R) > 0 ? kAccumulators / (2 * R) : 1;
+
+// s = x U for NR rows. Two sums per row and column of U hide the latency of the multiply-add.
+template <class T, int R, int NR>
+inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* basis, int64_t width,
+                    typename Lanes<T>::Acc (&s)[NR][R]) {
+  using L = Lanes<T>;
+  using B = Lanes<typename L::Acc>;
+  using Reg = typename L::Reg;
+  Reg low[NR][R], high[NR][R];
+  for (int n = 0; n < NR; ++n) {
+    for (int k = 0; k < R; ++k) low[n][k] = high[n][k] = L::fill(0);
+  }
+  const auto step = [&](const Reg (&u_low)[R], const Reg (&u_high)[R], int n, Reg x_low, Reg x_high) {
+    for (int k = 0; k < R; ++k) {
+      low[n][k] = L::multiply_add(x_low, u_low[k], low[n][k]);
+      high[n][k] = L::multiply_add(x_high, u_high[k], high[n][k]);
+    }
+  };
+  Reg u_low[R], u_high[R], x_low, x_high;
+  int64_t d = 0;
+  for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
+    for (int k = 0; k < R; ++k) B::load(basis + k * width + d, u_low[k], u_high[k]);
+    for (int n = 0; n < NR; ++n) {
+      L::load(x + n * stride + d, x_low, x_high);
+      step(u_low, u_high, n, x_low, x_high);
+    }
+  }
+  if (d < width) {
+    for (int k = 0; k < R; ++k) B::load_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
+    for (int n = 0; n < NR; ++n) {
+      L::load_part(x + n * stride + d, width - d, x_low, x_high);
+      step(u_low, u_high, n, x_low, x_high);
+    }
+  }
+  for (int n = 0; n < NR; ++n) {
+    for (int k = 0; k < R; ++k) s[n][k] = L::sum(L::add(low[n][k], high[n][k]));
+  }
+}
+
+// y = x + z U^T for NR rows; y may be x.
+template <class T, int R, int NR>
+inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* basis,
+                       int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
+  using L = Lanes<T>;
+  using B = Lanes<typename L::Acc>;
+  using Reg = typename L::Reg;
+  Reg weight[NR][R];
+  for (int n = 0; n < NR; ++n) {
+    for (int k = 0; k < R; ++k) weight[n][k] = L::fill(z[n][k]);
+  }
+  // Where rows have the precision of the sums, the small terms are added up first: x is rounded once. 16-bit rows are
+  // rounded on the way out, so there the terms go straight onto x, one instruction less.
+  const auto updated = [&](const Reg (&u)[R], int n, Reg value) {
+    if constexpr (sizeof(T) == sizeof(typename L::Acc)) {
+      Reg delta = L::multiply(weight[n][0], u[0]);
+      for (int k = 1; k < R; ++k) delta = L::multiply_add(weight[n][k], u[k], delta);
+      return L::add(value, delta);
+    } else {
+      for (int k = 0; k < R; ++k) value = L::multiply_add(weight[n][k], u[k], value);
+      return value;
+    }
+  };
+  Reg u_low[R], u_high[R], x_low, x_high;
+  int64_t d = 0;
+  for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
+    for (int k = 0; k < R; ++k) B::load(basis + k * width + d, u_low[k], u_high[k]);
+    for (int n = 0; n < NR; ++n) {
+      L::load(x + n * x_stride + d, x_low, x_high);
+      L::store(y + n * y_stride + d, updated(u_low, n, x_low), updated(u_high, n, x_high));
+    }
+  }
+  if (d < width) {
+    for (int k = 0; k < R; ++k) B::load_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
+    for (int n = 0; n < NR; ++n) {
+      L::load_part(x + n * x_stride + d, width - d, x_low, x_high);
+      L::store_part(y + n * y_stride + d, width - d, updated(u_low, n, x_low), updated(u_high, n, x_high));
+    }
+  }
+}
+
+// K of the row's adapter, or null for a row to leave alone.
+template <class Acc>
+inline const Acc* mixing_of(const RowsJob& job, int64_t n) {
+  const Acc* mixing = static_cast<const Acc*>(job.mixing);
+  if (!job.adapter_of_id) return mixing;
+  const int64_t adapter = job.adapter_of_id[n / job.rows_per_id];
+  return adapter < 0 ? nullptr : mixing + adapter * job.rank * job.rank;
+}
+
+template <class T>
+inline void copy_row(const T* from, T* to, int64_t width) {
+  if (from != to) __builtin_memcpy(to, from, width * sizeof(T));
+}
+
+// Rows [first, first + NR).
+template <class T, int R, int NR>
+inline void row_block(const RowsJob& job, int64_t first) {
+  using Acc = typename Lanes<T>::Acc;
+  const Acc* basis = static_cast<const Acc*>(job.basis);    // [R, D]
+  const Acc* offset = static_cast<const Acc*>(job.offset);  // [R]
+  const T* x = static_cast<const T*>(job.src) + first * job.src_stride;
+  Acc s[NR][R], z[NR][R];
+  // s = x U - c
+  project<T, R, NR>(x, job.src_stride, basis, job.width, s);
+  Acc* projected = static_cast<Acc*>(job.projected) + first * R;
+  for (int n = 0; n < NR; ++n) {
+    for (int k = 0; k < R; ++k) {
+      if (offset) s[n][k] -= offset[k];
+      projected[n * R + k] = s[n][k];
+    }
+  }
+  if (!job.dst) return;
+  T* y = static_cast<T*>(job.dst) + first * job.dst_stride;
+  // z = s K^T
+  bool every_row = true;
+  for (int n = 0; n < NR; ++n) {
+    const Acc* mixing = mixing_of<Acc>(job, first + n);
+    every_row = every_row && mixing;
+    for (int j = 0; j < R; ++j) {
+      Acc sum = 0;
+      for (int k = 0; mixing && k < R; ++k) sum += mixing[j * R + k] * s[n][k];
+      z[n][j] = sum;
+    }
+  }
+  // y = x + z U^T
+  if (every_row) {
+    accumulate<T, R, NR>(x, job.src_stride, y, job.dst_stride, basis, job.width, z);
+    return;
+  }
+  for (int n = 0; n < NR; ++n) {
+    const T* from = x + n * job.src_stride;
+    T* to = y + n * job.dst_stride;
+    if (mixing_of<Acc>(job, first + n)) {
+      accumulate<T, R, 1>(from, 0, to, 0, basis, job.width, reinterpret_cast<const Acc(&)[1][R]>(z[n]));
+    } else {
+      copy_row(from, to, job.width);
+    }
+  }
+}
+
+template <class T, int R>
+inline void rows_of_rank(const RowsJob& job, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + kRowsTogether<R> <= end; n += kRowsTogether<R>) row_block<T, R, kRowsTogether<R>>(job, n);
+  for (; n < end; ++n) row_block<T, R, 1>(job, n);
+}
+
+// Any rank, one row at a time: columns of U by fours, then one by one.
+template <class T>
+inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
+  using L = Lanes<T>;
+  using Acc = typename L::Acc;
+  using Reg = typename L::Reg;
+  const int64_t r = job.rank, width = job.width;
+  const Acc* basis = static_cast<const Acc*>(job.basis);
+  const Acc* offset = static_cast<const Acc*>(job.offset);
+  for (int64_t n = begin; n < end; ++n) {
+    const T* x = static_cast<const T*>(job.src) + n * job.src_stride;
+    Acc* s = static_cast<Acc*>(job.projected) + n * r;  // [r]
+    int64_t k = 0;
+    for (; k + 4 <= r; k += 4) {
+      project<T, 4, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][4]>(s[k]));
+    }
+    for (; k < r; ++k) project<T, 1, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][1]>(s[k]));
+    for (k = 0; offset && k < r; ++k) s[k] -= offset[k];
+    if (!job.dst) continue;
+    T* y = static_cast<T*>(job.dst) + n * job.dst_stride;
+    const Acc* mixing = mixing_of<Acc>(job, n);
+    if (!mixing) {
+      copy_row(x, y, width);
+      continue;
+    }
+    Acc* z = static_cast<Acc*>(job.scratch) + n * r;  // [r]
+    for (int64_t j = 0; j < r; ++j) {
+      z[j] = 0;
+      for (k = 0; k < r; ++k) z[j] += mixing[j * r + k] * s[k];
+    }
+    for (int64_t d = 0; d < width; d += 2 * L::kWidth) {
+      const int64_t part = width - d < 2 * L::kWidth ? width - d : 2 * L::kWidth;
+      Reg delta_low = L::fill(0), delta_high = L::fill(0), u_low, u_high, x_low, x_high;
+      for (int64_t j = 0; j < r; ++j) {
+        Lanes<Acc>::load_part(basis + j * width + d, part, u_low, u_high);
+        delta_low = L::multiply_add(L::fill(z[j]), u_low, delta_low);
+        delta_high = L::multiply_add(L::fill(z[j]), u_high, delta_high);
+      }
+      L::load_part(x + d, part, x_low, x_high);
+      L::store_part(y + d, part, L::add(x_low, delta_low), L::add(x_high, delta_high));
+    }
+  }
+}
+
+template <class T>
+void rows(const RowsJob& job, int64_t begin, int64_t end) {
+  switch (job.rank) {
+    case 1: return rows_of_rank<T, 1>(job, begin, end);
+    case 2: return rows_of_rank<T, 2>(job, begin, end);
+    case 4: return rows_of_rank<T, 4>(job, begin, end);
+    case 8: return rows_of_rank<T, 8>(job, begin, end);
+    default: return rows_of_any_rank<T>(job, begin, end);
+  }
+}

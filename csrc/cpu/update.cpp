@@ -1,0 +1,145 @@
+// Prologue (M), one parallel region over rows, epilogue (dv).
+#include "cpu/update.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/isa.h"
+#include "cpu/mixing.h"
+
+namespace tinylora::cpu {
+namespace {
+
+// Work is shared out, and dM summed, in chunks of this many rows: fixed, so that no sum depends on the thread count.
+constexpr int64_t kChunkRows = 16;
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kSerialElements = 1 << 15;
+
+// A buffer on the stack for the usual sizes, on the heap beyond; contents undefined.
+template <class T, size_t Small>
+class Scratch {
+ public:
+  explicit Scratch(size_t size) : heap_(size > Small ? new T[size] : nullptr) {}
+  T* data() { return heap_ ? heap_.get() : stack_; }
+
+ private:
+  T stack_[Small];
+  std::unique_ptr<T[]> heap_;
+};
+
+// The ids as int64, each within [-1, K).
+std::vector<int64_t> checked_ids(const Arguments& call) {
+  std::vector<int64_t> ids(call.ids.count);
+  for (int64_t i = 0; i < call.ids.count; ++i) {
+    ids[i] = call.ids[i];
+    if (ids[i] < -1 || ids[i] >= call.adapters) {
+      throw std::out_of_range("adapter_ids: expected -1 or an id below " + std::to_string(call.adapters) + ", found " +
+                              std::to_string(ids[i]) + " at position " + std::to_string(i));
+    }
+  }
+  return ids;
+}
+
+int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
+
+// body(first chunk, last chunk), in one parallel region or, for little work, on this thread.
+template <class Body>
+void for_chunks(const Arguments& call, const Body& body) {
+  const int64_t chunks = chunk_count(call.count);
+  if (chunks <= 1 || call.count * call.width < kSerialElements) {
+    body(0, chunks);
+  } else {
+    torch::stable::parallel_for(0, chunks, 1, body);
+  }
+}
+
+
+template <class Acc>
+void update_as(const Arguments& call, void* t) {
+  const std::vector<int64_t> ids = checked_ids(call);
+  Scratch<Acc, 64> mixing(call.adapters * call.rank * call.rank);
+  contract<Acc>(call, /*transposed=*/false, mixing.data());
+  RowsJob job{};
+  job.src = call.rows;
+  job.src_stride = job.dst_stride = call.stride;
+  job.dst = call.rows;
+  job.width = call.width;
+  job.rank = call.rank;
+  job.basis = call.basis;
+  job.offset = call.offset;
+  job.mixing = mixing.data();
+  job.adapter_of_id = call.ids.data ? ids.data() : nullptr;
+  job.rows_per_id = call.ids.rows_per_id;
+  job.projected = t;
+  Scratch<Acc, 1> scratch(is_specialised(call.rank) ? 0 : call.count * call.rank);
+  job.scratch = scratch.data();
+  const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
+  for_chunks(call, [&](int64_t first, int64_t last) {
+    kernel(job, first * kChunkRows, std::min(last * kChunkRows, call.count));
+  });
+}
+
+template <class Acc>
+void update_backward_as(const Arguments& call, void* g0, void* dv) {
+  const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.count);
+  const std::vector<int64_t> ids = checked_ids(call);
+  Scratch<Acc, 64> mixing(call.adapters * square);
+  contract<Acc>(call, /*transposed=*/true, mixing.data());
+  Scratch<Acc, 512> projected(call.count * r);  // a [N, r]
+  RowsJob job{};
+  job.src = call.rows;
+  job.src_stride = call.stride;
+  job.dst = g0;
+  job.dst_stride = call.width;
+  job.width = call.width;
+  job.rank = r;
+  job.basis = call.basis;
+  job.mixing = mixing.data();
+  job.adapter_of_id = call.ids.data ? ids.data() : nullptr;
+  job.rows_per_id = call.ids.rows_per_id;
+  job.projected = projected.data();
+  Scratch<Acc, 1> scratch(is_specialised(r) ? 0 : call.count * r);
+  job.scratch = scratch.data();
+  const Acc* a = projected.data();
+  const Acc* t = static_cast<const Acc*>(call.t);
+  const bool by_chunk = dv && !call.ids.data;
+  Scratch<double, 128> partial(by_chunk ? chunks * square : 0);  // dM of each chunk
+  const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
+  for_chunks(call, [&](int64_t first, int64_t last) {
+    kernel(job, first * kChunkRows, std::min(last * kChunkRows, call.count));
+    for (int64_t c = first; by_chunk && c < last; ++c) {
+      double* d_mixing = partial.data() + c * square;
+      std::fill_n(d_mixing, square, 0.0);
+      add_outer_products(a, t, r, c * kChunkRows, std::min((c + 1) * kChunkRows, call.count), d_mixing);
+    }
+  });
+  if (!dv) return;
+
+  std::vector<double> d_mixing(call.adapters * square, 0.0);  // dM [K, r, r]
+  for (int64_t c = 0; by_chunk && c < chunks; ++c) {
+    for (int64_t e = 0; e < square; ++e) d_mixing[e] += partial.data()[c * square + e];
+  }
+  for (int64_t i = 0; i < call.ids.count; ++i) {
+    const int64_t begin = i * call.ids.rows_per_id, end = begin + call.ids.rows_per_id;
+    if (ids[i] >= 0) add_outer_products(a, t, r, begin, end, d_mixing.data() + ids[i] * square);
+  }
+  contract_backward<Acc>(call, d_mixing.data(), static_cast<Acc*>(dv));
+}
+
+}  // namespace
+
+void update(const Arguments& call, void* t) {
+  call.dtype == Dtype::float64 ? update_as<double>(call, t) : update_as<float>(call, t);
+}
+
+void update_backward(const Arguments& call, void* g0, void* dv) {
+  call.dtype == Dtype::float64 ? update_backward_as<double>(call, g0, dv) : update_backward_as<float>(call, g0, dv);
+}
+
+}  // namespace tinylora::cpu

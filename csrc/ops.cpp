@@ -1,0 +1,39 @@
+// The CPU entry points of the two ops. Their schemas are defined in Python (tinylora_kernels/ops/schema.py), so that
+// they exist with or without this library.
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/arguments.h"
+#include "cpu/update.h"
+
+namespace tinylora {
+namespace {
+
+Tensor update_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                  const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids) {
+  const Arguments call = check_update(y, basis, v, projection, offset, adapter_ids);
+  Tensor t = empty_matrix(y, /*accumulate=*/true, call.count, call.rank);
+  cpu::update(call, t.mutable_data_ptr());
+  return t;
+}
+
+std::tuple<Tensor, Tensor> update_backward_cpu(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                               const Tensor& projection, const std::optional<Tensor>& t,
+                                               const std::optional<Tensor>& adapter_ids, bool need_input_grad) {
+  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
+  Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
+  Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
+  cpu::update_backward(call, need_input_grad ? g0.mutable_data_ptr() : nullptr, t ? dv.mutable_data_ptr() : nullptr);
+  return {g0, dv};
+}
+
+}  // namespace
+}  // namespace tinylora
+
+STABLE_TORCH_LIBRARY_IMPL(tinylora, CPU, m) {
+  m.impl("update", TORCH_BOX(&tinylora::update_cpu));
+  m.impl("update_backward", TORCH_BOX(&tinylora::update_backward_cpu));
+}

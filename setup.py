@@ -1,0 +1,234 @@
+"""Builds the native library with CMake and ninja; without a compiler the package installs all the same.
+
+One shared object, tinylora_kernels/libtinylora.so, holds the CPU kernels and, where nvcc is found, the CUDA ones. It
+uses torch's stable ABI and no Python ABI, so one build serves every Python and every torch from 2.10 on. What was
+built, or why nothing was, is kept in tinylora_kernels/_build_record.json for `python -m tinylora_kernels`.
+
+Environment:
+    TINYLORA_BUILD_NATIVE=0         install the pure Python package
+    TINYLORA_BUILD_CUDA=0           leave the CUDA kernels out even where nvcc is found
+    TINYLORA_CUDA_ARCHITECTURES     CMake's CUDA_ARCHITECTURES, e.g. "80-real;90" (default: this machine's GPUs, or a
+                                    short list where there is none)
+    TINYLORA_TORCH_DIR              the installed torch package to build against (default: this environment's)
+    MAX_JOBS                        parallel compilations
+"""
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "tinylora_kernels"
+LIBRARY = "libtinylora.so"
+RECORD = "_build_record.json"
+OLDEST_TORCH = (2, 10)
+# sm_75 and sm_80 code also runs on 8.6 and 8.9; the PTX of the last entry covers every later GPU.
+DEFAULT_CUDA_ARCHITECTURES = "75-real;80-real;90"
+
+
+class BuildFailure(Exception):
+    """Why no native library can be built here, and the command that would change it."""
+
+    def __init__(self, reason: str, fix: str):
+        super().__init__(reason)
+        self.reason, self.fix = reason, fix
+
+
+def torch_directory() -> Path:
+    """The installed torch package. pip's build isolation hides it from sys.path, so site-packages are searched too."""
+    if chosen := os.environ.get("TINYLORA_TORCH_DIR"):
+        candidates = [Path(chosen)]
+    else:
+        spec = importlib.util.find_spec("torch")
+        candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+        roots = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
+        roots.append(site.getusersitepackages())
+        for environment in filter(None, (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"))):
+            roots += sorted(Path(environment).glob("lib/python3*/site-packages"))
+        candidates += [Path(root) / "torch" for root in roots]
+    for directory in candidates:
+        if (directory / "include/torch/csrc/stable/library.h").is_file():
+            return directory
+    raise BuildFailure(
+        "no torch with the stable ABI headers (2.10 or newer) in this environment",
+        "pip install 'torch>=2.10' && pip install --no-build-isolation --force-reinstall --no-deps .",
+    )
+
+
+def check_torch_version(directory: Path) -> str:
+    """The version string of that torch; refuses one older than the ABI target."""
+    header = (directory / "include/torch/headeronly/version.h").read_text()
+    found = [re.search(rf"#define TORCH_VERSION_{part} (\d+)", header) for part in ("MAJOR", "MINOR", "PATCH")]
+    version = tuple(int(match.group(1)) for match in found if match)
+    text = ".".join(map(str, version))
+    if version[:2] < OLDEST_TORCH:
+        raise BuildFailure(f"torch {text} is older than 2.10", "pip install --upgrade 'torch>=2.10'")
+    return text
+
+
+def find_tool(name: str, fix: str) -> str:
+    if path := shutil.which(name):
+        return path
+    raise BuildFailure(f"{name} is not on PATH", fix)
+
+
+def find_compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if path := shutil.which(name.split()[0]):
+            return path
+    raise BuildFailure(
+        "no C++ compiler found",
+        "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
+        "then: pip install --no-build-isolation --force-reinstall --no-deps .",
+    )
+
+
+def find_nvcc() -> str | None:
+    """nvcc, if there is one, CUDA sources to feed it, and no wish to do without."""
+    if os.environ.get("TINYLORA_BUILD_CUDA", "1") == "0" or not list((ROOT / "csrc/cuda").glob("*.cu")):
+        return None
+    homes = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    homes += [str(Path(home) / "bin/nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((path for path in homes if path and Path(path).is_file()), None)
+
+
+def cuda_architectures() -> str:
+    if chosen := os.environ.get("TINYLORA_CUDA_ARCHITECTURES"):
+        return chosen
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        return "native" if listing.returncode == 0 and "GPU 0" in listing.stdout else DEFAULT_CUDA_ARCHITECTURES
+    except (OSError, subprocess.TimeoutExpired):
+        return DEFAULT_CUDA_ARCHITECTURES
+
+
+def run_cmake(cmake: str, settings: dict[str, str], log: Path) -> Path:
+    """Configure and build in a fresh directory; the path of the library, or CalledProcessError."""
+    directory = Path(tempfile.mkdtemp(prefix="tinylora-build-"))
+    try:
+        definitions = [f"-D{name}={value}" for name, value in settings.items()]
+        configure = [cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+        jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
+        for command in (configure + definitions, [cmake, "--build", str(directory), "--parallel", jobs]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            with log.open("a") as stream:
+                stream.write(done.stdout)
+            if done.returncode:
+                raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
+        shutil.copy2(directory / LIBRARY, log.with_name(LIBRARY))
+        return log.with_name(LIBRARY)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def first_error(output: str) -> str:
+    """The line of a build log that says what went wrong."""
+    lines = [line.strip() for line in output.splitlines() if re.search(r"\b(error|Error|FAILED)\b", line)]
+    lines = [line for line in lines if not line.startswith("FAILED:")] or lines
+    return lines[0][:300] if lines else (output.strip().splitlines() or ["no output"])[-1][:300]
+
+
+def build_native(destination: Path) -> dict:
+    """Build the library into `destination`; returns the build record and never raises for a build that cannot be."""
+    record = {"library": False, "cuda": False, "reason": None, "fix": None, "cuda_reason": None}
+    library = destination / LIBRARY
+    library.unlink(missing_ok=True)
+    retry = "pip install --no-build-isolation --force-reinstall --no-deps ."
+    try:
+        if os.environ.get("TINYLORA_BUILD_NATIVE", "1") == "0":
+            raise BuildFailure("switched off by TINYLORA_BUILD_NATIVE=0", f"TINYLORA_BUILD_NATIVE=1 {retry}")
+        if platform.system() not in ("Linux", "Darwin"):
+            raise BuildFailure(f"{platform.system()} is not supported by the native build", "use Linux, WSL or macOS")
+        torch = torch_directory()
+        record["torch"] = check_torch_version(torch)
+        cmake = find_tool("cmake", f"pip install cmake && {retry}")
+        find_tool("ninja", f"pip install ninja && {retry}")
+        settings = {"TINYLORA_TORCH_DIR": str(torch), "CMAKE_CXX_COMPILER": find_compiler()}
+        record["compiler"] = settings["CMAKE_CXX_COMPILER"]
+        log = destination / "_build.log"
+        log.unlink(missing_ok=True)
+        if nvcc := find_nvcc():
+            cuda = {"TINYLORA_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc, "TINYLORA_ARCHITECTURES": cuda_architectures()}
+            try:
+                run_cmake(cmake, settings | cuda, log)
+                record |= {"cuda": True, "architectures": cuda["TINYLORA_ARCHITECTURES"]}
+            except subprocess.CalledProcessError as error:
+                record["cuda_reason"] = f"the CUDA build failed: {first_error(error.output)}"
+                announce([record["cuda_reason"], "building the CPU kernels alone"])
+        if not record["cuda"]:
+            record["cuda_reason"] = record["cuda_reason"] or "nvcc was not found, or TINYLORA_BUILD_CUDA=0"
+            run_cmake(cmake, settings, log)
+        record["library"] = True
+        log.unlink()
+    except BuildFailure as failure:
+        record |= {"reason": failure.reason, "fix": failure.fix}
+    except subprocess.CalledProcessError as error:
+        record |= {"reason": f"the build failed: {first_error(error.output)}", "fix": f"{retry} -v  # shows the log"}
+        print(error.output, file=sys.stderr)
+    if not record["library"]:
+        announce([
+            "no native library: " + record["reason"],
+            "the package is installed and runs on its reference backend (plain PyTorch), only slower",
+            "to change that: " + record["fix"],
+        ])  # fmt: skip
+    (destination / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def announce(lines: list[str]) -> None:
+    """Straight to the terminal where there is one: pip swallows the output of a build that succeeds."""
+    text = "".join(f"tinylora-kernels: {line}\n" for line in lines)
+    print(text, file=sys.stderr, end="")
+    if not sys.stderr.isatty():
+        try:
+            with open("/dev/tty", "w") as terminal:
+                terminal.write(text)
+        except OSError:
+            pass
+
+
+class BuildLibrary(build_ext):
+    """build_ext that runs CMake once, into the source tree for an editable install, else into the build tree."""
+
+    def run(self) -> None:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        destination = ROOT / PACKAGE if in_place else Path(self.build_lib) / PACKAGE
+        destination.mkdir(parents=True, exist_ok=True)
+        build_native(destination)
+
+    def get_outputs(self) -> list[str]:
+        built = (Path(self.build_lib) / PACKAGE / name for name in (LIBRARY, RECORD))
+        return [str(path) for path in built if path.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    """Tagged py3-none-<platform>: the library depends on the machine and on no Python version."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, machine = super().get_tag()
+        return "py3", "none", machine
+
+
+setup(
+    ext_modules=[Extension(f"{PACKAGE}.libtinylora", sources=[])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+)

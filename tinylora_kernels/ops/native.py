@@ -1,0 +1,116 @@
+"""The native library: CPU and CUDA kernels behind the two ops, loaded once, never an error at import."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import schema  # noqa: F401  the library implements the ops that schema defines
+
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARY = PACKAGE / "libtinylora.so"
+RECORD = PACKAGE / "_build_record.json"
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CUDA_RANKS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the native library can do here.
+
+    Attributes:
+        path: the library file, whether or not it could be loaded.
+        error: None if it is loaded, else one line that says why not and what would change it.
+        has_cuda: it holds CUDA kernels.
+        isa: instruction set the CPU kernels run with: "avx512_bf16", "avx512", "avx2" or "portable".
+        build: facts of the build: version, compiler, cuda (architectures), torch_target.
+        record: what setup.py wrote about its attempt, {} if it left nothing.
+    """
+
+    path: Path
+    error: str | None
+    has_cuda: bool = False
+    isa: str | None = None
+    build: dict[str, str] = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+
+
+@functools.cache
+def load() -> Status:
+    """Load the library into this process, once; what went wrong is in the result."""
+    record = _build_record()
+    if not LIBRARY.is_file():
+        reason = record.get("reason") or "the package was copied here without being built"
+        return Status(LIBRARY, f"not built: {reason}. To change that: {record.get('fix') or REINSTALL}", record=record)
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return Status(LIBRARY, f"{LIBRARY.name} does not load: {error}. To change that: {REINSTALL}", record=record)
+    for function in (library.tinylora_build_info, library.tinylora_isa):
+        function.restype = ctypes.c_char_p
+    build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
+    isa = library.tinylora_isa().decode()
+    error = isa.removeprefix("error: ") if isa.startswith("error: ") else None
+    return Status(LIBRARY, error, bool(build["cuda"]), None if error else isa, build, record)
+
+
+def _build_record() -> dict:
+    try:
+        return json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def use_isa(name: str) -> bool:
+    """Run the CPU kernels with this instruction set from now on; False, and no change, if this machine cannot.
+
+    For tests and benchmarks. The environment variable TINYLORA_CPU_ISA does the same for a whole process.
+    """
+    if name not in CPU_ISAS:
+        raise ValueError(f"isa: expected one of {', '.join(CPU_ISAS)}, found {name!r}")
+    if load().error:
+        return False
+    return bool(ctypes.CDLL(str(LIBRARY)).tinylora_use_isa(name.encode()))
+
+
+# The overloads, not the packets: no overload resolution on every call.
+update = torch.ops.tinylora.update.default
+update_backward = torch.ops.tinylora.update_backward.default
+
+
+def why_not_cpu(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
+    """None if the CPU kernels serve this request, else the reason in one line."""
+    if device_type != "cpu":
+        return f"it runs on the CPU, the tensors are on {device_type}"
+    if load().error:
+        return load().error
+    return _why_not_dtype(dtype)
+
+
+def why_not_cuda(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
+    """None if the CUDA kernels serve this request, else the reason in one line."""
+    if device_type != "cuda":
+        return f"it runs on NVIDIA GPUs, the tensors are on {device_type}"
+    status = load()
+    if status.error:
+        return status.error
+    if not status.has_cuda:
+        return f"built without CUDA: {status.record.get('cuda_reason') or 'no nvcc'}. To change that: {REINSTALL}"
+    if torch.version.hip:
+        return "it runs on NVIDIA GPUs, this torch is for AMD"
+    if rank not in CUDA_RANKS:
+        return f"rank {rank}: the CUDA kernels exist for ranks {', '.join(map(str, CUDA_RANKS))}"
+    return _why_not_dtype(dtype)
+
+
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
+    if dtype in ACTIVATION_DTYPES:
+        return None
+    return f"{dtype} activations: expected float32, bfloat16, float16 or float64"
