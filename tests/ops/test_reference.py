@@ -61,8 +61,8 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRID)
 def test_reference_in_low_precision_is_within_the_budget(case, dtype):
-    inputs = make_case(case, dtype)
-    assert_within_budget(run_ops(reference, inputs), inputs)
+    draws = [make_case(case, dtype, draw) for draw in range(4)]
+    assert_within_budget([run_ops(reference, inputs) for inputs in draws], draws)
 
 
 def test_rows_of_the_bare_base_are_untouched_and_have_no_gradient():
