@@ -1,0 +1,178 @@
+"""Leading singular triplets of a large matrix by block Lanczos: single precision finds them, double precision proves them.
+
+The iteration runs on A = W^T W. One pass over W gives both W x and W^T (W x), block by block of rows while they are in
+cache, for a whole block of vectors x: the matrix is read from memory once a step. The search multiplies in fp32 until
+rounding stops it; the vectors found are then multiplied in fp64, refined there, and accepted on their true residual.
+A block, not a single vector, because equal singular values hide from a single one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .projection import STREAM_SOLVER, philox_normal
+
+OVERSAMPLING = 6  # vectors in a block beyond the rank
+BLOCKS_KEPT = 12  # blocks in the space before it is compressed
+MAX_STEPS = 400
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # entries of W multiplied at a time: what a cache holds
+ANGLE_TOL = 1e-6  # accepted error of a singular vector, radians
+FLOOR = 16  # residuals below FLOOR * eps * ||A|| are rounding
+DEGENERATE_GAP = 1e-6  # closer relative to each other, two singular values have no vectors of their own
+
+
+@dataclass
+class Triplets:
+    """Leading singular triplets, largest first.
+
+    left      [b, m] rows u_i, orthonormal, fp64
+    sigma     [b] fp64
+    residual  [b] ||W^T u_i - sigma_i v_i|| / sigma_i
+    resolved  whether the first `rank` vectors are within ANGLE_TOL of the true ones (False: no vectors of their own)
+    """
+
+    left: Tensor
+    sigma: Tensor
+    residual: Tensor
+    resolved: bool
+
+
+def leading_triplets(weight: Tensor, rank: int, tol: float, search_dtype: torch.dtype, scale: float = 1.0) -> Triplets:
+    """Triplets of scale * weight [m, n], n >= 1; the first `rank` have residual < tol, or the last step is returned."""
+    block = rank + OVERSAMPLING
+    space = _Space(weight, block, scale)
+    start = philox_normal(0, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device)
+    fresh = torch.linalg.qr(start.T).Q.T  # [block, n]
+    ritz = None
+    for dtype in dict.fromkeys((search_dtype, torch.float64)):
+        if ritz is not None:
+            fresh = space.restart(ritz)
+        for _ in range(MAX_STEPS):
+            space.extend(fresh, dtype)
+            ritz = space.ritz()
+            if ritz.good_enough(rank, tol, torch.finfo(dtype).eps):
+                break
+            fresh = space.next_directions(ritz)
+            if not len(fresh):
+                break
+    sigma = ritz.theta.sqrt()
+    left = (ritz.mix.T @ space.left[: space.size]) / sigma.unsqueeze(1)
+    return Triplets(left, sigma, ritz.residual, ritz.good_enough(rank, tol, torch.finfo(torch.float64).eps))
+
+
+@dataclass
+class _Ritz:
+    """Approximate eigenvectors of A: theta [b] falling, mix [k, b] their coefficients in the space."""
+
+    theta: Tensor
+    mix: Tensor
+    rows: Tensor  # [b, n] A x - theta x
+    residual: Tensor  # [b] ||A x - theta x|| / theta
+
+    def good_enough(self, rank: int, tol: float, eps: float) -> bool:
+        """Whether the first `rank` are resolved as far as tol, ANGLE_TOL and arithmetic of precision eps allow.
+
+        Against a spectrum outside the block at relative distance d, a relative residual rho leaves an error rho / d in
+        the vector. Against a neighbour inside it at distance g, whose residual is rho', the error is rho rho' / (d g).
+        """
+        theta, rho = self.theta.tolist(), self.residual.tolist()
+        for i in range(min(rank, len(theta))):
+            floor = FLOOR * eps * theta[0] / max(theta[i], 1e-300)
+            gaps = [abs(theta[i] - other) / theta[i] for j, other in enumerate(theta) if j != i]
+            if rho[i] > max(tol, floor):
+                return False
+            if min(gaps, default=1.0) < 2 * DEGENERATE_GAP:
+                continue
+            distance = max(1.0 - theta[-1] / theta[i], DEGENERATE_GAP) if len(theta) > 1 else 1.0
+            if rho[i] > max(ANGLE_TOL * distance, floor):
+                return False
+            others = [other for j, other in enumerate(rho) if j != i]
+            if any(rho[i] * other > ANGLE_TOL * distance * gap for other, gap in zip(others, gaps)) and rho[i] > floor:
+                return False
+        return True
+
+
+class _Space:
+    """An orthonormal basis of right vectors with their images W x and A x, grown block by block."""
+
+    def __init__(self, weight: Tensor, block: int, scale: float):
+        m, n = weight.shape
+        self.weight, self.block, self.scale = weight, block, scale
+        self.capacity = min(BLOCKS_KEPT * block, n)
+        empty = {"dtype": torch.float64, "device": weight.device}
+        self.right = torch.empty(self.capacity, n, **empty)  # X
+        self.left = torch.empty(self.capacity, m, **empty)  # X W^T
+        self.image = torch.empty(self.capacity, n, **empty)  # X A
+        self.gram = torch.zeros(self.capacity, self.capacity, **empty)  # X A X^T
+        self.size = 0
+
+    def extend(self, fresh: Tensor, dtype: torch.dtype) -> None:
+        """Add orthonormal rows [p, n], multiplied by W and A in the given precision."""
+        old, new = self.size, self.size + len(fresh)
+        self.right[old:new] = fresh
+        multiply(self.weight, fresh, dtype, self.scale, self.left[old:new], self.image[old:new])
+        self.gram[:new, old:new] = self.left[:new] @ self.left[old:new].T
+        self.gram[old:new, :old] = self.gram[:old, old:new].T
+        self.size = new
+
+    def ritz(self) -> _Ritz:
+        k = self.size
+        theta, mix = torch.linalg.eigh(self.gram[:k, :k])
+        count = min(self.block, k)
+        theta, mix = theta.flip(0)[:count].clamp_min(1e-300), mix.flip(1)[:, :count]
+        rows = mix.T @ self.image[:k] - theta.unsqueeze(1) * (mix.T @ self.right[:k])
+        return _Ritz(theta, mix, rows, rows.norm(dim=1) / theta)
+
+    def next_directions(self, ritz: _Ritz) -> Tensor:
+        """Orthonormal rows [p, n] along the residuals, orthogonal to the space; none when the space is exhausted."""
+        if self.size + self.block > self.capacity:
+            self._compress()
+        norms = ritz.rows.norm(dim=1, keepdim=True)
+        alive = norms.squeeze(1) > 1e-15 * ritz.theta[0]
+        rows = self._project_out(ritz.rows[alive] / norms[alive])
+        if not len(rows):
+            return rows
+        _, strength, directions = torch.linalg.svd(rows, full_matrices=False)
+        rows = self._project_out(directions[strength > 1e-10])
+        rows = rows[: self.capacity - self.size]
+        return torch.linalg.qr(rows.T).Q.T if len(rows) else rows
+
+    def restart(self, ritz: _Ritz) -> Tensor:
+        """Empty the space and return its best vectors, orthonormal rows [b, n]."""
+        best = ritz.mix.T @ self.right[: self.size]
+        self.size = 0
+        return best
+
+    def _compress(self) -> None:
+        k, keep = self.size, min(3 * self.block, self.size)
+        theta, mix = torch.linalg.eigh(self.gram[:k, :k])
+        theta, mix = theta.flip(0)[:keep], mix.flip(1)[:, :keep]
+        for stored in (self.right, self.left, self.image):
+            stored[:keep] = mix.T @ stored[:k]
+        self.gram[:keep, :keep] = torch.diag(theta)
+        self.size = keep
+
+    def _project_out(self, rows: Tensor) -> Tensor:
+        basis = self.right[: self.size]
+        for _ in range(2):
+            rows = rows - (rows @ basis.T) @ basis
+        return rows
+
+
+def multiply(weight: Tensor, rows: Tensor, dtype: torch.dtype, scale: float, left: Tensor, image: Tensor) -> None:
+    """left = X W^T and image = X W^T W for rows X [b, n], in one pass over weight [m, n]."""
+    m, n = weight.shape
+    step = max(32, CHUNK_ELEMENTS.get(weight.device.type, 1 << 18) // n)
+    x = rows.to(dtype)
+    total = torch.zeros_like(x)
+    for begin in range(0, m, step):
+        chunk = weight[begin : begin + step].to(dtype)  # [step, n]
+        if scale != 1.0:
+            chunk = chunk * scale
+        y = x @ chunk.T  # [b, step]
+        left[:, begin : begin + step] = y
+        total.addmm_(y, chunk)
+    image.copy_(total)
