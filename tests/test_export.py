@@ -1,0 +1,219 @@
+"""Exported LoRA directories load in PEFT and give the adapted model's outputs."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.models import TARGETS, tiny_decoder
+from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, export as export_module
+from tinylora_kernels.adapter import save_adapter
+from tinylora_kernels.export import export_lora, lora_factors, main, target_modules
+from tinylora_kernels.lora_xs import LoRAXSConfig, apply_lora_xs
+from tinylora_kernels.merge import merge, unmerge
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def adapt(model, targets=TARGETS, size=0.3, **options):
+    options = {"trainable_dim": 3, "n_tie": 4, "target_modules": targets, "cache": False, **options}
+    apply_tiny_lora(model, TinyLoRAConfig(**options), progress=False)
+    return randomise(model, size)
+
+
+def randomise(model, size):
+    torch.manual_seed(5)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=size)
+    return model
+
+
+def llama(seed=0):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attention_bias=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2(seed=0):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def load_in_peft(model, directory):
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(model, directory)
+
+
+@pytest.mark.parametrize(
+    "make, targets",
+    [
+        (llama, TARGETS),
+        (llama, ["model.layers.1.self_attn.q_proj", "up_proj"]),
+        (llama, ["lm_head", "o_proj"]),
+        (gpt2, ["c_attn", "c_fc"]),
+    ],
+    ids=["llama", "llama-some", "llama-head", "gpt2"],
+)
+def test_peft_gives_the_same_outputs(make, targets, tmp_path):
+    model = adapt(make(), targets, size=1.0)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    export_lora(model, tmp_path / "lora")
+    loaded = load_in_peft(make(), str(tmp_path / "lora"))
+    with torch.no_grad():
+        ours, base = loaded(TOKENS).logits, make()(TOKENS).logits
+    assert (expected - base).abs().max() > 0.01
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    # every adapted module and no other got a LoRA layer
+    peft_names = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+                  for name, _ in loaded.named_modules() if name.endswith(".lora_A.default")}  # fmt: skip
+    assert peft_names == set(adapted_layers(model))
+
+
+def test_peft_merges_to_our_merged_weights(tmp_path):
+    model = adapt(llama())
+    export_lora(model, tmp_path / "lora")
+    theirs = load_in_peft(llama(), str(tmp_path / "lora")).merge_and_unload().state_dict()
+    merge(model)
+    for name, layer in adapted_layers(model).items():
+        torch.testing.assert_close(theirs[name + ".weight"], layer.base.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_xs_exports_too(tmp_path):
+    model = apply_lora_xs(llama(), LoRAXSConfig(rank=3, target_modules=TARGETS, cache=False), progress=False)
+    randomise(model, 0.1)
+    export_lora(model, tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_in_peft(llama(), str(tmp_path / "lora"))(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16])
+def test_format(tmp_path, rank):
+    model = adapt(tiny_decoder())
+    export_lora(model, tmp_path / "lora", rank=rank)
+    assert sorted(os.listdir(tmp_path)) == ["lora"]
+    assert sorted(os.listdir(tmp_path / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == rank
+    assert config["target_modules"] == sorted(TARGETS)
+    assert not config["use_rslora"] and not config["use_dora"] and config["bias"] == "none"
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    layers = adapted_layers(model)
+    assert set(tensors) == {f"base_model.model.{name}.lora_{x}.weight" for name in layers for x in "AB"}
+    for name, layer in layers.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert a.shape == (rank, layer.in_features) and b.shape == (layer.out_features, rank)
+        assert not a[2:].any() and not b[:, 2:].any() and a[:2].any()
+        torch.testing.assert_close(b @ a, layer.delta_weight(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_half_precision_keeps_its_relative_precision_at_tiny_updates(dtype, tolerance, tmp_path):
+    # unbalanced, lora_B would be about 1e-7: below float16's smallest normal number, 6e-5
+    model = adapt(tiny_decoder(), size=1e-6)
+    export_lora(model, tmp_path / "lora", dtype=dtype)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, layer in adapted_layers(model).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert a.dtype == b.dtype == dtype
+        delta = layer.delta_weight().double()
+        assert float((b.double() @ a.double() - delta).norm() / delta.norm()) < tolerance
+
+
+def test_zero_update_exports_zeros():
+    layer = next(iter(adapted_layers(adapt(tiny_decoder(), size=0.0)).values()))
+    a, b = lora_factors(layer, 4)
+    assert not (b @ a).any() and bool(torch.isfinite(a).all())
+
+
+def test_merged_models_export_the_same(tmp_path):
+    model = adapt(tiny_decoder())
+    export_lora(model, tmp_path / "plain")
+    export_lora(merge(model), tmp_path / "merged")
+    unmerge(model)
+    for file in os.listdir(tmp_path / "plain"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "merged" / file).read_bytes()
+
+
+def test_target_modules_are_full_names_where_a_suffix_would_select_more():
+    assert target_modules(adapt(tiny_decoder())) == sorted(TARGETS)
+    model = adapt(tiny_decoder(), targets=["layers.0.q_proj", "up_proj"])
+    assert target_modules(model) == ["layers.0.q_proj", "layers.0.up_proj", "layers.1.up_proj"]
+
+
+def test_errors_write_nothing(tmp_path):
+    target = tmp_path / "lora"
+    with pytest.raises(ValueError, match="^model: it has no adapter to export"):
+        export_lora(tiny_decoder(), target)
+    model = adapt(tiny_decoder(), frozen_rank=4)
+    with pytest.raises(ValueError, match="^rank: expected at least the adapter's rank 4, found 3$"):
+        export_lora(model, target, rank=3)
+    with pytest.raises(ValueError, match="^dtype: expected one of float32, bfloat16, float16"):
+        export_lora(model, target, dtype=torch.int8)
+    with torch.no_grad():
+        model.layers[0].q_proj.v.fill_(float("nan"))
+    with pytest.raises(ValueError, match="^layers.0.q_proj: its update is not finite"):
+        export_lora(model, target)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "optimizer.pt").write_text("precious")
+    model = adapt(tiny_decoder())
+    with pytest.raises(ValueError, match=r"holds other files \(optimizer.pt\); choose a new one"):
+        export_lora(model, tmp_path / "checkpoint")
+    assert os.listdir(tmp_path / "checkpoint") == ["optimizer.pt"]
+    with pytest.raises(ValueError, match="is a file"):
+        export_lora(model, tmp_path / "checkpoint" / "optimizer.pt")
+
+
+def test_an_earlier_export_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    model = adapt(tiny_decoder())
+    export_lora(model, tmp_path / "lora")
+    first = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
+    model = randomise(model, 0.7)
+
+    real = os.rename
+
+    def fails_into_place(source, destination):
+        if str(destination).endswith("lora") and not source.endswith("-old"):
+            raise OSError("disk full")
+        real(source, destination)
+
+    monkeypatch.setattr(export_module.os, "rename", fails_into_place)
+    with pytest.raises(OSError, match="disk full"):
+        export_lora(model, tmp_path / "lora")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["lora"]
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() == first
+    export_lora(model, tmp_path / "lora", rank=16)
+    assert os.listdir(tmp_path) == ["lora"]
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() != first
+
+
+def test_command_line(tmp_path, capsys):
+    llama().save_pretrained(tmp_path / "base")
+    model = adapt(llama())
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    arguments = [str(tmp_path / "adapter.safetensors"), str(tmp_path / "lora"), "--model", str(tmp_path / "base")]
+    assert main([*arguments, "--rank", "1"]) == 1
+    assert capsys.readouterr().err.endswith("rank: expected at least the adapter's rank 2, found 1\n")
+    assert main(arguments) == 0
+    assert "rank 8, 14 modules, float32" in capsys.readouterr().out
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_in_peft(llama(), str(tmp_path / "lora"))(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5
+        )

@@ -1,0 +1,183 @@
+"""A standard LoRA adapter directory: what PEFT, vLLM and other servers load beside the frozen base, nothing merged.
+
+    W' - W = (U M) (U^T W) = lora_B @ lora_A * lora_alpha / rank,   lora_alpha = rank
+
+The two factors are exact whatever the SVD's residual; rows and columns beyond r are zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Sequence
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .adapter_format import sync_directory
+from .layer import TinyLoRALayer
+from .merge import delta_factors, original_weight
+from .model import adapted_layers
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_lora(
+    model: nn.Module, directory: str | os.PathLike, rank: int = 8, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the update of an adapted model, merged or not, as a LoRA adapter directory.
+
+    Args:
+        directory: created whole (written beside, then renamed), or replaced whole if it holds an earlier export.
+        rank: of the exported factors, at least the adapter's r; zero-padded.  vLLM's kernels start at 8.
+        dtype: of the exported factors: torch.float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, or a directory with other
+            files in it.  Nothing has been written then.
+        OSError: the directory cannot be written.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: it has no adapter to export; call apply_tiny_lora(model, config) first")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    needed = max(layer.basis.shape[0] for layer in layers.values())
+    if rank < needed:
+        raise ValueError(f"rank: expected at least the adapter's rank {needed}, found {rank}")
+    target = os.path.realpath(directory)
+    _refuse_foreign_directory(target)
+
+    tensors = {}
+    for name, layer in layers.items():
+        lora_a, lora_b = lora_factors(layer, rank, dtype)
+        if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
+            raise ValueError(f"{name}: its update is not finite in {str(dtype).removeprefix('torch.')}")
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+    config = json.dumps(_peft_config(model, layers, rank), indent=2, sort_keys=True) + "\n"
+    _write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})))))
+
+
+@torch.no_grad()
+def lora_factors(layer: TinyLoRALayer, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """lora_A [rank, in] and lora_B [out, rank] on the CPU with lora_B @ lora_A = W' - W."""
+    weight = original_weight(layer)
+    left, right = delta_factors(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    # B is of the size of v, A of the singular values: balanced by a power of two, exactly, so that neither leaves the
+    # normal range of float16
+    size_left, size_right = float(left.abs().max()), float(right.abs().max())
+    if 0 < size_left < math.inf and 0 < size_right < math.inf:
+        scale = 2.0 ** round(math.log2(size_right / size_left) / 2)
+        left, right = left * scale, right / scale
+    lora_a = torch.zeros(rank, right.shape[1], dtype=dtype)
+    lora_b = torch.zeros(left.shape[0], rank, dtype=dtype)
+    lora_a[: right.shape[0]] = right.cpu()
+    lora_b[:, : left.shape[1]] = left.cpu()
+    return lora_a, lora_b
+
+
+def target_modules(model: nn.Module) -> list[str]:
+    """The shortest list that selects exactly the adapted modules by PEFT's rule: full name or dotted suffix."""
+    adapted = list(adapted_layers(model))
+    bases = {name + ".base" for name in adapted}
+    last = {name.rpartition(".")[2] for name in adapted}
+    # Servers expect "q_proj"; where that would select a module that is not adapted, only full names will do.
+    by_suffix = [name for name, _ in model.named_modules() if name not in bases and name.rpartition(".")[2] in last]
+    return sorted(last) if by_suffix == adapted else adapted
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m tinylora_kernels export ADAPTER DIRECTORY --model MODEL``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinylora_kernels export", description="Turn an adapter file into a LoRA adapter directory."
+    )
+    parser.add_argument("adapter", help="a file of save_adapter")
+    parser.add_argument("directory", help="the LoRA directory to write")
+    parser.add_argument("--model", required=True, help="the base model: a directory or name that transformers loads")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    arguments = parser.parse_args(argv)
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        print("export: loading the base model needs transformers; pip install transformers", file=sys.stderr)
+        return 1
+    from .adapter import load_adapter
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        load_adapter(model, arguments.adapter)
+        export_lora(model, arguments.directory, arguments.rank, DTYPES[arguments.dtype])
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{arguments.directory}: rank {arguments.rank}, {len(adapted_layers(model))} modules, {arguments.dtype}")
+    return 0
+
+
+def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict:
+    config = getattr(model, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # transformers' Conv1D stores its weight as [in, out]
+        "fan_in_fan_out": all(not isinstance(layer.base, nn.Linear) for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": target_modules(model),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _refuse_foreign_directory(target: str) -> None:
+    if not os.path.lexists(target):
+        return
+    if not os.path.isdir(target):
+        raise ValueError(f"directory: {target} is a file")
+    others = sorted(set(os.listdir(target)) - set(FILES))
+    if others:
+        raise ValueError(f"directory: {target} holds other files ({', '.join(others[:3])}); choose a new one")
+
+
+def _write_directory(target: str, files: dict[str, bytes]) -> None:
+    """All files or none: written to a sibling, synced, renamed; an earlier export is moved aside and then removed."""
+    parent = os.path.dirname(target)
+    fresh = os.path.join(parent, f".tinylora-{secrets.token_hex(8)}")
+    old = fresh + "-old"
+    os.mkdir(fresh)
+    try:
+        for name, data in files.items():
+            with open(os.path.join(fresh, name), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(fresh)
+        replaces = os.path.lexists(target)
+        if replaces:
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            if replaces:
+                os.rename(old, target)
+            raise
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    sync_directory(parent)
+    shutil.rmtree(old, ignore_errors=True)
