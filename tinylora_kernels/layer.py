@@ -62,7 +62,7 @@ class TinyLoRALayer(nn.Module):
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
         self.enabled = True  # False: the bare base, e.g. while the update is merged into its weight
-        self.adapter_ids: Tensor | None = None
+        self.bank = None  # the AdapterBank that holds other vectors for rows of a batch
         self.backend = getattr(config, "backend", None)
         device = base.weight.device
         self.register_buffer("basis", basis.to(device).contiguous(), persistent=False)
@@ -84,13 +84,19 @@ class TinyLoRALayer(nn.Module):
         y = self.base(*args, **kwargs)
         if not self.enabled:
             return y
-        v = self._owner[0]._parameters["v"]
+        v, adapter_ids = self._owner[0]._parameters["v"], None
+        if self.bank is not None and (selection := self.bank.selection()) is not None:
+            v, adapter_ids = selection.of(self, y.device)
         if v.device != y.device:
             v = v.to(y.device)  # a tie group that spans devices
         return tiny_lora_update(
-            y, self.basis, v, self.projection, self.offset, self.adapter_ids,
+            y, self.basis, v, self.projection, self.offset, adapter_ids,
             inplace=self._fresh_output and not _is_watched(self.base), backend=self.backend,
         )  # fmt: skip
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles carry no bank: it belongs to the layers of one model in one process."""
+        return {**self.__dict__, "bank": None}
 
     @property
     def owner(self) -> TinyLoRALayer:

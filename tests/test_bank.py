@@ -1,0 +1,244 @@
+"""Many adapters in one batch: each row exactly as it would be alone, forward and gradient, whatever other threads do."""
+import copy
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.cases import error
+from tests.models import TARGETS, tiny_decoder
+from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
+from tinylora_kernels.bank import AdapterBank
+
+
+def adapted(**changes):
+    config = TinyLoRAConfig(**{"trainable_dim": 3, "n_tie": 5, "target_modules": TARGETS, "cache": False, **changes})
+    return apply_tiny_lora(tiny_decoder(bias=True), config)
+
+
+def filled_bank(model, count=6, capacity=8, **options):
+    bank = AdapterBank(model, capacity, **options)
+    generator = torch.Generator().manual_seed(7)
+    shape = (len(trainable_vectors(model)), trainable_vectors(model)[0].numel())
+    vectors = {f"a{i}": 0.2 * torch.randn(shape, generator=generator) for i in range(count)}
+    for name, v in vectors.items():
+        bank.add(name, v)
+    return bank, vectors
+
+
+def alone(model, vectors, tokens):
+    """The model with its own vectors set to one adapter's."""
+    with torch.no_grad():
+        for v, value in zip(trainable_vectors(model), vectors):
+            v.copy_(value)
+        out = model(tokens)
+        for v in trainable_vectors(model):
+            v.zero_()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_row_equals_its_adapter_alone(dtype):
+    model = adapted()
+    bank, vectors = filled_bank(model, dtype=dtype)
+    tokens = torch.randint(0, 17, (5, 4))
+    batch = ["a3", None, "a0", "a3", "a5"]
+    with torch.no_grad(), bank.use(batch):
+        together = model(tokens)
+    zeros = torch.zeros_like(vectors["a0"])
+    for row, name in enumerate(batch):
+        expected = alone(model, zeros if name is None else vectors[name].to(dtype).float(), tokens[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[1], alone(model, zeros, tokens)[1]), "outside the block the model is its own"
+
+
+def test_ids_and_names_are_the_same_choice_and_rows_may_be_beams():
+    model = adapted()
+    bank, _ = filled_bank(model)
+    tokens = torch.randint(0, 17, (4, 3))
+    with torch.no_grad():
+        with bank.use(["a1", None]):  # two prompts, two beams each
+            by_name = model(tokens)
+        with bank.use(torch.tensor([bank.slot("a1"), -1], dtype=torch.int32)):
+            by_id = model(tokens)
+        with bank.use(["a1", "a1", None, None]):
+            row_by_row = model(tokens)
+    assert torch.equal(by_name, by_id) and torch.equal(by_name, row_by_row)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "checkpointed"])
+def test_gradients_are_those_of_each_adapter_alone(recompute):
+    model = adapted()
+    bank, vectors = filled_bank(model, trainable=True)
+    tokens = torch.randint(0, 17, (6, 4))
+    batch = ["a0", "a2", "a2", None, "a4", "a0"]
+    run = (lambda t: checkpoint(model, t, use_reentrant=False)) if recompute else model
+    with bank.use(batch):
+        run(tokens).square().sum().backward()
+    for name, value in vectors.items():
+        rows = [i for i, n in enumerate(batch) if n == name]
+        slot = bank.slot(name)
+        if not rows:
+            assert not any(table.grad[slot].any() for table in bank.parameters())
+            continue
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for v, number in zip(trainable_vectors(twin), value):
+                v.copy_(number)
+        twin(tokens[rows]).square().sum().backward()
+        for table, v in zip(bank.parameters(), trainable_vectors(twin)):
+            assert error(table.grad[slot], v.grad) < 1e-5
+    assert all(v.grad is None for v in trainable_vectors(model))
+
+
+def test_recomputing_outside_the_block_is_an_error_not_another_adapter():
+    model = adapted()
+    bank, _ = filled_bank(model, trainable=True)
+    with bank.use(["a1"]):
+        loss = checkpoint(model, torch.randint(0, 17, (2, 3)), use_reentrant=False).sum()
+    with pytest.raises(RuntimeError, match="call backward\\(\\) inside"):
+        loss.backward()
+
+
+def test_add_set_remove_and_reuse():
+    model = adapted()
+    bank, vectors = filled_bank(model, count=3, capacity=3)
+    with pytest.raises(RuntimeError, match="'more': the bank is full \\(3\\)"):
+        bank.add("more")
+    assert bank.names() == ["a0", "a1", "a2"] and len(bank) == 3 and "a1" in bank
+    torch.testing.assert_close(bank.vectors("a1"), vectors["a1"])
+    tokens = torch.randint(0, 17, (1, 3))
+    with torch.no_grad(), bank.use(["a1"]):
+        before = model(tokens)
+        bank.remove("a1")
+        bank.add("new", 2 * vectors["a1"])  # takes the slot that the open block still runs
+        assert torch.equal(model(tokens), before)
+    with pytest.raises(KeyError, match="'a1': it is not in the bank of 3"):
+        with bank.use(["a1"]):
+            pass
+    with torch.no_grad(), bank.use(["new"]):
+        assert not torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("call, kind, message", [
+    (lambda b: b.add("a0"), ValueError, "in the bank already"),
+    (lambda b: b.add(3), ValueError, "integers are ids"),
+    (lambda b: b.add("x", torch.zeros(1, 3)), ValueError, r"expected vectors \[groups, u\] = \(3, 3\), found \(1, 3\)"),
+    (lambda b: b.add("x", torch.full((3, 3), float("nan"))), ValueError, "NaN"),
+    (lambda b: b.remove("x"), KeyError, "not in the bank"),
+    (lambda b: b.use([7]).__enter__(), IndexError, "adapter id 7: it is not in the bank of 6"),
+    (lambda b: b.use([-2]).__enter__(), IndexError, "adapter id -2"),
+    (lambda b: b.use(torch.tensor([2**40])).__enter__(), IndexError, "adapter id 1099511627776"),
+    (lambda b: b.use([]).__enter__(), IndexError, "at least one entry"),
+    (lambda b: AdapterBank(b.model, 2), ValueError, "found one; close it first"),
+])  # fmt: skip
+def test_bad_requests_are_refused(call, kind, message):
+    bank, _ = filled_bank(adapted())
+    with pytest.raises(kind, match=message):
+        call(bank)
+    assert len(bank) == 6
+
+
+def test_rows_that_do_not_divide_are_refused_before_anything_is_written():
+    model = adapted()
+    bank, _ = filled_bank(model)
+    with bank.use(["a0", "a1"]), pytest.raises((ValueError, RuntimeError), match="divides the 9 rows"):
+        model(torch.randint(0, 17, (3, 3)))
+
+
+def test_a_bare_model_and_copies_carry_no_bank():
+    with pytest.raises(ValueError, match="found none"):
+        AdapterBank(tiny_decoder(), 4)
+    model = adapted()
+    bank, _ = filled_bank(model)
+    twin, tokens = copy.deepcopy(model), torch.randint(0, 17, (2, 3))
+    with torch.no_grad(), bank.use(["a0"]):
+        assert torch.equal(twin(tokens), alone(twin, torch.zeros(3, 3), tokens))
+    bank.close()
+    with torch.no_grad(), bank.use(["a0"]):
+        assert torch.equal(model(tokens), twin(tokens))
+
+
+def test_a_million_adapters_weigh_52_megabytes():
+    model = adapted(trainable_dim=13, n_tie=100)
+    bank = AdapterBank(model, 1_000_000)
+    assert sum(table.nbytes for table in bank.tables.values()) == 52_000_000
+    with torch.no_grad(), bank.use([None]):
+        assert model(torch.randint(0, 17, (2, 3))).isfinite().all()
+
+
+def test_generate_with_a_cache_and_with_beams_runs_each_prompt_with_its_adapter():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=31,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    apply_tiny_lora(model, TinyLoRAConfig(trainable_dim=3, n_tie=5, target_modules=TARGETS, cache=False))
+    bank, vectors = filled_bank(model)
+    for name in vectors:
+        bank.set(name, 20 * vectors[name])  # strong enough to change what is generated
+    prompts, batch = torch.randint(2, 31, (4, 5)), ["a0", "a1", None, "a0"]
+    for options in (dict(num_beams=1), dict(num_beams=3)):
+        call = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+        with bank.use(batch):
+            together = model.generate(prompts, attention_mask=torch.ones_like(prompts), **call)
+        singles = []
+        for row, name in enumerate(batch):
+            with bank.use([name]):
+                one = prompts[row : row + 1]
+                singles.append(model.generate(one, attention_mask=torch.ones_like(one), **call))
+        assert torch.equal(together, torch.cat(singles))
+        bare = model.generate(prompts, attention_mask=torch.ones_like(prompts), **call)
+        assert not torch.equal(together, bare) and torch.equal(together[2], bare[2])
+
+
+def test_threads_that_add_remove_and_switch_never_cross():
+    """Four threads run batches of random adapters, bad ids among them, while two others change the bank."""
+    model = adapted(n_tie=100, trainable_dim=1)
+    bank = AdapterBank(model, 64)
+    values = {f"s{i}": torch.full((1, 1), 0.02 * (i + 1)) for i in range(16)}
+    for name, value in values.items():
+        bank.add(name, value)
+    tokens = torch.randint(0, 17, (1, 3))
+    expected = {name: alone(model, value, tokens)[0] for name, value in values.items()}
+    failures, refused, stop = [], [], threading.Event()
+
+    def serve(seed):
+        generator = torch.Generator().manual_seed(seed)
+        names = list(values)
+        for _ in range(40):
+            pick = [names[int(i)] for i in torch.randint(0, 16, (8,), generator=generator)]
+            if int(torch.randint(0, 4, (), generator=generator)) == 0:
+                try:
+                    with bank.use([*pick, 10_000]):
+                        failures.append("a bad id ran")
+                except IndexError:
+                    refused.append(1)
+            with torch.no_grad(), bank.use(pick):
+                out = model(tokens.expand(8, -1))
+            for row, name in enumerate(pick):
+                if not torch.allclose(out[row], expected[name], rtol=1e-5, atol=1e-6):
+                    failures.append(name)
+
+    def churn(label):
+        turn = 0
+        while not stop.is_set():
+            name = f"{label}{turn % 20}"
+            bank.add(name, torch.full((1, 1), -1.0))
+            bank.remove(name)
+            turn += 1
+
+    workers = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    churners = [threading.Thread(target=churn, args=(label,)) for label in ("x", "y")]
+    for thread in (*workers, *churners):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    stop.set()
+    for thread in churners:
+        thread.join()
+    assert not failures and refused and sorted(bank.names()) == sorted(values)
