@@ -228,7 +228,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", machine
 
 
-setup(
-    ext_modules=[Extension(f"{PACKAGE}.libtinylora", sources=[])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":  # how build frontends run this file; importing it gives its functions
+    setup(
+        ext_modules=[Extension(f"{PACKAGE}.libtinylora", sources=[])],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    )

@@ -26,12 +26,6 @@ struct Lanes<BFloat16> : Lanes16<BFloat16, BFloat16Format> {};
 
 }  // namespace
 
-const Kernels& avx512_bf16_kernels() {
-  static constexpr auto make = [](const Kernels& base) {
-    return Kernels{"avx512_bf16", {base.rows[0], rows<BFloat16>, base.rows[2], base.rows[3]}};
-  };
-  static const Kernels kernels = make(avx512_kernels());
-  return kernels;
-}
+void avx512_bf16_rows(const RowsJob& job, int64_t begin, int64_t end) { rows<BFloat16>(job, begin, end); }
 
 }  // namespace tinylora::cpu

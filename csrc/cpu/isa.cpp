@@ -9,6 +9,15 @@
 namespace tinylora::cpu {
 namespace {
 
+#if defined(__x86_64__)
+// AVX-512 BF16 changes the bfloat16 kernel alone.
+const Kernels& avx512_bf16_kernels() {
+  const RowsKernel* base = avx512_kernels().rows;
+  static const Kernels kernels{"avx512_bf16", {base[0], avx512_bf16_rows, base[2], base[3]}};
+  return kernels;
+}
+#endif
+
 // By name, or the fastest for null; null where the CPU or the operating system lacks it.
 const Kernels* find(const char* name) {
   const auto wanted = [name](const char* isa) { return !name || !std::strcmp(name, isa); };

@@ -48,7 +48,7 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
-const Kernels& avx512_bf16_kernels();
+void avx512_bf16_rows(const RowsJob& job, int64_t begin, int64_t end);  // bfloat16 rows on AVX-512 BF16
 #endif
 
 }  // namespace tinylora::cpu

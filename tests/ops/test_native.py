@@ -1,0 +1,304 @@
+"""The native CPU kernels, on every instruction set this machine has: error budget, bit-equality, rounding, errors."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.cases import CASES, DTYPES, assert_within_budget, make_case, run_ops
+from tinylora_kernels.ops import native, reference
+
+pytestmark = pytest.mark.skipif(native.load().error is not None, reason=f"native library: {native.load().error}")
+
+ISAS = [name for name in native.CPU_ISAS if native.load().error is None and native.use_isa(name)]
+GRID = [pytest.param(case, id=str(case)) for case in CASES]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = native.load().isa
+    assert native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def simple(rows=5, features=40, rank=2, numbers=3, dtype=torch.float32, **shape):
+    """Arguments of `update` by name."""
+    torch.manual_seed(0)
+    acc = torch.float64 if dtype is torch.float64 else torch.float32
+    return {
+        "y": torch.randn(rows, features).to(dtype),
+        "basis": torch.randn(rank, features, dtype=acc) / features**0.5,
+        "v": torch.randn(numbers, dtype=acc),
+        "projection": torch.randn(numbers, rank, rank, dtype=acc),
+        "offset": torch.randn(rank, dtype=acc),
+        "adapter_ids": None,
+    } | shape
+
+
+@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_budget(isa, case, dtype):
+    # dv may be a single number: errors are pooled over many draws where a draw is cheap.
+    draws = [make_case(case, dtype, draw) for draw in range(16 if case.rows * case.features < 2**16 else 4)]
+    assert_within_budget([run_ops(native, inputs) for inputs in draws], draws)
+
+
+@pytest.mark.parametrize("case", GRID)
+def test_float64_equals_the_reference(isa, case):
+    inputs = make_case(case, torch.float64)
+    for found, truth in zip(vars(run_ops(native, inputs)).values(), vars(run_ops(reference, inputs)).values()):
+        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_bits_do_not_depend_on_run_or_threads(isa, dtype, two_threads):
+    for case in (c for c in CASES if c.rows * c.features > 2**15):  # above the threshold for a second thread
+        inputs = make_case(case, dtype)
+        torch.set_num_threads(1)
+        first, again = run_ops(native, inputs), run_ops(native, inputs)
+        torch.set_num_threads(2)
+        threaded = run_ops(native, inputs)
+        for name, expected in vars(first).items():
+            assert torch.equal(getattr(again, name), expected), name
+            assert torch.equal(getattr(threaded, name), expected), name
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(isa, dtype, rank):
+    call = simple(rows=13, features=117, rank=rank, dtype=dtype)
+    alone = [row.clone() for row in call["y"]]
+    together = call["y"]
+    t = native.update(**call)
+    for n, row in enumerate(alone):
+        t_row = native.update(**call | {"y": row})
+        assert torch.equal(row, together[n]) and torch.equal(t_row[0], t[n])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_that_of_torch(isa, dtype):
+    # y = 0 and c = -1 give t = 1; with M = 1 the result is the basis itself, rounded once.
+    patterns = torch.randint(-(2**31), 2**31, (2**18,), generator=torch.Generator().manual_seed(0)).int()
+    ties = (torch.arange(2**16).int() << 16) + 0x8000  # half way between bfloat16 neighbours
+    half_ties = (torch.arange(2**18).int() << 13) + 0x1000  # half way between float16 neighbours
+    values = torch.cat([patterns, ties, half_ties]).view(torch.float32)
+    values = values[values.isfinite() & (values.abs() >= torch.finfo(torch.float32).tiny)]
+    y, one = torch.zeros(1, len(values), dtype=dtype), torch.ones(1)
+    native.update(y, values[None].contiguous(), one, one.view(1, 1, 1), -one, None)
+    assert torch.equal(y[0], values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_zero_update_keeps_every_16_bit_number(isa, dtype):
+    y = torch.arange(-(2**15), 2**15).short().view(dtype)
+    if isa == "avx512_bf16":  # its narrowing instruction treats subnormal numbers as zero
+        y = torch.where(y.abs() < torch.finfo(y.dtype).tiny, 0, y)
+    y = y[y.isfinite()].view(-1, 1)
+    before = y.clone()
+    native.update(y, torch.ones(1, 1), torch.zeros(1), torch.ones(1, 1, 1), None, None)
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_nan_and_infinity_propagate(isa, dtype, bad):
+    call = simple(dtype=dtype)
+    call["y"][3, 7] = bad
+    g = call["y"].clone()
+    t = native.update(**call)
+    rows = torch.arange(5) == 3
+    for result in (t, call["y"]):
+        assert not result[rows].isfinite().all() and result[~rows].isfinite().all()
+    g0, dv = native.update_backward(g, call["basis"], call["v"], call["projection"], t, None, True)
+    assert not g0[rows].isfinite().all() and g0[~rows].isfinite().all() and not dv.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shapes_and_strides(isa, dtype):
+    call = simple(rows=12, dtype=dtype)
+    flat = call["y"].clone()
+    native.update(**call | {"y": flat})
+    wide = torch.full((3, 8, 41), 9.0, dtype=dtype)  # rows of 40 with odd starts, every second used
+    view = wide[:, ::2, 1:]
+    view.copy_(call["y"].view(3, 4, 40))
+    native.update(**call | {"y": view})
+    assert torch.equal(view, flat.view(3, 4, 40))
+    assert bool((wide[:, 1::2] == 9).all()) and bool((wide[:, :, 0] == 9).all())
+    # g may repeat one row
+    g = call["y"][:1].expand(12, 40)
+    rest = (call["basis"], call["v"], call["projection"])
+    found = native.update_backward(g, *rest, None, None, True)[0]
+    assert found.is_contiguous() and torch.equal(found, native.update_backward(g.contiguous(), *rest, None, None, True)[0])
+
+
+def test_a_bare_row_keeps_its_bits(isa):
+    call = simple(v=torch.randn(2, 3), adapter_ids=torch.tensor([-1, 0, -1, 1, -1]))
+    call["basis"][0, 3] = float("inf")  # 0 * inf would show
+    before = call["y"].clone()
+    native.update(**call)
+    assert torch.equal(call["y"][::2], before[::2]) and not call["y"][1::2].isfinite().any(1).all()
+
+
+@pytest.mark.parametrize("need_input_grad", [True, False])
+@pytest.mark.parametrize("need_v_grad", [True, False])
+def test_only_what_is_asked_for(isa, need_input_grad, need_v_grad):
+    call = simple()
+    g, rest = call["y"], (call["basis"], call["v"], call["projection"])
+    t = torch.randn(5, 2) if need_v_grad else None
+    g0, dv = native.update_backward(g, *rest, t, None, need_input_grad)
+    truth = reference.update_backward(g, *rest, t, None, need_input_grad)
+    for found, expected in zip((g0, dv), truth):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+
+
+ERRORS = {
+    "y dtype": (lambda c: c | {"y": c["y"].int()}, r"y: expected dtype float32, bfloat16, float16 or float64, found int32"),
+    "y width": (lambda c: c | {"y": c["y"][:, 1:]}, r"y: expected last dimension 40 as in basis \(2, 40\), found \(5, 39\)"),
+    "y scalar": (lambda c: c | {"y": torch.tensor(1.0)}, r"y: expected \[\.\.\., D\], found a scalar"),
+    "y columns": (lambda c: c | {"y": torch.randn(40, 5).T}, r"y: expected last stride 1, found 5"),
+    "y strides": (
+        lambda c: c | {"y": torch.randn(2, 9, 40)[:, :3]},
+        r"y: expected leading dimensions with one row stride, found stride 360 instead of 120 in dimension 0",
+    ),
+    "y overlap": (lambda c: c | {"y": torch.randn(40).expand(5, 40)}, r"y: expected rows that do not overlap"),
+    "basis dtype": (lambda c: c | {"basis": c["basis"].double()}, r"basis: expected dtype float32 beside float32 y"),
+    "basis layout": (lambda c: c | {"basis": torch.randn(40, 2).T}, r"basis: expected a contiguous tensor"),
+    "basis dims": (lambda c: c | {"basis": c["basis"][None]}, r"basis: expected \[r, D\]"),
+    "v numbers": (lambda c: c | {"v": torch.randn(4)}, r"v: expected \[3\], at least one number, found \(4\)"),
+    "v adapters": (
+        lambda c: c | {"adapter_ids": torch.zeros(5).long()},
+        r"v: expected \[K, 3\] with adapter_ids, at least one number, found \(3\)",
+    ),
+    "projection": (
+        lambda c: c | {"projection": torch.randn(3, 2, 3)},
+        r"projection: expected \[u, 2, 2\] or \[2, 2\] for a basis of rank 2, found \(3, 2, 3\)",
+    ),
+    "lora-xs": (lambda c: c | {"projection": torch.randn(2, 2)}, r"v: expected \[4\], at least one number, found \(3\)"),
+    "offset": (lambda c: c | {"offset": torch.randn(3)}, r"offset: expected shape \(2\), found \(3\)"),
+    "ids dtype": (
+        lambda c: c | {"v": torch.randn(2, 3), "adapter_ids": torch.zeros(5)},
+        r"adapter_ids: expected a contiguous 1-D int32 or int64 tensor, found float32 \(5\)",
+    ),
+    "ids length": (
+        lambda c: c | {"v": torch.randn(2, 3), "adapter_ids": torch.zeros(3).long()},
+        r"adapter_ids: expected a length that divides the 5 rows, found 3",
+    ),
+    "ids none": (
+        lambda c: c | {"v": torch.randn(2, 3), "adapter_ids": torch.zeros(0).long()},
+        r"adapter_ids: expected a length that divides the 5 rows, found 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument_and_leave_y_alone(name):
+    change, message = ERRORS[name]
+    call = change(simple())
+    before = call["y"].clone()
+    with pytest.raises(ValueError, match=message) as caught:
+        native.update(**call)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(call["y"], before)
+
+
+@pytest.mark.parametrize("bad", [2, -2])
+def test_an_id_out_of_range_leaves_y_alone(bad):
+    call = simple(v=torch.randn(2, 3), adapter_ids=torch.tensor([0, 1, -1, 0, bad], dtype=torch.int32))
+    before = call["y"].clone()
+    with pytest.raises(IndexError, match=rf"adapter_ids: expected -1 or an id below 2, found {bad} at position 4"):
+        native.update(**call)
+    assert torch.equal(call["y"], before)
+
+
+def test_backward_errors():
+    call = simple()
+    rest = (call["basis"], call["v"], call["projection"])
+    with pytest.raises(ValueError, match=r"t: expected shape \(5, 2\), found \(4, 2\)"):
+        native.update_backward(call["y"], *rest, torch.randn(4, 2), None, True)
+    with pytest.raises(ValueError, match=r"g: expected last stride 1, found 0"):
+        native.update_backward(torch.ones(1, 1).expand(5, 40), *rest, None, None, True)
+
+
+def test_empty_batch_with_empty_ids():
+    call = simple(rows=0, v=torch.randn(2, 3), adapter_ids=torch.zeros(0).long())
+    assert native.update(**call).shape == (0, 2)
+    t = torch.zeros(0, 2)
+    g0, dv = native.update_backward(call["y"], call["basis"], call["v"], call["projection"], t, call["adapter_ids"], True)
+    assert g0.shape == (0, 40) and dv.shape == (2, 3) and not dv.any()
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ belongs to glibc")
+def test_outputs_are_written_whole():
+    """The library allocates past torch's NaN poisoning, so here malloc itself fills fresh memory, with -1.7e38."""
+    code = """
+import torch
+from tests.cases import CASES, make_case, run_ops
+from tinylora_kernels.ops import native, reference
+assert not torch.randn(64, 64).add(1).isnan().any() and torch.empty(999).min() < -1e38, "memory is not poisoned"
+for isa in native.CPU_ISAS:
+    if not native.use_isa(isa):
+        continue
+    for case in CASES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            inputs = make_case(case, dtype)
+            for found, truth in zip(vars(run_ops(native, inputs)).values(), vars(run_ops(reference, inputs)).values()):
+                torch.testing.assert_close(found, truth, rtol=2e-2, atol=2e-2)
+print("whole")
+"""
+    assert run_python(code, MALLOC_PERTURB_="1", OMP_NUM_THREADS="1") == "whole"  # fills with the complement, 0xfe
+
+
+def test_isa_from_the_environment():
+    code = "from tinylora_kernels.ops import native; print(native.load().isa, native.load().error, sep='|')"
+    assert run_python(code, TINYLORA_CPU_ISA="portable") == "portable|None"
+    isa, error = run_python(code, TINYLORA_CPU_ISA="mmx").split("|")
+    assert isa == "None" and re.match(r"TINYLORA_CPU_ISA: expected portable, .*, found 'mmx'", error)
+
+
+def test_use_isa_refuses_unknown_names():
+    with pytest.raises(ValueError, match="isa: expected one of portable, avx2, avx512, avx512_bf16, found 'sse'"):
+        native.use_isa("sse")
+
+
+def test_why_not():
+    assert native.why_not_cpu("cpu", torch.bfloat16, 3) is None
+    assert native.why_not_cpu("cuda", torch.bfloat16, 2) == "it runs on the CPU, the tensors are on cuda"
+    assert native.why_not_cpu("cpu", torch.int8, 2) == (
+        "torch.int8 activations: expected float32, bfloat16, float16 or float64"
+    )
+    assert native.why_not_cuda("cpu", torch.float32, 2) == "it runs on NVIDIA GPUs, the tensors are on cpu"
+    if native.load().has_cuda:
+        assert native.why_not_cuda("cuda", torch.float32, 3) == (
+            "rank 3: the CUDA kernels exist for ranks 1, 2, 4, 8"
+        )
+    else:
+        assert native.why_not_cuda("cuda", torch.float32, 2).startswith("built without CUDA: ")
+
+
+def test_a_missing_library_is_a_reason_not_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libtinylora.so")
+    monkeypatch.setattr(native, "RECORD", tmp_path / "record.json")
+    (tmp_path / "record.json").write_text('{"reason": "no C++ compiler found", "fix": "apt install g++"}')
+    status = native.load.__wrapped__()
+    assert status.error == "not built: no C++ compiler found. To change that: apt install g++"
+    (tmp_path / "libtinylora.so").write_bytes(b"not a library")
+    assert native.load.__wrapped__().error.startswith("libtinylora.so does not load: ")

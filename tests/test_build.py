@@ -1,0 +1,184 @@
+"""The build: what it does where it cannot compile, and what the library it makes depends on."""
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinylora_kernels import __main__ as command_line
+from tinylora_kernels import _version, diagnostics
+from tinylora_kernels.ops import native
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree beside the tests")
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="no c++ and nm on PATH")
+on_x86 = pytest.mark.skipif(
+    not (ROOT / "csrc").is_dir() or "x86_64" not in subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout,
+    reason="instruction sets of x86-64",
+)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, with its announcements kept off the terminal."""
+    spec = importlib.util.spec_from_file_location("tinylora_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "announce", lambda lines: None)
+    for variable in ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    return module
+
+
+def failing_cmake(build, monkeypatch, fails):
+    """Let run_cmake succeed or fail by its settings, compiling nothing; returns the settings of each attempt."""
+    attempts = []
+
+    def run_cmake(cmake, settings, log):
+        attempts.append(settings)
+        log.write_text("")
+        if fails(settings):
+            raise subprocess.CalledProcessError(1, "cmake", "FAILED: x.o\nx.cu(3): error: no such thing\nninja: stopped")
+        log.with_name(build.LIBRARY).write_bytes(b"library")
+
+    monkeypatch.setattr(build, "run_cmake", run_cmake)
+    monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
+    return attempts
+
+
+@needs_sources
+def test_without_a_compiler_the_record_says_what_to_do(build, monkeypatch, tmp_path):
+    (tmp_path / build.LIBRARY).write_bytes(b"from an earlier build")
+    monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    record = build.build_native(tmp_path)
+    assert not record["library"] and not (tmp_path / build.LIBRARY).exists()
+    assert record["reason"] == "no C++ compiler found" and "apt install g++" in record["fix"]
+    assert json.loads((tmp_path / build.RECORD).read_text()) == record
+
+
+@needs_sources
+def test_without_torch_headers_the_record_says_what_to_do(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLORA_TORCH_DIR", str(tmp_path))
+    record = build.build_native(tmp_path)
+    assert "no torch with the stable ABI headers" in record["reason"] and "--no-build-isolation" in record["fix"]
+
+
+@needs_sources
+def test_switched_off(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLORA_BUILD_NATIVE", "0")
+    assert build.build_native(tmp_path)["reason"] == "switched off by TINYLORA_BUILD_NATIVE=0"
+
+
+@needs_sources
+def test_a_failing_cuda_build_leaves_the_cpu_library(build, monkeypatch, tmp_path):
+    attempts = failing_cmake(build, monkeypatch, fails=lambda settings: "TINYLORA_CUDA" in settings)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/nvcc")
+    monkeypatch.setenv("TINYLORA_CUDA_ARCHITECTURES", "90-real")
+    record = build.build_native(tmp_path)
+    assert [("TINYLORA_CUDA" in settings) for settings in attempts] == [True, False]
+    assert attempts[0]["TINYLORA_ARCHITECTURES"] == "90-real" and attempts[0]["CMAKE_CUDA_COMPILER"] == "/opt/nvcc"
+    assert record["library"] and not record["cuda"]
+    assert record["cuda_reason"] == "the CUDA build failed: x.cu(3): error: no such thing"
+
+
+@needs_sources
+def test_a_failing_build_leaves_a_reason(build, monkeypatch, tmp_path):
+    failing_cmake(build, monkeypatch, fails=lambda settings: True)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    record = build.build_native(tmp_path)
+    assert not record["library"] and record["reason"] == "the build failed: x.cu(3): error: no such thing"
+
+
+@needs_sources
+def test_cuda_can_be_switched_off(build, monkeypatch):
+    monkeypatch.setenv("TINYLORA_BUILD_CUDA", "0")
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/nvcc")
+    assert build.find_nvcc() is None
+
+
+@needs_sources
+def test_headers_are_those_of_the_installed_torch(build):
+    directory = build.torch_directory()
+    assert directory == Path(torch.__file__).parent
+    assert build.check_torch_version(directory) == torch.__version__.split("+")[0]
+
+
+@needs_sources
+def test_headers_are_found_without_sys_path(build, monkeypatch):
+    """Build isolation hides the environment's packages from sys.path."""
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build.torch_directory().samefile(Path(torch.__file__).parent)
+
+
+@needs_compiler
+@on_x86
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+def test_no_wide_instructions_leave_their_file(isa, tmp_path):
+    """An inline function compiled with AVX flags and external linkage may be picked by the linker for every caller."""
+    flags = ["-mavx2", "-mfma", "-mf16c"]
+    flags += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"] if "avx512" in isa else []
+    flags += ["-mavx512bf16"] if "bf16" in isa else []
+    source, target = ROOT / f"csrc/cpu/{isa}.cpp", tmp_path / "out.o"
+    # -O0: nothing is inlined, so every function that could leak is there to be seen.
+    subprocess.run(
+        ["c++", "-std=c++17", "-O0", "-c", "-w", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True
+    )
+    listing = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
+    symbols = [line.split(" ", 2)[1:] for line in listing.stdout.splitlines()]
+    external = [name.split("(")[0] for kind, name in symbols if kind not in "tdbr"]
+    assert external == ["tinylora::cpu::avx512_bf16_rows" if isa == "avx512_bf16" else f"tinylora::cpu::{isa}_kernels"]
+
+
+@needs_compiler
+@pytest.mark.skipif(native.load().error is not None, reason=f"native library: {native.load().error}")
+def test_the_library_needs_no_python_and_no_unstable_torch():
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(native.LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    unstable = [s for s in symbols if s.startswith(("Py", "_Py", "_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch"))]
+    assert unstable == []
+
+
+def test_the_version_is_the_same_everywhere():
+    assert importlib.metadata.version("tinylora-kernels") == _version.__version__
+    if native.load().error is None:
+        assert native.load().build["version"] == _version.__version__
+
+
+def test_info_reports_backends_and_reasons(capsys):
+    assert command_line.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"tinylora_kernels {_version.__version__}" in text and "backends for cpu tensors" in text
+    assert next(line for line in text.splitlines() if line.endswith(" available")).startswith(" * ")
+    assert command_line.main(["info", "--json", "--rank", "3"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["cpu"]["reference"] is None
+    assert facts["backends"]["cpu"]["cuda"] == "it runs on NVIDIA GPUs, the tensors are on cpu"
+
+
+def test_info_shows_why_there_is_no_library(monkeypatch):
+    missing = native.Status(native.LIBRARY, "not built: no C++ compiler found. To change that: apt install g++")
+    monkeypatch.setattr(native, "load", lambda: missing)
+    facts = diagnostics.collect()
+    assert facts["backends"]["cpu"]["cpu"] == missing.error
+    assert "native library   not in use: not built: no C++ compiler found" in diagnostics.report(facts)
+
+
+def test_unknown_command(capsys):
+    assert command_line.main(["frobnicate"]) == 2
+    assert "command: expected one of info" in capsys.readouterr().err
+    assert command_line.main(["--help"]) == 0
+    assert "usage: python -m tinylora_kernels" in capsys.readouterr().out
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "tinylora_kernels"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "backends for cpu tensors" in done.stdout

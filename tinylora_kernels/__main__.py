@@ -1,0 +1,35 @@
+"""The command line: python -m tinylora_kernels [info | ...]. Each command lives in a module imported when asked for."""
+from __future__ import annotations
+
+import importlib
+import sys
+
+# command -> (module with main(argv) -> exit status, one line of help)
+COMMANDS = {
+    "info": ("tinylora_kernels.diagnostics", "what is installed, which backends run here, and why others do not"),
+}
+DEFAULT = "info"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, arguments = (argv[0], argv[1:]) if argv else (DEFAULT, [])
+    if name not in COMMANDS:
+        print(f"command: expected one of {', '.join(COMMANDS)}, found {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[name]
+    return importlib.import_module(module).main(arguments) or 0
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: python -m tinylora_kernels [command] [options]", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What is installed and which backends run here: the report of `python -m tinylora_kernels`."""
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+
+import torch
+
+from ._version import __version__
+from .ops import dispatch, native
+
+DTYPES = (torch.float32, torch.bfloat16)  # the ones backends are asked about
+
+
+def collect(rank: int = 2) -> dict:
+    """Everything the report shows, as plain data.
+
+    Args:
+        rank: the frozen rank r that backends are asked about.
+    """
+    status = native.load()
+    return {
+        "package": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "native": {
+            "path": str(status.path),
+            "error": status.error,
+            "cpu_isa": status.isa,
+            "cuda_architectures": status.build.get("cuda", ""),
+            "compiler": status.build.get("compiler"),
+            "build_record": status.record,
+        },
+        "requested": dispatch.requested_backend(),
+        "backends": {device: backends(device, rank) for device in ("cpu", "cuda")},
+    }
+
+
+def backends(device_type: str, rank: int) -> dict[str, str | None]:
+    """For each backend: None if it serves float32 and bfloat16 tensors on this device, else why not."""
+    reasons: dict[str, str | None] = {}
+    for dtype in DTYPES:
+        for name, reason in dispatch.table(device_type, dtype, rank):
+            reasons[name] = reasons.get(name) or reason
+    if device_type == "cuda" and not torch.cuda.is_available():
+        missing = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+        reasons = {name: reason or missing for name, reason in reasons.items()}
+    return reasons
+
+
+def cpu_name() -> str:
+    """The CPU's model name where the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown CPU"
+
+
+def report(facts: dict) -> str:
+    """The facts of `collect` as text."""
+    library = facts["native"]
+    state = f"not in use: {library['error']}" if library["error"] else f"loaded from {library['path']}"
+    cuda = library["cuda_architectures"] or "none"
+    if not library["cuda_architectures"] and (reason := library["build_record"].get("cuda_reason")):
+        cuda += f" ({reason})"
+    lines = [
+        f"tinylora_kernels {facts['package']}   python {facts['python']}   torch {facts['torch']}",
+        f"machine          {facts['machine']}",
+        f"gpu              {facts['gpu'] or 'none'}",
+        f"native library   {state}",
+    ]
+    if not library["error"]:
+        lines += [
+            f"  CPU kernels    {library['cpu_isa']}",
+            f"  CUDA kernels   {cuda}",
+            f"  compiler       {library['compiler']}",
+        ]
+    lines.append(f"backend asked    {facts['requested'] or 'none: the first available is taken'}")
+    for device, table in facts["backends"].items():
+        lines.append(f"backends for {device} tensors")
+        chosen = next((name for name, reason in table.items() if reason is None), None)
+        for name, reason in table.items():
+            mark = "*" if name == chosen else " "
+            lines.append(f" {mark} {name:<14} {'available' if reason is None else f'no: {reason}'}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """`info [--json] [--rank R]`"""
+    parser = argparse.ArgumentParser(prog="python -m tinylora_kernels info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    parser.add_argument("--rank", type=int, default=2, help="frozen rank that backends are asked about (default 2)")
+    options = parser.parse_args(argv)
+    facts = collect(options.rank)
+    print(json.dumps(facts, indent=1) if options.json else report(facts))
+    return 0
