@@ -2,6 +2,14 @@
 
 from .grpo import GRPOTrainer, group_advantages
 from .log_probs import token_log_probs
+from .population import PopulationAdam, PopulationGRPO
 from .sft import SFTTrainer
 
-__all__ = ["GRPOTrainer", "SFTTrainer", "group_advantages", "token_log_probs"]
+__all__ = [
+    "GRPOTrainer",
+    "PopulationAdam",
+    "PopulationGRPO",
+    "SFTTrainer",
+    "group_advantages",
+    "token_log_probs",
+]

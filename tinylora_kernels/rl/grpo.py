@@ -154,6 +154,23 @@ class GRPOTrainer(VectorTrainer):
         Raises:
             ValueError: an argument does not fit; one line that names it.  Nothing has changed then.
         """
+        loss, metrics = self.loss(
+            log_probs, old_log_probs, rewards, mask=mask, ref_log_probs=ref_log_probs, rollout_log_probs=rollout_log_probs
+        )
+        norm = self._apply(loss)
+        return {**metrics, "grad_norm": norm, "steps": self.steps}
+
+    def loss(
+        self,
+        log_probs: torch.Tensor,
+        old_log_probs: torch.Tensor | None,
+        rewards: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        ref_log_probs: torch.Tensor | None = None,
+        rollout_log_probs: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """What ``training_step`` minimises, a scalar with a graph, and its metrics; the same arguments and errors."""
         self._require_trainable(log_probs)
         selected = check_mask(mask, log_probs)
         check_log_probs("log_probs", log_probs, log_probs.shape, selected)
@@ -215,8 +232,7 @@ class GRPOTrainer(VectorTrainer):
                 "tis_capped_fraction": ((weight > self.tis_cap) * keep).sum() / count,
             }
             values = torch.stack([value.detach().to(dtype) for value in metrics.values()]).tolist()  # one transfer
-        norm = self._apply(loss)
-        return {**dict(zip(metrics, values)), "grad_norm": norm, "steps": self.steps}
+        return loss, dict(zip(metrics, values))
 
     def _check_rewards(self, rewards, log_probs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rewards = torch.as_tensor(rewards, device=log_probs.device).detach().to(dtype)
