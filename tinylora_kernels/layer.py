@@ -91,7 +91,7 @@ class TinyLoRALayer(nn.Module):
             v = v.to(y.device)  # a tie group that spans devices
         return tiny_lora_update(
             y, self.basis, v, self.projection, self.offset, adapter_ids,
-            inplace=self._fresh_output and not _is_watched(self.base), backend=self.backend,
+            inplace=self._fresh_output and not is_watched(self.base), backend=self.backend,
         )  # fmt: skip
 
     def __getstate__(self) -> dict:
@@ -148,7 +148,7 @@ class TinyLoRALayer(nn.Module):
         return super()._apply(keep_dtype, recurse=False)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether a hook may hold the module's output, or stands between it and autograd."""
     hooks = nn.modules.module
     return bool(
