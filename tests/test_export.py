@@ -204,7 +204,8 @@ def test_an_earlier_export_is_replaced_whole_or_kept(tmp_path, monkeypatch):
     assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() != first
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
     llama().save_pretrained(tmp_path / "base")
     model = adapt(llama())
     save_adapter(model, tmp_path / "adapter.safetensors")

@@ -7,6 +7,8 @@ import sys
 # command -> (module with main(argv) -> exit status, one line of help)
 COMMANDS = {
     "info": ("tinylora_kernels.diagnostics", "what is installed, which backends run here, and why others do not"),
+    "inspect": ("tinylora_kernels.adapter", "what an adapter file holds"),
+    "export": ("tinylora_kernels.export", "an adapter file as a standard LoRA directory"),
 }
 DEFAULT = "info"
 

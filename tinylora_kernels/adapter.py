@@ -35,8 +35,8 @@ from .merge import is_merged, original_weight
 from .model import adapted_layers, apply_tiny_lora, target_names, tiny_lora_projection
 from .tying import assign_groups, module_kind
 
-# Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to float32;
-# the update then agrees to about this.
+# Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to
+# float32; the update then agrees to about this.
 BASIS_TOL = 1e-5
 
 # What makes two adapters the same function; the other fields say how modules and groups were chosen, and those are

@@ -143,7 +143,7 @@ def read(path: str | os.PathLike) -> AdapterFile:
 
 
 def encode_config(config: TinyLoRAConfig | LoRAXSConfig) -> dict:
-    """The config as JSON values; a map of tie groups is written as "map", the groups themselves stand in their column."""
+    """The config as JSON values; a map of tie groups is written as "map", the groups stand in their column."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in RUNTIME_FIELDS}
     values["v_dtype"] = str(config.v_dtype).removeprefix("torch.")
     if not isinstance(config.tying, str):
@@ -285,7 +285,7 @@ def _columns(metadata: dict) -> tuple[list[str], list[list[int]], list[int]]:
         if not _is_counts(shape, MAX_DIMENSION) or len(shape) != 2:
             raise AdapterError(f"metadata: {_shown(name)} has no shape [out, in], found {_shown(shape)}")
         if type(group) is not int or not 0 <= group <= highest + 1:
-            raise AdapterError(f"metadata: {_shown(name)}: groups must be numbered by appearance, found {_shown(group)}")
+            raise AdapterError(f"metadata: {_shown(name)}: group {_shown(group)} is not numbered by appearance")
         highest = max(highest, group)
         if not isinstance(weight, str) or not re.fullmatch(r"[0-9a-f]{32}", weight):
             raise AdapterError(f"metadata: {_shown(name)} has no fingerprint of 32 hexadecimal digits")

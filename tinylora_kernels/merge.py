@@ -124,7 +124,7 @@ def delta_factors(layer: TinyLoRALayer, weight: Tensor) -> tuple[Tensor, Tensor]
 
 
 def original_weight(layer: TinyLoRALayer) -> Tensor:
-    """The frozen weight [out, in] as it was before any merge, on the layer's device; no copy unless merged elsewhere."""
+    """The frozen weight [out, in] as it was before any merge; no copy unless the saved bits live on another device."""
     return layer.saved_weight.to(layer.basis.device) if is_merged(layer) else layer.weight_matrix()
 
 
@@ -327,7 +327,7 @@ def _summary(kind: str, rows: list[ModuleFidelity]) -> tuple[str, ...]:
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
         for row in rows
     ]
     return "\n".join(lines)
