@@ -119,6 +119,23 @@ def test_format(tmp_path, rank):
         torch.testing.assert_close(b @ a, layer.delta_weight(), rtol=1e-5, atol=1e-6)
 
 
+def test_vllm_format_rules(tmp_path):
+    """As vLLM states them in vllm/lora/peft_helper.py and vllm/lora/utils.py, and the ranks its kernels know."""
+    model = adapt(llama())
+    export_lora(model, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= set(config)  # required
+    assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512)
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
+    assert config["lora_alpha"] / config["r"] == 1.0  # its scaling factor
+    linear = {name.rpartition(".")[2] for name in adapted_layers(model)}
+    for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"):
+        prefix, _, rest = name.partition("base_model.model.")
+        parts = rest.split(".")
+        assert prefix == "" and parts[-1] == "weight" and parts[-2] in ("lora_A", "lora_B")
+        assert parts[-3] in linear and parts[-3] in config["target_modules"]
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
 def test_half_precision_keeps_its_relative_precision_at_tiny_updates(dtype, tolerance, tmp_path):
     # unbalanced, lora_B would be about 1e-7: below float16's smallest normal number, 6e-5

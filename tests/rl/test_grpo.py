@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.models import TARGETS, tiny_decoder
+from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
+from tinylora_kernels.merge import merge, unmerge
 from tinylora_kernels.rl import GRPOTrainer, group_advantages, token_log_probs
 
 
@@ -432,3 +435,61 @@ def test_token_log_probs_keep_no_copy_of_the_logits():
 def test_token_log_probs_errors(logits, tokens, options, message):
     with pytest.raises(ValueError, match=message):
         token_log_probs(logits, tokens, **options)
+
+
+def adapted_decoder(dtype=torch.float32):
+    model = tiny_decoder().to(dtype)
+    config = TinyLoRAConfig(trainable_dim=2, target_modules=TARGETS, cache=False)
+    return apply_tiny_lora(model, config, progress=False)
+
+
+def test_reference_is_the_frozen_model():
+    model, tokens = adapted_decoder(), torch.arange(12).view(2, 6)
+    trainer = GRPOTrainer(model, group_size=2, kl_coeff=0.1)
+    base = model(tokens).detach()  # v = 0
+    for v in trainable_vectors(model):
+        nn.init.constant_(v, 0.5)
+    adapted = model(tokens).detach()
+    with trainer.reference() as reference:
+        frozen = reference(tokens)
+    assert torch.equal(frozen, base) and not frozen.requires_grad
+    assert torch.equal(model(tokens), adapted) and not torch.equal(adapted, base)
+    new, ref = (token_log_probs(z[:, :-1], tokens[:, 1:]) for z in (model(tokens), frozen))
+    assert trainer.training_step(new, None, [1.0, 1.0], ref_log_probs=ref)["kl"] > 0
+
+
+def test_reference_restores_the_adapter_after_an_error():
+    model, tokens = adapted_decoder(), torch.arange(12).view(2, 6)
+    with pytest.raises(RuntimeError, match="rollout failed"):
+        with GRPOTrainer(model).reference():
+            raise RuntimeError("rollout failed")
+    assert model(tokens).requires_grad
+    with pytest.raises(ValueError, match="^reference: the model has no adapter"):
+        with GRPOTrainer(Free([0.0])).reference():
+            pass
+    with pytest.raises(ValueError, match="^reference: an adapter is merged"):
+        with GRPOTrainer(merge(model)).reference():
+            pass
+
+
+def test_an_adapted_model_learns_from_rewards_with_rollouts_from_merged_weights():
+    model = adapted_decoder(torch.bfloat16)
+    trainer = GRPOTrainer(model, group_size=16, lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.tensor([[1, 2], [5, 3]]).repeat_interleave(16, dim=0)  # [32, 2]
+    history, weights = [], []
+    for _ in range(60):
+        with torch.no_grad():
+            rollout = merge(model)(prompts)[:, -1].float().log_softmax(-1)  # [32, V], the sampler's policy
+            unmerge(model)
+            answers = torch.multinomial(rollout.exp(), 1, generator=generator)
+            old = token_log_probs(model(prompts)[:, -1:], answers)
+        rewards = (answers[:, 0] % 2 == 0).float()
+        metrics = trainer.training_step(
+            token_log_probs(model(prompts)[:, -1:], answers), old, rewards, rollout_log_probs=rollout.gather(1, answers)
+        )
+        history.append(metrics["reward_mean"])
+        weights.append(metrics["tis_weight_mean"])
+    assert sum(history[:5]) / 5 < 0.65 and sum(history[-10:]) / 10 > 0.8
+    # rounding the merged weights makes another policy, but a near one
+    assert any(weight != 1.0 for weight in weights) and all(0.8 < weight < 1.25 for weight in weights)
