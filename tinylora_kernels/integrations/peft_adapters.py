@@ -1,0 +1,204 @@
+"""Adapter directories of PEFT's TinyLoRA: into an adapted model, and out of one.
+
+    base_model.model.<module>.tinylora_A    [r, in]     sqrt(S) V^T
+    base_model.model.<module>.tinylora_B    [out, r]    U sqrt(S)
+    base_model.model.<module>.tinylora_P    [u, r, r]   unless the config says save_projection=False
+    base_model.tinylora_v.<group>           [u]
+
+PEFT adds B (sum_i v_i P_i) A x. Its modules are numbered in named_modules order; the number gives P its seed and, with
+weight_tying, the module its group.
+"""
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..factors import Factors
+from ..layer import TinyLoRALayer, is_linear_like, weight_matrix
+from ..merge import is_merged
+from ..model import adapted_layers, attach
+from .peft_factors import FitError, output_side
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PeftAdapterConfig:
+    """The config of a model that from_peft adapted: its P is PEFT's, so it is saved by to_peft and not by save_adapter.
+
+    Attributes:
+        peft: PEFT's own adapter_config.json.
+        v_dtype, backend: as in TinyLoRAConfig.
+    """
+
+    peft: dict = field(default_factory=dict)
+    v_dtype: torch.dtype = torch.float32
+    backend: str | None = None
+
+
+def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | None = None) -> nn.Module:
+    """Adapt a bare model with a TinyLoRA adapter that PEFT saved; the same function to about 1e-6 in float32.
+
+    Args:
+        directory: with adapter_config.json and adapter_model.safetensors.
+        model: the base model the adapter was made for, not wrapped by PEFT. Adapted in place and frozen but for v.
+        backend: as in TinyLoRAConfig.
+
+    Returns:
+        The same model; groups, v and P are PEFT's. Where the directory has no P it is drawn from projection_seed as
+        PEFT would.
+
+    Raises:
+        ValueError: not a TinyLoRA directory, modules missing from the model, factors that do not belong to its weights,
+            embeddings adapted, or parts that have no place here (modules_to_save, trained biases).
+    """
+    directory = Path(directory)
+    config, tensors = _read(directory)
+    names = _module_names(model, tensors, directory)
+    groups = _groups(len(names), config["weight_tying"])
+    factors, projections = {}, []
+    for index, name in enumerate(names):
+        key = f"{PREFIX}{name}."
+        right, left = tensors[key + "tinylora_A"], tensors[key + "tinylora_B"]
+        try:
+            side = output_side(left, right, weight_matrix(model.get_submodule(name)))
+        except FitError as error:
+            raise ValueError(f"{directory}: {name}: {error}") from error
+        fixed = tensors.get(key + "tinylora_P")
+        if fixed is None:
+            fixed = _regenerated(config["projection_seed"] + index, config["u"], len(right))
+        projections.append(side.projection(fixed.to(side.basis.device)))
+        factors[name] = Factors(side.basis, side.norms.square(), True, 0.0)  # B = U sqrt(S): the norms are sqrt(S)
+    return attach(
+        model, PeftAdapterConfig(config, tensors["base_model.tinylora_v.0"].dtype, backend), names, groups, config["r"],
+        lambda index, sigma: projections[index], lambda group: tensors[f"base_model.tinylora_v.{group}"],
+        progress=False, factors=factors,
+    )  # fmt: skip
+
+
+def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write an adapted model as a TinyLoRA directory that PeftModel.from_pretrained(base, directory) loads.
+
+    Args:
+        model: adapted by apply_tiny_lora, apply_lora_xs or from_peft, and not merged.
+        directory: made if it is not there; the two files in it are replaced.
+
+    P is always written: PEFT's generator cannot draw ours. Where no value of weight_tying gives this model's groups,
+    each module gets a copy of its v: the function is the same, training it further in PEFT unties the copies (warned).
+
+    Raises:
+        ValueError: no adapter, a merged model, or layers of different u.
+    """
+    from peft import TinyLoraConfig
+
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
+    if any(is_merged(layer) for layer in layers.values()):
+        raise ValueError("model: it is merged; call unmerge(model) first")
+    groups = [layer.group for layer in layers.values()]
+    weight_tying = _weight_tying(groups)
+    if weight_tying is None:
+        warnings.warn(
+            "to_peft: PEFT's weight_tying cannot express these tie groups; every module gets a copy of its v", stacklevel=2
+        )
+        weight_tying, groups = 0.0, list(range(len(groups)))
+
+    tensors = {}
+    for (name, layer), group in zip(layers.items(), groups):
+        for kind, tensor in zip("ABP", _peft_tensors(layer)):
+            tensors[f"{PREFIX}{name}.tinylora_{kind}"] = tensor
+        tensors[f"base_model.tinylora_v.{group}"] = layer.v.detach().float().cpu().clone()
+    numbers = {len(tensor) for key, tensor in tensors.items() if ".tinylora_v." in key}
+    if len(numbers) > 1:
+        raise ValueError(f"model: PEFT has one u for all modules, found {sorted(numbers)}")
+    config = TinyLoraConfig(
+        r=max(len(layer.basis) for layer in layers.values()), u=numbers.pop(), weight_tying=weight_tying,
+        target_modules=_targets(model, list(layers)), save_projection=True,
+        fan_in_fan_out=not all(isinstance(layer.base, nn.Linear) for layer in layers.values()),
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None, inference_mode=True,
+    )  # fmt: skip
+    config.save_pretrained(str(directory))
+    save_file(tensors, str(Path(directory) / WEIGHTS), metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def _peft_tensors(layer: TinyLoRALayer) -> tuple[Tensor, Tensor, Tensor]:
+    """A = S^-1/2 U^T W [r, in], B = U S^1/2 [out, r], P = S^-1/2 P' S^1/2 [u, r, r]: B P A = U P' U^T W, exactly."""
+    s = layer.sigma.sqrt().to(layer.basis)
+    right = layer.right_factor() / s.unsqueeze(1)
+    left = layer.basis.T * s
+    projection = layer.projection
+    if projection.dim() == 2:  # LoRA-XS: one matrix for each number of R
+        projection = torch.diag(projection.flatten()).unflatten(1, projection.shape)
+    fixed = projection * s / s.unsqueeze(1)
+    return tuple(tensor.float().contiguous().cpu() for tensor in (right, left, fixed))
+
+
+def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory}: expected {name}, found no such file; save with PEFT's save_pretrained")
+    config = json.loads((directory / CONFIG).read_text())
+    if config.get("peft_type") != "TINYLORA":
+        raise ValueError(f"{directory}: expected peft_type TINYLORA, found {config.get('peft_type')}")
+    if config.get("tinylora_dropout"):
+        warnings.warn(f"{directory}: tinylora_dropout is dropped: it has no equivalent on the output", stacklevel=3)
+    tensors = load_file(directory / WEIGHTS)
+    foreign = [key for key in tensors if ".tinylora_" not in key]
+    if foreign:
+        raise ValueError(f"{directory}: {foreign[0]} has no place in an adapted model (modules_to_save or bias)")
+    return config, tensors
+
+
+def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> list[str]:
+    """The adapted modules in named_modules order, each one a linear layer of the model."""
+    wanted = {key[len(PREFIX) : -len(".tinylora_A")] for key in tensors if key.endswith(".tinylora_A")}
+    modules = {name: module for name, module in model.named_modules() if name in wanted}
+    missing = sorted(wanted - modules.keys())
+    if missing:
+        raise ValueError(f"{directory}: this model has no module {missing[0]} ({len(missing)} of {len(wanted)} missing)")
+    for name, module in modules.items():
+        if not is_linear_like(module):
+            raise ValueError(
+                f"{directory}: {name} is a {type(module).__name__}, expected a linear layer; load it with PEFT and "
+                "call accelerate_peft"
+            )
+    return list(modules)
+
+
+def _groups(modules: int, weight_tying: float) -> list[int]:
+    """PEFT's tie group of each module: round(n (1 - weight_tying)) groups, the last one takes what is left over."""
+    count = max(1, round(modules * (1.0 - weight_tying)))
+    size = max(1, modules // count)
+    return [min(index // size, count - 1) for index in range(modules)]
+
+
+def _weight_tying(groups: list[int]) -> float | None:
+    """The weight_tying that gives these groups, None if there is none."""
+    value = 1.0 - len(set(groups)) / len(groups)
+    return value if _groups(len(groups), value) == groups else None
+
+
+def _regenerated(seed: int, u: int, r: int) -> Tensor:
+    """PEFT's P of one module: torch's CPU generator, N(0, 1/r)."""
+    return torch.normal(0.0, r**-0.5, size=(u, r, r), generator=torch.Generator().manual_seed(seed))
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str]:
+    """target_modules that select exactly these: their last components if that will do, else the names in full."""
+    kinds = {name.rpartition(".")[2] for name in names}
+    adaptable = [
+        name for name, module in model.named_modules()
+        if isinstance(module, (TinyLoRALayer, nn.Embedding)) or (is_linear_like(module) and not name.endswith(".base"))
+    ]  # fmt: skip
+    chosen = [name for name in adaptable if name.rpartition(".")[2] in kinds]
+    return sorted(kinds) if chosen == names else names
