@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from tinylora_kernels import projection
-from tinylora_kernels.projection import normal_from_words, philox4x32, philox_normal, philox_projection, philox_uniform
+from tinylora_kernels.projection import (
+    normal_from_words,
+    philox4x32,
+    philox_normal,
+    philox_projection,
+    philox_uniform,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -26,7 +32,10 @@ PROJECTIONS = {
     (0, 0, 1, 2): "-0x1.72760ap-3 0x1.aa5564p-1 0x1.c84d3cp-2 0x1.8378b6p-3",
     (0x0123456789ABCDEF, 195, 1, 2): "0x1.a2f32ap+0 -0x1.538854p-3 0x1.35617p+0 0x1.1f8ba6p-1",
     (2**64 - 1, 2**32 - 1, 3, 1): "-0x1.0e2368p+0 0x1.43ccaep+0 0x1.d3c83p-2",
-    (42, 7, 1, 3): "-0x1.1949cp-3 0x1.73e298p-1 -0x1.c66afp-4 -0x1.fbcbe2p-3 0x1.77596cp-1 -0x1.78081cp-3 0x1.6f6e8ep-4 -0x1.155a8ap-1 -0x1.39c52ep-1",
+    (42, 7, 1, 3): (
+        "-0x1.1949cp-3 0x1.73e298p-1 -0x1.c66afp-4 -0x1.fbcbe2p-3 0x1.77596cp-1 "
+        "-0x1.78081cp-3 0x1.6f6e8ep-4 -0x1.155a8ap-1 -0x1.39c52ep-1"
+    ),
 }
 CASES = [(0, 0, 1, 2), (1, 0, 13, 2), (0, 1, 13, 2), (2**32, 5, 4, 1), (2**63 + 12345, 209, 257, 4),
          (987654321987654321, 2**31 + 1, 3, 8), (2**64 - 1, 2**32 - 1, 2, 3), (77, 3, 1, 16)]

@@ -27,10 +27,11 @@ _DIGEST = hashlib.sha256  # with the CPU's SHA instructions the fastest in hashl
 def weight_fingerprint(weight: Tensor) -> str:
     """32 hex digits that depend on the shape and the values of a matrix [m, n], not on its dtype, strides or device.
 
-    Runs of whole rows, about 2^20 entries each, are hashed separately (SHA-256), each in the narrowest of bf16, fp32 and
-    fp64 that holds all its values exactly; the fingerprint is the hash of the shape and these hashes. So a bf16
+    Runs of whole rows, about 2^20 entries each, are hashed separately (SHA-256), each in the narrowest of bf16, fp32
+    and fp64 that holds all its values exactly; the fingerprint is the hash of the shape and these hashes. So a bf16
     checkpoint and its fp32 copy agree, and no second copy of the weight is made.
     """
+    weight = weight.detach()
     m, n = weight.shape
     rows = max(1, CHUNK_ELEMENTS // max(1, n))
     whole = _DIGEST(f"tinylora weight {m} {n}".encode())

@@ -1,4 +1,4 @@
-"""Leading singular triplets of a large matrix by block Lanczos: single precision finds them, double precision proves them.
+"""Leading singular triplets of a large matrix by block Lanczos: fp32 finds them, fp64 proves them.
 
 The iteration runs on A = W^T W. One pass over W gives both W x and W^T (W x), block by block of rows while they are in
 cache, for a whole block of vectors x: the matrix is read from memory once a step. The search multiplies in fp32 until
