@@ -7,6 +7,7 @@ import sys
 # command -> (module with main(argv) -> exit status, one line of help)
 COMMANDS = {
     "info": ("tinylora_kernels.diagnostics", "what is installed, which backends run here, and why others do not"),
+    "demo": ("tinylora_kernels.demo", "train a real language model by a handful of numbers, beside controls"),
     "inspect": ("tinylora_kernels.adapter", "what an adapter file holds"),
     "export": ("tinylora_kernels.export", "an adapter file as a standard LoRA directory"),
 }

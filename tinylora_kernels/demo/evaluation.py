@@ -1,0 +1,80 @@
+"""Accuracy, its confidence interval, and whether two accuracies differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+
+import torch
+
+from .generation import generate
+from .models import LanguageModel
+from .tasks import Problem
+
+Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
+BATCH = 50  # prompts at a time: activations stay near the cache
+
+
+@dataclass(frozen=True)
+class Score:
+    """Which of the held-out problems were solved."""
+
+    correct: tuple[bool, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(sum(self.correct), len(self.correct))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    greedy: Score
+    sampled: Score
+    replies: tuple[str, ...]  # the greedy ones
+
+
+def evaluate(
+    model: LanguageModel, problems: Sequence[Problem], temperature: float, max_new_tokens: int, seed: int = 0
+) -> Evaluation:
+    """One greedy and one sampled reply to every problem; a problem is solved at full reward."""
+    generator = torch.Generator().manual_seed(seed)
+    encoded = [model.encode(problem.prompt) for problem in problems]
+    replies: list[str] = []
+    for start in range(0, len(problems), BATCH):
+        found = generate(model, encoded[start : start + BATCH], [0.0, temperature], max_new_tokens, generator)
+        replies += model.decode_all(found.tokens, found.mask)
+    greedy, sampled = replies[::2], replies[1::2]
+    return Evaluation(_score(problems, greedy), _score(problems, sampled), tuple(greedy))
+
+
+def _score(problems: Sequence[Problem], replies: Sequence[str]) -> Score:
+    return Score(tuple(problem.score(reply) >= 1.0 for problem, reply in zip(problems, replies)))
+
+
+def wilson_interval(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927, JASA 22): it stays inside [0, 1] and is honest at its ends."""
+    p = successes / trials
+    # (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
+    spread = z * sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    center = p + z * z / (2 * trials)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
+def mcnemar_p(a: Score, b: Score) -> float:
+    """Two-sided exact McNemar test (McNemar 1947, Psychometrika 12) of two scores on the same problems.
+
+    Of the problems that only one of the two solved, each is a fair coin under the null hypothesis.
+    """
+    if len(a.correct) != len(b.correct):
+        raise ValueError(f"scores: expected the same problems, found {len(a.correct)} and {len(b.correct)}")
+    only_a = sum(x and not y for x, y in zip(a.correct, b.correct))
+    only_b = sum(y and not x for x, y in zip(a.correct, b.correct))
+    n = only_a + only_b
+    tail = sum(comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)

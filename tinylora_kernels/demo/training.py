@@ -1,0 +1,100 @@
+"""The demo's training loop: sample, check, score, one GRPO step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..rl import GRPOTrainer
+from .generation import Completions, completion_log_probs, generate
+from .models import LanguageModel
+from .tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run's hyperparameters; a step is prompts x samples completions and one optimizer step."""
+
+    steps: int
+    prompts: int
+    samples: int
+    lr: float
+    temperature: float
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What a run left behind: the mean reward of each step, and where the time went, in seconds."""
+
+    rewards: list[float] = field(default_factory=list)
+    sampling_seconds: float = 0.0
+    learning_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.sampling_seconds + self.learning_seconds
+
+
+class Run:
+    """GRPO on a task, one step at a time.
+
+    Each batch is sampled from the current model and used once, so the old policy is the current one and the probability
+    ratio is 1 when the gradient is taken (GRPOTrainer's ``old_log_probs=None``).
+    """
+
+    def __init__(self, model: LanguageModel, task: Task, settings: Settings):
+        self.model, self.task, self.settings = model, task, settings
+        self.trainer = GRPOTrainer(
+            model.module, group_size=settings.samples, lr=settings.lr, betas=(0.9, 0.95), max_grad_norm=1.0
+        )
+        self.problems = task.training(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.history = History()
+
+    def step(self) -> float:
+        """Sample, check, learn; returns the mean reward."""
+        begin = time.perf_counter()
+        problems = list(islice(self.problems, self.settings.prompts))
+        prompts = [self.model.encode(problem.prompt) for problem in problems]
+        temperatures = [self.settings.temperature] * self.settings.samples
+        found = generate(self.model, prompts, temperatures, self.task.max_new_tokens, self.generator)
+        rewards = self._rewards(problems, found)  # [P * n]
+        sampled = time.perf_counter()
+        self._learn(prompts, found, rewards)
+        self.history.sampling_seconds += sampled - begin
+        self.history.learning_seconds += time.perf_counter() - sampled
+        self.history.rewards.append(rewards.mean().item())
+        return self.history.rewards[-1]
+
+    def _rewards(self, problems: list[Problem], found: Completions) -> Tensor:
+        replies = self.model.decode_all(found.tokens, found.mask)
+        return torch.tensor([problems[row // found.samples].score(reply) for row, reply in enumerate(replies)])
+
+    def _learn(self, prompts: list[list[int]], found: Completions, rewards: Tensor) -> None:
+        # A prompt whose replies all earned the same has advantages of zero: it is left out before its log-probabilities
+        # are computed, and the loss averages over the others (DAPO, arXiv 2503.14476, section 3.2, without refilling).
+        grouped = rewards.view(-1, found.samples)
+        mixed = (grouped.amax(dim=1) > grouped.amin(dim=1)).nonzero().squeeze(1)  # [K]
+        if not len(mixed):
+            return
+        kept = found.select_prompts(mixed)
+        log_probs = completion_log_probs(
+            self.model, [prompts[i] for i in mixed.tolist()], kept, self.settings.temperature
+        )
+        self.trainer.training_step(log_probs, None, grouped[mixed].flatten(), mask=kept.mask)
+
+
+def train(run: Run, label: str) -> History:
+    """All steps of a run, with a progress bar."""
+    bar = tqdm(range(run.settings.steps), desc=label, unit="step")
+    for _ in bar:
+        reward = run.step()
+        recent = run.history.rewards[-5:]
+        bar.set_postfix(reward=f"{reward:.2f}", last5=f"{sum(recent) / len(recent):.2f}")
+    return run.history
