@@ -3,7 +3,12 @@
 One program owns a few tiles of ROWS rows. A row that fits one tile (SINGLE) is read from memory once and written once:
 it waits in registers between the projection and the update. A longer row is read twice, column block by column block.
 All sums are in fp32, in an order fixed by the shapes alone. There are no atomics. r is small, so every contraction
-over it is a handful of FMAs, never tl.dot.
+over it is a handful of multiplications and additions, never tl.dot.
+
+Where a product is to be fused with an addition tl.fma says so; the compiler may not fuse on its own. It would fuse
+products into the butterfly that sums them across lanes, a b + shuffled(c d), and the two partners, each with the other's
+product rounded, would end with sums that differ in the last bit. Triton takes them for equal: it lets all of them write
+the sum to one place in shared memory, and which bits win is up to the hardware.
 """
 
 import triton
@@ -63,7 +68,8 @@ def _add_delta(x, s, basis_ptr, cols, D, R: tl.constexpr):
     column = tl.arange(0, R)[None, :]
     for j in tl.static_range(R):
         s_j = tl.sum(tl.where(column == j, s, 0.0), axis=1)  # [ROWS]
-        x += s_j[:, None] * _basis_row(basis_ptr, j, cols, D, x.shape[0])
+        b = _basis_row(basis_ptr, j, cols, D, x.shape[0])
+        x = tl.fma(tl.broadcast_to(s_j[:, None], x.shape), b, x)
     return x
 
 
@@ -181,6 +187,7 @@ def update_backward_kernel(
             d_mixing += tl.sum(a[:, :, None] * t[:, None, :], axis=0)
 
         if NEED_G0:
+            tl.debug_barrier()  # read the basis again: kept from above, its r rows would spill out of the registers
             # s = a M:  s[n, k] = sum_j a[n, j] M[j, k]
             if HAS_IDS:
                 ids = _adapter_ids(ids_ptr, rows, row_ok, rows_per_id, num_adapters)  # [ROWS]

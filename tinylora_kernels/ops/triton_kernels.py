@@ -180,12 +180,13 @@ def _tile_constants(launch: LaunchParameters, features: int, rank: int, projecti
 def _options(threads: int, adapter_ids: Tensor | None) -> dict:
     """Compiler options, none left to a default that differs between Triton releases.
 
-    debug turns the adapter-id assertion on; sanitize_overflow would add one to every integer operation.
+    No fusion: triton_device.py says why. debug turns the adapter-id assertion on; sanitize_overflow would add one to every
+    integer operation.
     """
     return dict(
         num_warps=threads // _warp_size(),
         num_stages=1,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
         debug=adapter_ids is not None,
         sanitize_overflow=False,
     )

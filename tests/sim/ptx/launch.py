@@ -1,0 +1,89 @@
+"""launch(kernel, grid, block, arguments): run a PTX kernel on numpy and torch memory; raise on any finding."""
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+from .clock import Clock
+from .errors import SimulationError
+from .machine import Machine
+from .memory import Buffer, GlobalMemory, SharedMemory
+from .parser import BITS, Kernel
+from .traffic import Traffic
+
+
+def launch(
+    kernel: Kernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    arguments: Sequence[Buffer | int | float | bytes | None],
+    *,
+    dynamic_shared: int = 0,
+    reverse: bool = False,
+) -> Traffic:
+    """Run the kernel; buffers are updated in place. Returns what it read and wrote.
+
+    Args:
+        arguments: in the order of the kernel's parameters. A Buffer is passed as a pointer, None as a null pointer, a float
+            as f32, bytes as they are (a struct passed by value).
+        dynamic_shared: bytes of extern shared memory.
+        reverse: let atomics happen in descending instead of ascending thread order.
+
+    Raises:
+        SimulationError: one of the findings in errors.py.
+    """
+    grid, block = ((*extents, 1, 1)[:3] for extents in (grid, block))
+    if len(arguments) != len(kernel.parameters):
+        raise SimulationError(
+            f"{kernel.name}: expected {len(kernel.parameters)} arguments, found {len(arguments)}"
+        )
+    threads, blocks = int(np.prod(block)), int(np.prod(grid))
+    if kernel.threads is not None and threads > kernel.threads:
+        raise SimulationError(f"{kernel.name}: {threads} threads a block, compiled for {kernel.threads}")
+
+    constants = [
+        Buffer(name, np.frombuffer(data, np.uint8).copy(), 1, read_only=True) for name, data in kernel.constants.items()
+    ]
+    buffers = list({id(a): a for a in arguments if isinstance(a, Buffer)}.values())  # one passed twice is one memory
+    memory = GlobalMemory(buffers + constants, _narrowest(kernel, "global", ""))
+    shared = SharedMemory(blocks, kernel.static_shared + dynamic_shared, _narrowest(kernel, "shared", ""))
+    symbols = {name: memory.address(len(buffers) + n) for n, name in enumerate(kernel.constants)} | kernel.shared
+
+    address = {id(buffer): memory.address(n) for n, buffer in enumerate(buffers)}
+    parameters = {
+        name: _bytes(name, size, address.get(id(value), value))
+        for (name, size), value in zip(kernel.parameters.items(), arguments)
+    }
+
+    traffic = Traffic()
+    clock = Clock(blocks, threads)
+    Machine(kernel, grid, block, parameters, memory, shared, clock, traffic, symbols, reverse=reverse).run()
+    memory.write_back()
+    return traffic
+
+
+def _bytes(name: str, size: int, value: int | float | bytes | None) -> bytes:
+    if isinstance(value, bytes):
+        data = value
+    elif isinstance(value, float):
+        data = struct.pack("<f" if size == 4 else "<d", value)
+    else:
+        data = ((value or 0) & (1 << 8 * size) - 1).to_bytes(size, "little")
+    if len(data) != size:
+        raise SimulationError(f"{name}: expected {size} bytes, found {len(data)}")
+    return data
+
+
+def _narrowest(kernel: Kernel, *spaces: str) -> int:
+    """Bytes of the narrowest access to a space: how fine its shadow must be."""
+    sizes = [4]
+    for i in kernel.code:
+        space = next((m.split("::")[0] for m in i.modifiers if m.startswith(("global", "shared", "param"))), "")
+        if i.name in ("ld", "st", "atom", "red") and space in spaces:
+            sizes.append(BITS[i.types[-1]] // 8)
+        elif i.name in ("ldmatrix", "stmatrix"):
+            sizes.append(4)
+    return min(sizes)
+
