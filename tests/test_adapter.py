@@ -485,7 +485,8 @@ HOSTILE = [
     ("config: v_dtype must be one of", config_with(v_dtype="int8")),
     ("config: scaling must be a string", config_with(scaling=None)),
     ("config: tying", config_with(tying="nothing")),
-    ("config: target_modules must hold strings", config_with(target_modules=[1])),
+    ("config: target_modules holds something that is not a module name", config_with(target_modules=[1])),
+    ("config: target_modules holds something that is not a module name", config_with(target_modules="x\n\x1b[2J")),
     ("config: target_modules must be null", config_with(target_modules=7)),
     ("groups must be a list with one entry", metadata_with(groups={})),
     ("names must be a list with one entry", metadata_with(names=[])),
@@ -515,6 +516,12 @@ def test_hostile_contents_are_refused(saved, message, change, adapted):
     forge(path, change)
     model = tiny_decoder(bias=True)
     assert_refused(adapt(model) if adapted else model, path, message)
+
+
+def test_targets_that_select_nothing_make_a_short_message(saved):
+    _, path = saved
+    forge(path, config_with(target_modules=["nothing"] * 10**4))
+    assert_refused(tiny_decoder(bias=True), path, "it does not fit this model: target_modules: no module matches")
 
 
 NASTY = [None, True, -1, 0, 10**30, 1.5, 1e999, "", "map", "\ud800", [], [None], [[[]]], {}, {"a": 1}]

@@ -155,6 +155,31 @@ def test_zero_update_exports_zeros():
     assert not (b @ a).any() and bool(torch.isfinite(a).all())
 
 
+class Int8Linear(nn.Module):
+    """A weight-only quantised layer: integers, one scale for each row, a bias."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (weight / self.scale).round().to(torch.int8))
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).T + self.bias
+
+
+def test_quantised_bases_export_by_what_they_compute():
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(20, 12)), targets=["0"])
+    layer, x = model[0], torch.randn(5, 20)
+    layer.base = Int8Linear(layer.base)
+    a, b = lora_factors(layer, 8)
+    torch.testing.assert_close(layer.base(x) + x @ a.T @ b.T, layer(x), rtol=1e-5, atol=1e-5)
+    assert (layer(x) - layer.base(x)).abs().max() > 0.01
+
+
 def test_merged_models_export_the_same(tmp_path):
     model = adapt(tiny_decoder())
     export_lora(model, tmp_path / "plain")

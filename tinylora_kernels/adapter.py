@@ -12,6 +12,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from .adapter_format import (
     config_rank,
     encode,
     encode_config,
+    one_line,
     read,
     write_atomically,
 )
@@ -107,13 +109,13 @@ def inspect_adapter(path: str | os.PathLike) -> AdapterFile:
 def format_adapter(adapter: AdapterFile, every_module: bool = False, width: int = 100) -> str:
     """A table of at most ``width`` columns: one line per kind of module, or per module."""
     v = adapter.v.double()
-    config = ", ".join(f"{key}={value}" for key, value in encode_config(adapter.config).items() if key != "tying")
+    config = ", ".join(f"{key}={value!r}" for key, value in encode_config(adapter.config).items())
     lines = [
         f"{type(adapter.config).__name__.removesuffix('Config')} adapter, {adapter.size:,} bytes",
         f"trained  {v.numel()} numbers = {v.shape[0]} groups x {v.shape[1]}, "
         f"{str(adapter.v.dtype).removeprefix('torch.')}, {adapter.v.nbytes} bytes",
         f"v        norm {float(v.norm()):.4g}, largest {float(v.abs().max()):.4g}",
-        f"config   {config}",
+        *textwrap.wrap(f"config   {config}", width, subsequent_indent=" " * 9),
         "",
     ]
     if every_module:
@@ -193,7 +195,7 @@ def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool
     except AdapterError:
         raise
     except ValueError as error:
-        raise AdapterError(f"it does not fit this model: {error}") from error
+        raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
     if groups != [module.group for module in adapter.modules]:
         raise AdapterError("its tie groups do not follow from its config; the file was not written by save_adapter")
     weights = {name: weight_matrix(model.get_submodule(name)) for name in names}
@@ -266,8 +268,9 @@ def _config_of(layers: dict[str, TinyLoRALayer]) -> TinyLoRAConfig | LoRAXSConfi
 def _check_names(found: list[str], expected: list[str]) -> None:
     if found == expected:
         return
-    missing = [name for name in expected if name not in set(found)]
-    extra = [name for name in found if name not in set(expected)]
+    known, wanted = set(found), set(expected)
+    missing = [name for name in expected if name not in known]
+    extra = [name for name in found if name not in wanted]
     if not missing and not extra:
         raise AdapterError("it is for the same modules in another order")
     parts = [f"this model lacks {_some(missing)}"] if missing else []

@@ -280,7 +280,7 @@ def _columns(metadata: dict) -> tuple[list[str], list[list[int]], list[int]]:
             raise AdapterError(f"metadata: {key} must be a list with one entry for each module")
     highest = -1
     for name, shape, group, weight in zip(*(columns[key] for key in ("names", "shapes", "groups", "weights"))):
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        if not _is_name(name):
             raise AdapterError(f"metadata: {_shown(name)} is not a module name")
         if not _is_counts(shape, MAX_DIMENSION) or len(shape) != 2:
             raise AdapterError(f"metadata: {_shown(name)} has no shape [out, in], found {_shown(shape)}")
@@ -303,10 +303,10 @@ def _decode_config(method: object, values: object, names: list[str], groups: lis
     _check_keys(values, [f.name for f in dataclasses.fields(kind) if f.name not in RUNTIME_FIELDS], "config")
     values = dict(values)
     targets = values["target_modules"]
-    if isinstance(targets, list) and not all(isinstance(t, str) for t in targets):
-        raise AdapterError("config: target_modules must hold strings")
     if not (targets is None or isinstance(targets, (str, list))):
         raise AdapterError(f"config: target_modules must be null, a string or a list, found {_shown(targets)}")
+    if not all(_is_name(target) for target in ([targets] if isinstance(targets, str) else targets or [])):
+        raise AdapterError("config: target_modules holds something that is not a module name")
     for field in ("tying", "scaling", "init", "v_dtype"):
         if not isinstance(values[field], str):
             raise AdapterError(f"config: {field} must be a string, found {_shown(values[field])}")
@@ -320,7 +320,7 @@ def _decode_config(method: object, values: object, names: list[str], groups: lis
         config = kind(**values)
         float(config.alpha)
     except (ValueError, TypeError, OverflowError) as error:
-        raise AdapterError(f"config: {_one_line(error)}") from None
+        raise AdapterError(f"config: {one_line(error)}") from None
     return config
 
 
@@ -359,7 +359,7 @@ def _json_object(text: bytes | str, what: str) -> dict:
     except RecursionError:
         raise AdapterError(f"{what}: nested too deeply") from None
     except ValueError as error:  # JSON, UTF-8, and integers of absurd length
-        raise AdapterError(f"{what}: not valid JSON ({_one_line(error)})") from None
+        raise AdapterError(f"{what}: not valid JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise AdapterError(f"{what}: expected an object, found {_shown(value)}")
     return value
@@ -372,6 +372,10 @@ def _check_keys(found: Mapping, expected: Iterable[str], what: str) -> None:
     if missing or unknown:
         problem = f"{_shown(missing[0])} is missing" if missing else f"unknown field {_shown(unknown[0])}"
         raise AdapterError(f"{what}: {problem}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
 def _is_counts(value: object, below: int) -> bool:
@@ -391,5 +395,6 @@ def _shown(value: object) -> str:
     return ascii(value)[:60]
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of another error, as part of ours."""
     return " ".join(str(error).split())[:200]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .adapter_format import sync_directory
 from .layer import TinyLoRALayer
-from .merge import delta_factors, original_weight
+from .merge import delta_factors, is_dense, original_weight
 from .model import adapted_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -69,7 +69,7 @@ def export_lora(
 @torch.no_grad()
 def lora_factors(layer: TinyLoRALayer, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """lora_A [rank, in] and lora_B [out, rank] on the CPU with lora_B @ lora_A = W' - W."""
-    weight = original_weight(layer)
+    weight = original_weight(layer) if is_dense(layer.base.weight) else probed_weight(layer.base)
     left, right = delta_factors(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
     # B is of the size of v, A of the singular values: balanced by a power of two, exactly, so that neither leaves the
     # normal range of float16
@@ -82,6 +82,16 @@ def lora_factors(layer: TinyLoRALayer, rank: int, dtype: torch.dtype = torch.flo
     lora_a[: right.shape[0]] = right.cpu()
     lora_b[:, : left.shape[1]] = left.cpu()
     return lora_a, lora_b
+
+
+@torch.no_grad()
+def probed_weight(base: nn.Module) -> Tensor:
+    """The weight [out, in] of any linear layer, quantised ones included, as its outputs for the unit vectors."""
+    tensors = (*base.parameters(), *base.buffers())
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    unit = torch.eye(base.in_features, dtype=dtype, device=tensors[0].device)
+    outputs = base(unit)  # row i is W[:, i] + b
+    return (outputs - base(unit[:1] * 0)).T
 
 
 def target_modules(model: nn.Module) -> list[str]:

@@ -101,6 +101,11 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Whether the tensor holds the matrix itself, not the packed integers or the shard of one."""
+    return weight.is_floating_point() and weight.dim() == 2 and type(weight) in (nn.Parameter, Tensor)
+
+
 def is_merged(layer: TinyLoRALayer) -> bool:
     """Whether the layer's update sits in its base weight."""
     return getattr(layer, "saved_weight", None) is not None
@@ -174,10 +179,11 @@ def _mergeable_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
     for name, layer in layers.items():
         weight = layer.base.weight
-        if not weight.is_floating_point() or weight.dim() != 2 or type(weight) not in (nn.Parameter, Tensor):
+        if not is_dense(weight):
             raise ValueError(
                 f"{name}: expected a dense floating weight to merge into, found {type(weight).__name__} "
-                f"{_describe(weight)} (quantised); keep the update beside it with export_lora(model, directory)"
+                f"{_describe(weight)} (quantised or sharded); keep the update beside it with "
+                "export_lora(model, directory)"
             )
     _refuse_shared_weights(model, layers)
     return layers

@@ -283,6 +283,7 @@ def test_kl_without_a_reference():
         ({"group_size": 1}, "group_size"),
         ({"kl_coeff": -1.0}, "kl_coeff"),
         ({"clip_eps": 0.0}, "clip_eps"),
+        ({"clip_eps_high": 0.0}, "clip_eps_high"),
         ({"loss_type": "ppo"}, "loss_type"),
         ({"loss_type": "dr_grpo"}, "max_tokens"),
         ({"tis_cap": 0.0}, "tis_cap"),
@@ -341,6 +342,10 @@ def test_state_of_another_model_is_refused():
         GRPOTrainer(nn.Linear(2, 2)).load_state_dict(state)
     with pytest.raises(ValueError, match="expected version 1"):
         trainer.load_state_dict(state | {"version": 2})
+    with pytest.raises(ValueError, match="not the state of a torch optimizer"):
+        trainer.load_state_dict(state | {"optimizer": None})
+    with pytest.raises(ValueError, match="it knows a parameter 7, this optimizer holds 1"):
+        trainer.load_state_dict(state | {"optimizer": state["optimizer"] | {"state": {7: {}}}})
     with pytest.raises(ValueError, match="expected the keys"):
         trainer.load_state_dict({})
     assert other.steps == 0 and not other.optimizer.state

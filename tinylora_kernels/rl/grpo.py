@@ -89,6 +89,8 @@ class GRPOTrainer(VectorTrainer):
             raise ValueError(f"group_size: expected at least 2 completions per prompt, found {group_size}")
         if kl_coeff < 0 or not 0 < clip_eps < 1:
             raise ValueError(f"expected kl_coeff >= 0 and 0 < clip_eps < 1, found {kl_coeff} and {clip_eps}")
+        if clip_eps_high is not None and not clip_eps_high > 0:
+            raise ValueError(f"clip_eps_high: expected a positive number or None, found {clip_eps_high}")
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, found {loss_type!r}")
         if loss_type == "dr_grpo" and (max_tokens is None or max_tokens < 1):

@@ -77,21 +77,26 @@ class VectorTrainer:
             raise ValueError(f"trainer state: expected version 1, found {state['version']!r}")
         if not isinstance(state["steps"], int) or state["steps"] < 0:
             raise ValueError(f"trainer state: steps must be a count, found {state['steps']!r}")
+        inner = state["optimizer"]
+        if not isinstance(inner, dict) or set(inner) != {"state", "param_groups"}:
+            raise ValueError("trainer state: its optimizer entry is not the state of a torch optimizer")
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        sizes = [len(group["params"]) for group in inner["param_groups"]]
         if sizes != [len(group["params"]) for group in self.optimizer.param_groups]:
             raise ValueError(
                 f"trainer state: it covers {sum(sizes)} parameters, this optimizer holds {len(held)}; "
                 "it belongs to another model"
             )
-        for index, slots in state["optimizer"]["state"].items():
+        for index, slots in inner["state"].items():
+            if index not in range(len(held)):
+                raise ValueError(f"trainer state: it knows a parameter {index!r}, this optimizer holds {len(held)}")
             for slot, value in slots.items():
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != held[index].shape:
                     raise ValueError(
                         f"trainer state: {slot} of parameter {index} has shape {list(value.shape)}, "
                         f"expected {list(held[index].shape)}; it belongs to another model"
                     )
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(inner)
         self.steps = state["steps"]
         self._pending = 0
 
