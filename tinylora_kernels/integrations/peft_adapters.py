@@ -152,11 +152,7 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{directory}: expected peft_type TINYLORA, found {config.get('peft_type')}")
     if config.get("tinylora_dropout"):
         warnings.warn(f"{directory}: tinylora_dropout is dropped: it has no equivalent on the output", stacklevel=3)
-    tensors = load_file(directory / WEIGHTS)
-    foreign = [key for key in tensors if ".tinylora_" not in key]
-    if foreign:
-        raise ValueError(f"{directory}: {foreign[0]} has no place in an adapted model (modules_to_save or bias)")
-    return config, tensors
+    return config, load_file(directory / WEIGHTS)
 
 
 def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> list[str]:
@@ -172,6 +168,9 @@ def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path)
                 f"{directory}: {name} is a {type(module).__name__}, expected a linear layer; load it with PEFT and "
                 "call accelerate_peft"
             )
+    foreign = [key for key in tensors if ".tinylora_" not in key]
+    if foreign:
+        raise ValueError(f"{directory}: {foreign[0]} has no place in an adapted model (modules_to_save or bias)")
     return list(modules)
 
 
