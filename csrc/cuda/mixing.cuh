@@ -32,7 +32,8 @@ __device__ __forceinline__ Entries<R> contract(const Mixing& m, const float* v, 
 #pragma unroll
     for (int q = 0; q < count; ++q) {
       const int i = base + q * kWarp + lane;
-      if (i < total) sum.value[q] += __ldg(v + (m.elementwise ? i : i / (R * R))) * __ldg(m.projection + i);
+      const int number = m.elementwise ? i : i / (R * R);
+      if (i < total) sum.value[q] = fmaf(__ldg(v + number), __ldg(m.projection + i), sum.value[q]);
     }
   }
 #pragma unroll

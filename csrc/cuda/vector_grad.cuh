@@ -44,16 +44,16 @@ __global__ void __launch_bounds__(kVectorGradThreads) vector_grad_kernel(const V
     if (lane < kGroup) sums[warp * RR + g + lane] = total;
   }
   __syncthreads();
-  if (threadIdx.x < RR) {
-    partial[chunk * RR + threadIdx.x] = column_sum(sums + threadIdx.x, kWarps, RR);
-    __threadfence();  // the partial is visible to every block before the ticket is
-  }
+  if (threadIdx.x < RR) partial[chunk * RR + threadIdx.x] = column_sum(sums + threadIdx.x, kWarps, RR);
   __syncthreads();
-  if (threadIdx.x == 0) last[0] = atomicAdd(p.tickets + adapter, 1u) == p.chunks - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // the block's partial sum is visible everywhere before its ticket is drawn
+    last[0] = atomicAdd(p.tickets + adapter, 1u) + 1 == unsigned(p.chunks);
+    __threadfence();  // and those of the blocks that drew before are visible here
+  }
   __syncthreads();
   if (!last[0]) return;
 
-  __threadfence();
   if (threadIdx.x < RR) {
     float total = 0.0f;
     for (int c = 0; c < p.chunks; ++c) total += __ldcg(partial + c * RR + threadIdx.x);
