@@ -1,5 +1,7 @@
 """Merging: the merged model is the adapted model, names are the original's, and every bit comes back."""
 
+import copy
+import pickle
 import sys
 import warnings
 import weakref
@@ -10,6 +12,7 @@ from torch import nn
 
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, TinyLoRALayer, adapted_layers, apply_tiny_lora
+from tinylora_kernels.bank import AdapterBank
 from tinylora_kernels.merge import merge, merge_fidelity, merged_weights, unmerge
 from tinylora_kernels.rl import GRPOTrainer, SFTTrainer
 
@@ -180,6 +183,27 @@ def test_unmerge_after_a_change_of_dtype():
     model = merge(adapt(tiny_decoder())).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"was merged as float32 \[24, 24\] and is bfloat16"):
         unmerge(model)
+
+
+def test_a_copy_of_a_merged_model_can_be_unmerged():
+    model = adapt(tiny_decoder())
+    before = bits(model)
+    merge(model)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_bits(unmerge(duplicate), before)
+        assert duplicate(TOKENS).requires_grad
+    assert not model(TOKENS).requires_grad  # the original is merged still
+
+
+def test_a_bank_of_adapters_is_refused():
+    model = adapt(tiny_decoder())
+    bank = AdapterBank(model, 2)
+    before = bits(model)
+    with pytest.raises(ValueError, match="^merge: the model has an AdapterBank.*close it first"):
+        merge(model)
+    assert_same_bits(model, before)
+    bank.close()
+    unmerge(merge(model))
 
 
 def test_a_merge_that_fails_half_way_undoes_itself(monkeypatch):

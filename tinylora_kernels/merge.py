@@ -58,10 +58,12 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
         save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
 
     Raises:
-        ValueError: merged already, no adapter, a quantised base, or a weight shared with another module.  Nothing has
-            changed then.
+        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, or a weight shared with another
+            module.  Nothing has changed then.
     """
     layers = _mergeable_layers(model)
+    if any(layer.bank is not None for layer in layers.values()):
+        raise ValueError("merge: the model has an AdapterBank, but merged weights serve all rows alike; close it first")
     merged = [name for name, layer in layers.items() if is_merged(layer)]
     if merged:
         raise ValueError(f"merge: {_some(merged)} merged already; call unmerge(model) first")

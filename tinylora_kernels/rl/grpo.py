@@ -157,8 +157,9 @@ class GRPOTrainer(VectorTrainer):
             ValueError: an argument does not fit; one line that names it.  Nothing has changed then.
         """
         loss, metrics = self.loss(
-            log_probs, old_log_probs, rewards, mask=mask, ref_log_probs=ref_log_probs, rollout_log_probs=rollout_log_probs
-        )
+            log_probs, old_log_probs, rewards,
+            mask=mask, ref_log_probs=ref_log_probs, rollout_log_probs=rollout_log_probs,
+        )  # fmt: skip
         norm = self._apply(loss)
         return {**metrics, "grad_norm": norm, "steps": self.steps}
 
