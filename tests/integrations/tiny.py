@@ -16,15 +16,15 @@ def llama(seed: int = 0, **changes):
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval()
 
 
-def gpt2(seed: int = 0):
+def gpt2(seed: int = 0, **changes):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    config = GPT2Config(
+    sizes = dict(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **changes})).eval()
 
 
 def tokens(rows: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
