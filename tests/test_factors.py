@@ -214,6 +214,22 @@ def test_random_state_is_untouched_and_runs_agree():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_thread_count_does_not_change_a_bit(dtype):
+    weight = with_spectrum(1500, 700, SPECTRA["slow"]).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(truncated_svd(weight, 2, cache=False))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0].basis, other.basis) for other in results[1:])
+    assert all(torch.equal(results[0].sigma, other.sigma) for other in results[1:])
+
+
 THREADS_SCRIPT = textwrap.dedent("""
     import sys, torch
     from tinylora_kernels.factors import truncated_svd

@@ -11,14 +11,14 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from .threads import one_thread_each
 
 CHUNK_ELEMENTS = 1 << 20
 _DIGEST = hashlib.sha256  # with the CPU's SHA instructions the fastest in hashlib; releases the GIL
@@ -35,8 +35,9 @@ def weight_fingerprint(weight: Tensor) -> str:
     m, n = weight.shape
     rows = max(1, CHUNK_ELEMENTS // max(1, n))
     whole = _DIGEST(f"tinylora weight {m} {n}".encode())
-    for digest in _in_order(lambda begin: _chunk_digest(weight[begin : begin + rows]), range(0, m, rows)):
-        whole.update(digest)
+    with one_thread_each() as run:
+        for digest in run(lambda begin: _chunk_digest(weight[begin : begin + rows]), range(0, m, rows)):
+            whole.update(digest)
     return whole.hexdigest()[:32]
 
 
@@ -106,10 +107,3 @@ def _narrowest(values: Tensor) -> Tensor:
             return values.to(dtype)
     return values
 
-
-def _in_order(function, arguments: Iterable) -> Iterable:
-    workers = min(torch.get_num_threads(), len(arguments))
-    if workers < 2:
-        return map(function, arguments)
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, arguments))

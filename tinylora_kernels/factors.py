@@ -21,6 +21,7 @@ from . import factor_cache
 from .factor_cache import weight_fingerprint
 from .projection import STREAM_SKETCH, philox_normal
 from .subspace import DEGENERATE_GAP, OVERSAMPLING, Triplets, leading_triplets
+from .threads import one_thread_each
 
 ALGORITHM = 1  # part of the cache key: raise it when the factors of any matrix may change
 DIRECT_SIZE = 192  # up to this min(out, in) a full decomposition is quicker
@@ -184,7 +185,8 @@ def _triplets(weight: Tensor, rank: int, tol: float, scale: float) -> Triplets:
     if min(weight.shape) <= max(DIRECT_SIZE, 4 * (rank + OVERSAMPLING)):
         return _direct(weight, scale)
     search = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    triplets = leading_triplets(weight, rank, tol, search, scale)
+    with one_thread_each() as run:
+        triplets = leading_triplets(weight, rank, tol, search, scale, run)
     if len(triplets.sigma) < rank or not bool((triplets.residual[:rank] < tol).all()):
         return _direct(weight, scale)
     return triplets

@@ -8,17 +8,20 @@ A block, not a single vector, because equal singular values hide from a single o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .projection import STREAM_SOLVER, philox_normal
+from .threads import Run, serial
 
 OVERSAMPLING = 6  # vectors in a block beyond the rank
 BLOCKS_KEPT = 12  # blocks in the space before it is compressed
 MAX_STEPS = 400
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # entries of W multiplied at a time: what a cache holds
+SLABS = 16  # pieces of W, summed in order; fixed, so that the bits do not depend on the threads
 ANGLE_TOL = 1e-6  # accepted error of a singular vector, radians
 FLOOR = 16  # residuals below FLOOR * eps * ||A|| are rounding
 DEGENERATE_GAP = 1e-6  # closer relative to each other, two singular values have no vectors of their own
@@ -40,10 +43,15 @@ class Triplets:
     resolved: bool
 
 
-def leading_triplets(weight: Tensor, rank: int, tol: float, search_dtype: torch.dtype, scale: float = 1.0) -> Triplets:
-    """Triplets of scale * weight [m, n], n >= 1; the first `rank` have residual < tol, or the last step is returned."""
+def leading_triplets(
+    weight: Tensor, rank: int, tol: float, search_dtype: torch.dtype, scale: float = 1.0, run: Run = serial
+) -> Triplets:
+    """Triplets of scale * weight [m, n] on cpu or cuda; the first `rank` have residual < tol unless MAX_STEPS ran out.
+
+    run  maps a function over pieces of the weight, perhaps on several threads.
+    """
     block = rank + OVERSAMPLING
-    space = _Space(weight, block, scale)
+    space = _Space(weight, block, scale, run if weight.device.type == "cpu" else serial)
     start = philox_normal(0, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device)
     fresh = torch.linalg.qr(start.T).Q.T  # [block, n]
     ritz = None
@@ -98,9 +106,9 @@ class _Ritz:
 class _Space:
     """An orthonormal basis of right vectors with their images W x and A x, grown block by block."""
 
-    def __init__(self, weight: Tensor, block: int, scale: float):
+    def __init__(self, weight: Tensor, block: int, scale: float, run: Run):
         m, n = weight.shape
-        self.weight, self.block, self.scale = weight, block, scale
+        self.weight, self.block, self.scale, self.run = weight, block, scale, run
         self.capacity = min(BLOCKS_KEPT * block, n)
         empty = {"dtype": torch.float64, "device": weight.device}
         self.right = torch.empty(self.capacity, n, **empty)  # X
@@ -113,7 +121,7 @@ class _Space:
         """Add orthonormal rows [p, n], multiplied by W and A in the given precision."""
         old, new = self.size, self.size + len(fresh)
         self.right[old:new] = fresh
-        multiply(self.weight, fresh, dtype, self.scale, self.left[old:new], self.image[old:new])
+        multiply(self, fresh, dtype, self.left[old:new], self.image[old:new])
         self.gram[:new, old:new] = self.left[:new] @ self.left[old:new].T
         self.gram[old:new, :old] = self.gram[:old, old:new].T
         self.size = new
@@ -162,17 +170,27 @@ class _Space:
         return rows
 
 
-def multiply(weight: Tensor, rows: Tensor, dtype: torch.dtype, scale: float, left: Tensor, image: Tensor) -> None:
-    """left = X W^T and image = X W^T W for rows X [b, n], in one pass over weight [m, n]."""
+def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, image: Tensor) -> None:
+    """left = X W^T and image = X W^T W for rows X [b, n], in one pass over W [m, n]."""
+    weight, scale = space.weight, space.scale
     m, n = weight.shape
-    step = max(32, CHUNK_ELEMENTS.get(weight.device.type, 1 << 18) // n)
+    step = max(32, CHUNK_ELEMENTS[weight.device.type] // n)
+    slab = step * math.ceil(math.ceil(m / step) / SLABS)
     x = rows.to(dtype)
-    total = torch.zeros_like(x)
-    for begin in range(0, m, step):
-        chunk = weight[begin : begin + step].to(dtype)  # [step, n]
-        if scale != 1.0:
-            chunk = chunk * scale
-        y = x @ chunk.T  # [b, step]
-        left[:, begin : begin + step] = y
-        total.addmm_(y, chunk)
-    image.copy_(total)
+
+    def multiply_slab(first: int) -> Tensor:
+        total = torch.zeros_like(x)
+        last = min(first + slab, m)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            chunk = weight[begin:end].to(dtype)  # [step, n]
+            if scale != 1.0:
+                chunk = chunk * scale
+            y = x @ chunk.T  # [b, step]
+            left[:, begin:end] = y
+            total.addmm_(y, chunk)
+        return total
+
+    image.zero_()
+    for partial in space.run(multiply_slab, range(0, m, slab)):
+        image.add_(partial)

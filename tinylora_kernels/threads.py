@@ -1,0 +1,45 @@
+"""Torch's threads spent on independent pieces of work instead of inside each small product.
+
+A product of a megabyte is too small to split: two threads inside each take 1.8 times as long as one, two threads with
+whole pieces 0.6 times (2 cores, 3584 x 3584). Pieces that run on one thread each also have the same bits whatever the
+number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Argument, Result = TypeVar("Argument"), TypeVar("Result")
+Run = Callable[[Callable[[Argument], Result], Sequence[Argument]], list[Result]]
+
+
+def serial(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
+    return [function(argument) for argument in arguments]
+
+
+@contextmanager
+def one_thread_each() -> Iterator[Run]:
+    """Give `run(function, arguments)`, a map over torch.get_num_threads() workers; torch itself is held to one thread.
+
+    The calling thread's torch.set_num_threads is put back on leaving. Threads started inside inherit one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def run(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
+        if pool is None or len(arguments) < 2:
+            return serial(function, arguments)
+        return list(pool.map(function, arguments))
+
+    try:
+        yield run
+    finally:
+        if pool is not None:
+            pool.shutdown()
+        torch.set_num_threads(threads)
