@@ -35,7 +35,7 @@ def tiny_lora_update(
         backend: "cuda", "triton", "cpu" or "reference"; None chooses (TINYLORA_BACKEND, then the fastest).
 
     Returns:
-        [..., D], dtype of y; y itself with inplace=True where its layout allows.
+        [..., D], dtype of y; on the memory of y with inplace=True where its layout allows.
 
     Gradients flow into y and v only; only r numbers a row are saved for them. Second derivatives are not defined.
 
@@ -54,6 +54,10 @@ def tiny_lora_update(
         y = y.contiguous()  # a fresh copy, rows in one stride
     elif not inplace or torch.compiler.is_compiling():
         y = y.clone()  # while tracing y may be a view of a matmul; Inductor removes the copy again
+    elif torch.is_grad_enabled() and y._is_view():
+        # nn.Linear with a bias returns a view of its matmul. Written through a view, autograd's backward makes three
+        # passes over the whole gradient; as a tensor of its own on the same memory, none.
+        y = torch.ops.aten._unsafe_view.default(y, y.shape)
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad):
         return TinyLoRAUpdate.apply(y, basis, v, projection, offset, adapter_ids, chosen)
