@@ -1,0 +1,64 @@
+"""python -m tinylora_kernels bench: what is run, for how long, and where the results go."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import breakdown, environment, layers, report, shapes, whole_model
+
+SUITES = ("layers", "model", "breakdown", "report")
+QUICK_SECONDS = 1.2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmarks; 1 where cases are left to another run."""
+    options = parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    out = options.out or environment.results_directory()
+    if options.quick:
+        out = out / "quick"
+    if options.restart:
+        for name in (layers.TIMES_FILE, layers.MEMORY_FILE, whole_model.FILE, breakdown.FILE):
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    begun, left = time.perf_counter(), 0
+    if "layers" in options.suite:
+        cases = shapes.quick_grid() if options.quick else shapes.full_grid()
+        left = layers.run(
+            [case for case in cases if _wanted(case, options)], out, seconds=QUICK_SECONDS if options.quick else 4.0,
+            max_seconds=options.max_seconds, compiled=not options.no_compile,
+        )  # fmt: skip
+    if "model" in options.suite:
+        whole_model.run(out, quick=options.quick)
+    if "breakdown" in options.suite:
+        breakdown.run(out, quick=options.quick)
+    report.write(out)
+    print(f"{time.perf_counter() - begun:.0f} s; results in {out}" + (f"; {left} cases left, run again" if left else ""))
+    return 1 if left else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tinylora_kernels bench", description=__doc__)
+    p.add_argument("--quick", action="store_true", help="a sample of everything, under two minutes")
+    p.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="parts to run (default: all)")
+    p.add_argument("--out", type=Path, help="directory of the results (default: bench/results)")
+    p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: 2, or 1 on one core")
+    p.add_argument("--max-seconds", type=float, help="begin no case after this long; run again to go on")
+    p.add_argument("--tokens", nargs="+", type=int, choices=shapes.TOKENS, help="only these token counts")
+    p.add_argument("--models", nargs="+", choices=list(shapes.MODELS), help="only layers of these models")
+    p.add_argument("--no-compile", action="store_true", help="leave out the contenders under torch.compile")
+    p.add_argument("--restart", action="store_true", help="forget the results there are instead of adding to them")
+    return p
+
+
+def _wanted(case: shapes.Case, options: argparse.Namespace) -> bool:
+    return case.tokens in (options.tokens or shapes.TOKENS) and case.shape.model in (options.models or shapes.MODELS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Two pictures of a run: every contender's ratio to the frozen layer, and our update beside the physical limit."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
+from matplotlib.colors import LogNorm  # noqa: E402
+
+from .contenders import FROZEN, NAMES, OURS  # noqa: E402
+from .report import by_case, ratio  # noqa: E402
+from .shapes import TOKENS  # noqa: E402
+from .timing import geometric_mean  # noqa: E402
+
+
+def write(times: list[dict], out: Path) -> None:
+    _ratios(times, out / "ratio.png")
+    _roofline(times, out / "roofline.png")
+
+
+def _ratios(times: list[dict], path: Path) -> None:
+    """Forward + backward: geometric mean of each contender against tokens; our single layers as dots."""
+    cases = by_case(times, "both")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for axis, dtype in zip(axes, ("fp32", "bf16")):
+        for color, name in enumerate(NAMES[2:]):
+            points = []
+            for tokens in TOKENS:
+                found = [ratio(c[name]) for k, c in cases.items() if k[2:4] == (str(tokens), dtype) and name in c]
+                if found:
+                    points.append((tokens, geometric_mean(found)))
+                if name == OURS:
+                    axis.scatter([tokens] * len(found), found, s=10, color="black", alpha=0.35, linewidths=0)
+            if points:
+                style = {"color": "black", "lw": 2.5} if name == OURS else {"color": f"C{color}", "lw": 1.2, "ls": "--"}
+                axis.plot(*zip(*points), marker="o", ms=4, label=name, **style)
+        axis.axhline(1, color="grey", lw=0.8)
+        axis.set(xscale="log", yscale="log", title=dtype, xlabel="tokens", xticks=TOKENS, xticklabels=TOKENS)
+        axis.set_yticks([1, 1.1, 1.25, 1.5, 2, 3, 5, 10], labels=["1", "1.1", "1.25", "1.5", "2", "3", "5", "10"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("time / frozen nn.Linear, forward + backward with dx")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(_caption(times), fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _roofline(times: list[dict], path: Path) -> None:
+    """Time our update adds to a layer, against one read and one write of y at stream bandwidth."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    for axis, phase in zip(axes, ("forward", "backward")):
+        lowest, highest = float("inf"), 0.0
+        for marker, dtype in (("o", "fp32"), ("s", "bf16")):
+            points = []
+            for key, contenders in by_case(times, phase).items():
+                if key[3] == dtype and OURS in contenders:
+                    mine, frozen = contenders[OURS], contenders[FROZEN]
+                    added = (ratio(mine) - 1) * float(frozen["p50_us"])
+                    points.append((float(mine["limit_us"]), max(added, 0.1), int(key[2])))
+            if points:
+                limits, added, tokens = zip(*points)
+                lowest, highest = min(lowest, *limits), max(highest, *limits)
+                dots = axis.scatter(
+                    limits, added, c=tokens, cmap="viridis", norm=LogNorm(TOKENS[0], TOKENS[-1]),
+                    marker=marker, s=22, label=dtype,
+                )  # fmt: skip
+        axis.plot([lowest, highest], [lowest, highest], color="red", lw=1, label="the limit: one read, one write of y")
+        axis.set(xscale="log", yscale="log", title=phase, xlabel="limit, us")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("added to the frozen layer, us (below the line: y was still in a cache)")
+    bar = figure.colorbar(dots, ax=axes, ticks=TOKENS, label="tokens")
+    bar.ax.set_yticklabels(TOKENS)
+    figure.suptitle(_caption(times), fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _caption(times: list[dict]) -> str:
+    row = times[-1]
+    return f"{row['cpu']}, {row['isa']}, {row['threads']} threads, torch {row['torch']}, PEFT {row['peft']}, commit {row['commit']}"

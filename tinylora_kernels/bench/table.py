@@ -1,0 +1,37 @@
+"""CSV files that a run appends to, case by case, so that it can be stopped and taken up again."""
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def append(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    """Add rows; the header goes before the first. A file with other columns is refused rather than mixed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.is_file()
+    if not fresh:
+        with path.open(newline="") as stream:
+            found = next(csv.reader(stream), [])
+        if found != columns:
+            raise ValueError(f"{path}: expected the columns {columns}, found {found}; move the file away")
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
