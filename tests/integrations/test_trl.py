@@ -358,6 +358,11 @@ def test_what_trl_would_train_wrongly_is_refused():
         model.add_adapter("default")
 
 
+def test_whoever_collects_pefts_own_tensors_gets_an_error_and_not_an_empty_adapter():
+    with pytest.raises(ValueError, match="Unknown PEFT type"):
+        peft.get_peft_model_state_dict(as_peft_model(adapted()))
+
+
 def test_vectors_of_named_adapters_survive_a_change_of_dtype():
     model = as_peft_model(adapted(std=0.3))
     start = vectors_of(model.get_base_model())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel, TinyLoraConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from ..adapter import load_adapter, save_adapter
@@ -65,12 +65,13 @@ class AdaptedModel(PeftModel):
         self._is_prompt_learning = False
         self._adapters_disabled = False
         self._showing_merged = False
-        self._configs = {DEFAULT: TinyLoraConfig(base_model_name_or_path=getattr(model, "name_or_path", None))}
-        self.peft_type = self._configs[DEFAULT].peft_type
+        # Without a peft_type: what would collect PEFT's own tensors here, and find none, gets an error instead.
+        self._configs = {DEFAULT: PeftConfig(base_model_name_or_path=getattr(model, "name_or_path", None))}
+        self.peft_type = None
         self._vectors: dict[str, dict[str, nn.Parameter]] = {}  # of the adapters that are not active, by layer
 
     @property
-    def peft_config(self) -> dict[str, TinyLoraConfig]:
+    def peft_config(self) -> dict[str, PeftConfig]:
         """PEFT's view of the adapters: their names. What they are is in each layer's own config."""
         return self._configs
 
@@ -123,7 +124,7 @@ class AdaptedModel(PeftModel):
 
     # Adapters by name: TRL takes a copy of the first one, "ref", as the reference of its KL term
 
-    def add_adapter(self, adapter_name: str, peft_config: TinyLoraConfig | None = None, **kwargs) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig | None = None, **kwargs) -> None:
         """Keep a frozen copy of the active vectors under this name."""
         if adapter_name in self._configs:
             raise ValueError(f"adapter_name: expected a new name, found {adapter_name!r} among the adapters")
