@@ -1,10 +1,12 @@
 """Compiles CUDA sources for the simulators; what a source compiles to is kept by the hash of everything that went in."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,22 +18,33 @@ _CACHE = Path(tempfile.gettempdir()) / "tinylora_kernels_nvcc"
 needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs nvcc from the CUDA toolkit")
 
 
-def compile_cached(source: Path, suffix: str, *flags: str, also: tuple[Path, ...] = ()) -> Path:
-    """`nvcc flags -o OUT source`; `also`: other files the result depends on."""
+def compile_cached(source: Path, *flags: str, also: Iterable[Path] = (), keep: str = "*.ptx") -> Path:
+    """A folder with the result of `nvcc flags -o out source` and the intermediate files that match `keep`.
+
+    also: other files the result depends on; everything beside them is taken to be constant.
+    """
     digest = hashlib.sha256(" ".join((NVCC, source.name, *flags)).encode())
-    for path in (source, *also):
+    for path in (source, *sorted(also)):
         digest.update(path.read_bytes())
-    out = _CACHE / f"{source.stem}-{digest.hexdigest()[:24]}{suffix}"
-    if not out.exists():
-        _CACHE.mkdir(parents=True, exist_ok=True)
-        part = out.with_suffix(f".part{suffix}")
-        done = subprocess.run([NVCC, "-std=c++17", *flags, "-o", part, source], capture_output=True, text=True)
+    folder = _CACHE / f"{source.stem}-{digest.hexdigest()[:24]}"
+    if folder.exists():
+        return folder
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
+        work = Path(scratch)
+        out = work / "result" / "out"
+        out.parent.mkdir()
+        command = [NVCC, "-std=c++17", "-lineinfo", *flags, "-keep", "-keep-dir", work, "-o", out, source]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"nvcc {source.name}: {done.stderr[-3000:]}")
-        part.rename(out)
-    return out
+            raise RuntimeError(f"nvcc {source.name}: {(done.stderr or done.stdout)[-3000:]}")
+        for kept in work.glob(keep):
+            kept.rename(out.parent / kept.name)
+        with contextlib.suppress(OSError):  # another process was quicker
+            out.parent.rename(folder)
+    return folder
 
 
-def ptx(source: Path, capability: int, *flags: str, also: tuple[Path, ...] = ()) -> str:
-    """The PTX of a source for compute_XY, with line numbers of the source."""
-    return compile_cached(source, ".ptx", f"-arch=compute_{capability}", "-ptx", "-lineinfo", *flags, also=also).read_text()
+def ptx(source: Path, capability: int, *flags: str) -> str:
+    """The PTX of one source for compute_XY, with line numbers of the source."""
+    return (compile_cached(source, f"-arch=compute_{capability}", "-ptx", *flags) / "out").read_text()

@@ -215,6 +215,18 @@ def _bit_field_extract(i: Instruction) -> Semantics:
     return Semantics((kind, "u32", "u32"), kind, extract)
 
 
+@_operation("bfi")
+def _bit_field_insert(i: Instruction) -> Semantics:
+    def insert(field, into, start, length):
+        start, length = (np.minimum(n & np.uint32(255), np.uint32(32)).astype(np.uint64) for n in (start, length))
+        mask = ((np.uint64(1) << length) - np.uint64(1)) << start
+        return (into.astype(np.uint64) & ~mask | field.astype(np.uint64) << start & mask).astype(np.uint32)
+
+    if i.types[-1] != "b32":
+        raise KeyError(i.types[-1])
+    return Semantics(("b32", "b32", "u32", "u32"), "b32", insert)
+
+
 @_operation("lop3")
 def _lop3(i: Instruction) -> Semantics:
     table = int(i.operands[4], 0)

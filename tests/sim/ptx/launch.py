@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,10 +18,11 @@ def launch(
     kernel: Kernel,
     grid: Sequence[int],
     block: Sequence[int],
-    arguments: Sequence[Buffer | int | float | bytes | None],
+    arguments: Sequence[Buffer | int | float | bytes | Callable | None],
     *,
     dynamic_shared: int = 0,
     reverse: bool = False,
+    buffers: Mapping[int, Buffer] | None = None,
 ) -> Traffic:
     """Run the kernel; buffers are updated in place. Returns what it read and wrote.
 
@@ -29,6 +30,8 @@ def launch(
         arguments: in the order of the kernel's parameters. A Buffer is passed as a pointer, None as a null pointer, a float
             as f32, bytes as they are (a struct passed by value).
         dynamic_shared: bytes of extern shared memory.
+        buffers: memory that a struct points to, by the pointer in use. An argument may be a function from a lookup of those
+            pointers (real -> simulated address) to the bytes of the struct.
         reverse: let atomics happen in descending instead of ascending thread order.
 
     Raises:
@@ -46,16 +49,18 @@ def launch(
     constants = [
         Buffer(name, np.frombuffer(data, np.uint8).copy(), 1, read_only=True) for name, data in kernel.constants.items()
     ]
-    buffers = list({id(a): a for a in arguments if isinstance(a, Buffer)}.values())  # one passed twice is one memory
+    pointed_to = dict(buffers or {})
+    buffers = list({id(a): a for a in (*arguments, *pointed_to.values()) if isinstance(a, Buffer)}.values())
     memory = GlobalMemory(buffers + constants, _narrowest(kernel, "global", ""))
     shared = SharedMemory(blocks, kernel.static_shared + dynamic_shared, _narrowest(kernel, "shared", ""))
     symbols = {name: memory.address(len(buffers) + n) for n, name in enumerate(kernel.constants)} | kernel.shared
 
     address = {id(buffer): memory.address(n) for n, buffer in enumerate(buffers)}
-    parameters = {
-        name: _bytes(name, size, address.get(id(value), value))
-        for (name, size), value in zip(kernel.parameters.items(), arguments)
-    }
+    parameters = {}
+    for (name, size), value in zip(kernel.parameters.items(), arguments):
+        if callable(value):
+            value = value(lambda pointer: address[id(pointed_to[pointer])])
+        parameters[name] = _bytes(name, size, address.get(id(value), value))
 
     traffic = Traffic()
     clock = Clock(blocks, threads)

@@ -119,24 +119,23 @@ class Machine:
         self.state[self.active] = EXITED
 
     def block_barrier(self) -> None:
-        self._require_whole_warps()
         self.pc[self.group] = self.at + 1
         self.state[self.active] = AT_BARRIER
         waiting = (self.state == AT_BARRIER) | self.padding
         ready = waiting.reshape(-1, self.clock.width).all(axis=1)  # [blocks]
         released = ready.repeat(self.clock.width) & ~self.padding
+        self._require_whole_warps(released)
         self.state[released] = RUNNING
         self.clock.block_barrier(np.nonzero(released)[0])
 
-    def _require_whole_warps(self) -> None:
-        """bar.sync is for whole warps: undefined where some threads of a warp are elsewhere."""
-        alive = (self.state != EXITED).reshape(-1, 32)
-        here = self.active.reshape(-1, 32)
-        torn = here.any(axis=1) & (alive & ~here).any(axis=1)
+    def _require_whole_warps(self, released: np.ndarray) -> None:
+        """bar.sync is for whole warps: all threads of one must have met at the same instruction."""
+        first = np.where(released, self.pc, len(self.program)).reshape(-1, 32).min(axis=1).repeat(32)
+        torn = released & (self.pc != first)
         if torn.any():
-            warp = int(np.argmax(torn))
-            away = self.clock.name(warp * 32 + int(np.argmax(alive[warp] & ~here[warp])))
-            raise DivergentBarrier(f"{self.where}: a warp waits at the barrier without {away}")
+            thread = int(np.argmax(torn))
+            places = " and ".join(self.program[pc - 1].where for pc in (first[thread], self.pc[thread]))
+            raise DivergentBarrier(f"{places}: the warp of {self.clock.name(thread)} waits at two barriers at once")
 
     def gather_warp(self, members: np.ndarray) -> bool:
         """Make the active threads wait until all lanes in their member mask [threads] are here.
