@@ -32,6 +32,8 @@ struct Lanes;
 
 template <>
 struct Lanes<float> : Float16Lanes {
+  static void load_basis(const float* p, Reg& low, Reg& high) { load(p, low, high); }
+  static void load_basis_part(const float* p, int64_t n, Reg& low, Reg& high) { load_part(p, n, low, high); }
   static void load(const float* p, Reg& low, Reg& high) {
     low = _mm512_loadu_ps(p);
     high = _mm512_loadu_ps(p + 16);
@@ -52,6 +54,8 @@ struct Lanes<float> : Float16Lanes {
 
 template <>
 struct Lanes<double> : Double8Lanes {
+  static void load_basis(const double* p, Reg& low, Reg& high) { load(p, low, high); }
+  static void load_basis_part(const double* p, int64_t n, Reg& low, Reg& high) { load_part(p, n, low, high); }
   static void load(const double* p, Reg& low, Reg& high) {
     low = _mm512_loadu_pd(p);
     high = _mm512_loadu_pd(p + 8);
@@ -70,27 +74,36 @@ struct Lanes<double> : Double8Lanes {
   }
 };
 
-// 32 numbers of 16 bits in one register; `Format` widens half of them and narrows two halves.
-template <class T, class Format>
-struct Lanes16 : Float16Lanes {
-  static void widen(__m512i packed, Reg& low, Reg& high) {
-    low = Format::widen(_mm512_castsi512_si256(packed));
-    high = Format::widen(_mm512_extracti64x4_epi64(packed, 1));
+// bfloat16 is the upper half of a float. 32 of them seen as 16 words of 32 bits: the even ones sit in the lower halves,
+// the odd ones are floats already once the lower half is cleared. So registers hold even and odd lanes here, one
+// instruction each, and the basis is put into that order where it is loaded, once for several rows.
+template <class Format>
+struct EvenOddLanes : Float16Lanes {
+  static void widen(__m512i packed, Reg& even, Reg& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(packed, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(packed, _mm512_set1_epi32(0xffff0000)));
   }
-  static void load(const T* p, Reg& low, Reg& high) { widen(_mm512_loadu_si512(p), low, high); }
-  static void load_part(const T* p, int64_t n, Reg& low, Reg& high) {
-    widen(_mm512_maskz_loadu_epi16(first_lanes(n), p), low, high);
+  static void load(const BFloat16* p, Reg& even, Reg& odd) { widen(_mm512_loadu_si512(p), even, odd); }
+  static void load_part(const BFloat16* p, int64_t n, Reg& even, Reg& odd) {
+    widen(_mm512_maskz_loadu_epi16(first_lanes(n), p), even, odd);
   }
-  static void store(T* p, Reg low, Reg high) { _mm512_storeu_si512(p, Format::narrow(low, high)); }
-  static void store_part(T* p, int64_t n, Reg low, Reg high) {
-    _mm512_mask_storeu_epi16(p, first_lanes(n), Format::narrow(low, high));
+  static void store(BFloat16* p, Reg even, Reg odd) { _mm512_storeu_si512(p, Format::narrow(even, odd)); }
+  static void store_part(BFloat16* p, int64_t n, Reg even, Reg odd) {
+    _mm512_mask_storeu_epi16(p, first_lanes(n), Format::narrow(even, odd));
+  }
+  static void sort(Reg& low, Reg& high) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const Reg first = low;
+    low = _mm512_permutex2var_ps(first, even, high);
+    high = _mm512_permutex2var_ps(first, odd, high);
+  }
+  static void load_basis(const float* p, Reg& even, Reg& odd) {
+    Lanes<float>::load(p, even, odd);
+    sort(even, odd);
+  }
+  static void load_basis_part(const float* p, int64_t n, Reg& even, Reg& odd) {
+    Lanes<float>::load_part(p, n, even, odd);
+    sort(even, odd);
   }
 };
-
-inline __m512i join(__m256i low, __m256i high) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-inline __m512 widen_bfloat16(__m256i packed) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
-}

@@ -10,17 +10,19 @@ namespace {
 #include "cpu/avx512.inl"
 
 struct BFloat16Format {
-  static __m512 widen(__m256i packed) { return widen_bfloat16(packed); }
-  static __m512i narrow(__m512 low, __m512 high) {
-    const __m512bh packed = _mm512_cvtne2ps_pbh(high, low);
+  static __m512i narrow(__m512 even, __m512 odd) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(odd, even);  // the 16 even ones, then the 16 odd ones
     __m512i bits;
-    __builtin_memcpy(&bits, &packed, sizeof bits);
-    return bits;
+    __builtin_memcpy(&bits, &rounded, sizeof bits);
+    // word 2 i <- i, word 2 i + 1 <- 16 + i
+    const __m512i even_words = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i odd_words = _mm512_slli_epi32(_mm512_add_epi32(even_words, _mm512_set1_epi32(16)), 16);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(even_words, odd_words), bits);
   }
 };
 
 template <>
-struct Lanes<BFloat16> : Lanes16<BFloat16, BFloat16Format> {};
+struct Lanes<BFloat16> : EvenOddLanes<BFloat16Format> {};
 
 #include "cpu/rows.inl"
 

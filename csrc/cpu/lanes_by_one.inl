@@ -1,8 +1,12 @@
 // Lanes<T> from a Format that moves one register at a time, for instruction sets without masked moves: a part of a
 // row goes through a buffer. Included inside an anonymous namespace.
 
+template <class T>
+struct Lanes;
+
 template <class T, class Format>
 struct LanesByOne : Format {
+  using Acc = typename Format::Acc;
   using Reg = typename Format::Reg;
   static constexpr int kStep = 2 * Format::kWidth;
   static void load(const T* p, Reg& low, Reg& high) {
@@ -23,10 +27,10 @@ struct LanesByOne : Format {
     store(buffer, low, high);
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
   }
+  static void load_basis(const Acc* p, Reg& low, Reg& high) { Lanes<Acc>::load(p, low, high); }
+  static void load_basis_part(const Acc* p, int64_t n, Reg& low, Reg& high) { Lanes<Acc>::load_part(p, n, low, high); }
 };
 
-template <class T>
-struct Lanes;
 template <>
 struct Lanes<float> : LanesByOne<float, FloatFormat> {};
 template <>

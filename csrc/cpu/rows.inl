@@ -5,6 +5,7 @@
 //     Lanes<T>::Acc, Reg (a register of Acc), kWidth (its lanes), and moves of 2 * kWidth elements
 //         load(const T*, Reg& low, Reg& high)    load_part(const T*, int64_t n, ...): n of them, the rest zero
 //         store(T*, Reg low, Reg high)           store_part(T*, int64_t n, ...): n of them
+//         load_basis(const Acc*, ...), load_basis_part(...): Acc numbers in the lane order that load gives T
 // and for Reg: fill(Acc) -> Reg, multiply, add, multiply_add(a, b, c) = a b + c, sum(Reg) -> Acc;
 // and kAccumulators, how many registers of sums fit beside the operands.
 
@@ -17,7 +18,6 @@ template <class T, int R, int NR>
 inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* basis, int64_t width,
                     typename Lanes<T>::Acc (&s)[NR][R]) {
   using L = Lanes<T>;
-  using B = Lanes<typename L::Acc>;
   using Reg = typename L::Reg;
   Reg low[NR][R], high[NR][R];
   for (int n = 0; n < NR; ++n) {
@@ -32,14 +32,14 @@ inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* ba
   Reg u_low[R], u_high[R], x_low, x_high;
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
-    for (int k = 0; k < R; ++k) B::load(basis + k * width + d, u_low[k], u_high[k]);
+    for (int k = 0; k < R; ++k) L::load_basis(basis + k * width + d, u_low[k], u_high[k]);
     for (int n = 0; n < NR; ++n) {
       L::load(x + n * stride + d, x_low, x_high);
       step(u_low, u_high, n, x_low, x_high);
     }
   }
   if (d < width) {
-    for (int k = 0; k < R; ++k) B::load_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
+    for (int k = 0; k < R; ++k) L::load_basis_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
     for (int n = 0; n < NR; ++n) {
       L::load_part(x + n * stride + d, width - d, x_low, x_high);
       step(u_low, u_high, n, x_low, x_high);
@@ -55,7 +55,6 @@ template <class T, int R, int NR>
 inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* basis,
                        int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
   using L = Lanes<T>;
-  using B = Lanes<typename L::Acc>;
   using Reg = typename L::Reg;
   Reg weight[NR][R];
   for (int n = 0; n < NR; ++n) {
@@ -76,14 +75,14 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
   Reg u_low[R], u_high[R], x_low, x_high;
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
-    for (int k = 0; k < R; ++k) B::load(basis + k * width + d, u_low[k], u_high[k]);
+    for (int k = 0; k < R; ++k) L::load_basis(basis + k * width + d, u_low[k], u_high[k]);
     for (int n = 0; n < NR; ++n) {
       L::load(x + n * x_stride + d, x_low, x_high);
       L::store(y + n * y_stride + d, updated(u_low, n, x_low), updated(u_high, n, x_high));
     }
   }
   if (d < width) {
-    for (int k = 0; k < R; ++k) B::load_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
+    for (int k = 0; k < R; ++k) L::load_basis_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
     for (int n = 0; n < NR; ++n) {
       L::load_part(x + n * x_stride + d, width - d, x_low, x_high);
       L::store_part(y + n * y_stride + d, width - d, updated(u_low, n, x_low), updated(u_high, n, x_high));
@@ -192,7 +191,7 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
       const int64_t part = width - d < 2 * L::kWidth ? width - d : 2 * L::kWidth;
       Reg delta_low = L::fill(0), delta_high = L::fill(0), u_low, u_high, x_low, x_high;
       for (int64_t j = 0; j < r; ++j) {
-        Lanes<Acc>::load_part(basis + j * width + d, part, u_low, u_high);
+        L::load_basis_part(basis + j * width + d, part, u_low, u_high);
         delta_low = L::multiply_add(L::fill(z[j]), u_low, delta_low);
         delta_high = L::multiply_add(L::fill(z[j]), u_high, delta_high);
       }
