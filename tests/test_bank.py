@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.cases import error
 from tests.models import TARGETS, tiny_decoder
-from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
+from tinylora_kernels import AdapterError, TinyLoRAConfig, apply_tiny_lora, load_adapter, trainable_vectors
 from tinylora_kernels.bank import AdapterBank
 
 
@@ -159,6 +159,26 @@ def test_a_bare_model_and_copies_carry_no_bank():
     bank.close()
     with torch.no_grad(), bank.use(["a0"]):
         assert torch.equal(model(tokens), twin(tokens))
+
+
+def test_files_come_and_go_and_those_of_another_base_are_refused(tmp_path):
+    model = adapted()
+    bank, vectors = filled_bank(model)
+    bank.save("a1", tmp_path / "a1.safetensors")
+    bank.load("again", tmp_path / "a1.safetensors")
+    assert torch.equal(bank.vectors("again"), vectors["a1"])
+    alone_again = load_adapter(adapted(), tmp_path / "a1.safetensors")
+    assert torch.equal(torch.stack([v.detach() for v in trainable_vectors(alone_again)]), vectors["a1"])
+
+    other = apply_tiny_lora(tiny_decoder(seed=1, bias=True), model.layers[0].q_proj.config)
+    with pytest.raises(AdapterError, match="trained on other base weights"):
+        AdapterBank(other, 2).load("x", tmp_path / "a1.safetensors")
+    with pytest.raises(AdapterError, match="seed is 0 there and 1"):
+        AdapterBank(adapted(seed=1), 2).load("x", tmp_path / "a1.safetensors")
+    (tmp_path / "cut").write_bytes((tmp_path / "a1.safetensors").read_bytes()[:-1])
+    with pytest.raises(AdapterError):
+        bank.load("cut", tmp_path / "cut")
+    assert len(bank) == 7
 
 
 def test_a_million_adapters_weigh_52_megabytes():

@@ -5,6 +5,7 @@
 """
 from . import functional
 from .adapter import AdapterError, inspect_adapter, load_adapter, save_adapter
+from .bank import AdapterBank
 from .config import TinyLoRAConfig
 from .export import export_lora
 from .layer import TinyLoRALayer
@@ -15,6 +16,7 @@ from .ops import set_backend
 from .rl import GRPOTrainer, SFTTrainer, token_log_probs
 
 __all__ = [
+    "AdapterBank",
     "AdapterError",
     "GRPOTrainer",
     "LoRAXSConfig",

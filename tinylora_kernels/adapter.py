@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool 
         AdapterError: the model has no adapter, is only a part of the adapted model, or its v holds NaN.
         OSError: the file cannot be written.
     """
-    write_atomically(path, encode(_describe_model(model, include_basis)))
+    write_atomically(path, encode(describe_model(model, include_basis)))
 
 
 def load_adapter(
@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _describe_model(model: nn.Module, include_basis: bool) -> AdapterFile:
+def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | None = None) -> AdapterFile:
+    """What save_adapter writes: the model's own vectors, or v [groups, u] in their place."""
     layers = adapted_layers(model)
     if not layers:
         raise AdapterError("model: it has no adapter to save; call apply_tiny_lora(model, config) first")
@@ -179,7 +180,8 @@ def _describe_model(model: nn.Module, include_basis: bool) -> AdapterFile:
             )  # fmt: skip
         )
         vectors.setdefault(layer.group, layer.v.detach().cpu())
-    v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]
+    if v is None:
+        v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]
     if not bool(torch.isfinite(v).all()):
         raise AdapterError("model: a trained vector v holds NaN or infinity; nothing was written")
     return AdapterFile(config, v, modules)
@@ -212,8 +214,8 @@ def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool
     _set_vectors(adapted_layers(model), adapter.v)
 
 
-def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
-    layers = adapted_layers(model)
+def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
+    """Raise AdapterError unless the file was trained on these layers: names, config, groups, weights and bases."""
     merged = [name for name, layer in layers.items() if is_merged(layer)]
     if merged:
         raise AdapterError(f"the model is merged ({merged[0]}); call unmerge(model) first")
@@ -231,6 +233,10 @@ def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
         adapter,
     )
 
+
+def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
+    layers = adapted_layers(model)
+    check_fits(layers, adapter)
     for layer, module in zip(layers.values(), adapter.modules):
         if module.basis is not None:
             _set_factors(layer, module.basis, module.sigma)

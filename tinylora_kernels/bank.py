@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import heapq
+import os
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import check_fits, describe_model, inspect_adapter
+from .adapter_format import AdapterError, encode, write_atomically
 from .layer import TinyLoRALayer
 from .model import adapted_layers
 
@@ -157,6 +160,28 @@ class AdapterBank:
             del self._slots[name]
             self._live[slot] = False
             heapq.heappush(self._free, slot)
+
+    def load(self, name: Hashable, path: str | os.PathLike) -> int:
+        """Add an adapter from a file of save_adapter; returns its id.
+
+        Raises:
+            AdapterError: the file is damaged, was trained on another base or with another config, or carries bases of
+                its own (a bank shares one basis a layer). The bank is as it was.
+        """
+        adapter = inspect_adapter(path)
+        layers = {layer.name: layer for layer in self._layers}
+        try:
+            check_fits(layers, adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{os.fspath(path)}: {error}") from None
+        for module in adapter.modules:
+            if module.basis is not None and not torch.equal(module.basis, layers[module.name].basis.cpu()):
+                raise AdapterError(f"{os.fspath(path)}: {module.name} has a basis of its own; a bank shares the model's")
+        return self.add(name, adapter.v)
+
+    def save(self, name: Hashable, path: str | os.PathLike) -> None:
+        """Write one adapter as save_adapter does; load_adapter and load() read it."""
+        write_atomically(path, encode(describe_model(self.model, v=self.vectors(name))))
 
     @torch.no_grad()
     def _write(self, slot: int, vectors: Tensor) -> None:

@@ -62,6 +62,7 @@ class TinyLoRALayer(nn.Module):
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
         self.enabled = True  # False: the bare base, e.g. while the update is merged into its weight
+        self.saved_weight: Tensor | None = None  # the base weight's own bits while it is merged
         self.bank = None  # the AdapterBank that holds other vectors for rows of a batch
         self.backend = getattr(config, "backend", None)
         device = base.weight.device
@@ -81,7 +82,9 @@ class TinyLoRALayer(nn.Module):
         self._fresh_output = type(base) is nn.Linear or _is_conv1d(base)
 
     def forward(self, *args, **kwargs) -> Tensor:
-        y = self.base(*args, **kwargs)
+        # Straight from the dicts: through nn.Module.__getattr__ each name costs most of a microsecond, at every token.
+        base, buffers = self._modules["base"], self._buffers
+        y = base(*args, **kwargs)
         if not self.enabled:
             return y
         v, adapter_ids = self._owner[0]._parameters["v"], None
@@ -90,8 +93,8 @@ class TinyLoRALayer(nn.Module):
         if v.device != y.device:
             v = v.to(y.device)  # a tie group that spans devices
         return tiny_lora_update(
-            y, self.basis, v, self.projection, self.offset, adapter_ids,
-            inplace=self._fresh_output and not is_watched(self.base), backend=self.backend,
+            y, buffers["basis"], v, buffers["projection"], buffers["offset"], adapter_ids,
+            inplace=self._fresh_output and not is_watched(base), backend=self.backend,
         )  # fmt: skip
 
     def __getstate__(self) -> dict:

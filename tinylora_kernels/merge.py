@@ -110,7 +110,7 @@ def is_dense(weight: Tensor) -> bool:
 
 def is_merged(layer: TinyLoRALayer) -> bool:
     """Whether the layer's update sits in its base weight."""
-    return getattr(layer, "saved_weight", None) is not None
+    return layer.saved_weight is not None
 
 
 @torch.no_grad()

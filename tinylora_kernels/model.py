@@ -1,8 +1,7 @@
 """A whole model: find the modules, factorise them, share the vectors, freeze the rest."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
