@@ -42,7 +42,10 @@ build: $(VENV)/.package
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# Threads that wait in the kernel, not in a loop: on a machine with other work, looping ones make two threads many times
+# slower than one.
 demo: $(VENV)/.demo
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} \
 	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m tinylora_kernels demo
 
 bench: $(VENV)/.test

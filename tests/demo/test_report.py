@@ -10,7 +10,8 @@ def evaluation(solved: int, trials: int = 200) -> Evaluation:
 
 
 def test_table_fits_and_shows_accuracy_interval_and_bytes():
-    rows = [report.Row("base model", 0, evaluation(75)), report.Row("TinyLoRA, 840 numbers", 840, evaluation(160), 1234.0)]
+    trained = report.Row("TinyLoRA, 840 numbers", 840, evaluation(160), 1234.0)
+    rows = [report.Row("base model", 0, evaluation(75)), trained]
     control = report.RandomControl(840, 0.9, [evaluation(60), evaluation(100)], 12.0)
     lines = report.table(rows, control, 0.7).splitlines()
     assert max(map(len, lines)) <= report.WIDTH and len(lines) == 6

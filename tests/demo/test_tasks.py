@@ -69,7 +69,7 @@ def test_reasoning_gym_tasks_verify_with_their_own_dataset():
     held_out = {problem.prompt for problem in problems.held_out}
     training = list(islice(problems.training(0), 20))
     assert len(problems.held_out) == 200 and not held_out & {problem.prompt for problem in training}
-    question = training[0].prompt.splitlines()[0]  # "State the final answer to the following arithmetic problem: 4 + 3 ="
+    question = training[0].prompt.splitlines()[0]  # "State the final answer to the following ... problem: 4 + 3 ="
     result = eval(question.split(":")[1].rstrip("= "))
     assert training[0].score(f"so it is\n{result}") == 1.0
     assert training[0].score(str(result + 1)) < 1.0

@@ -57,7 +57,7 @@ def _score(problems: Sequence[Problem], replies: Sequence[str]) -> Score:
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927, JASA 22): it stays inside [0, 1] and is honest at its ends."""
+    """Wilson's score interval for a proportion (Wilson 1927, JASA 22): inside [0, 1], and never a point at its ends."""
     p = successes / trials
     # (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
     spread = z * sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))

@@ -41,7 +41,7 @@ class Experiment:
         return Row(f"TinyLoRA, {numbers} numbers", numbers, self._evaluate(), history.seconds, history.rewards)
 
     def lr_zero_row(self, numbers: int, modules: int, steps: int) -> Row:
-        """The same loop with lr 0: nothing but the optimizer moves v, so a few steps show that the rest changes nothing."""
+        """The same loop with lr 0: only the optimizer moves v, so a few steps show that the rest changes nothing."""
         self._adapt(numbers, modules)
         history = train(Run(self.model, self.task, replace(self.settings, lr=0.0, steps=steps)), "control: lr 0")
         return Row(f"control: lr 0, {steps} steps", numbers, self._evaluate(), history.seconds, history.rewards)

@@ -3,8 +3,8 @@
 Prompts of a batch mostly begin alike (a system prompt, the question's wording), and the samples of one prompt share all
 of it. Both the sampler and the scorer walk that tree: the common beginning is computed once, then the rest of each
 prompt, then the completions, all through one key-value cache. With autograd on, the cache carries the graph, so the
-gradient is that of the whole sequences. For 8 prompts of 46 tokens and 8 samples of 4, it is 0.4 thousand tokens in place
-of 3.2 thousand.
+gradient is that of the whole sequences. For 8 prompts of 46 tokens with 8 samples of 12 each, that is 900 tokens in
+place of 3,700.
 """
 
 from __future__ import annotations

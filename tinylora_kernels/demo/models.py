@@ -125,8 +125,8 @@ def import_transformers():
 def smollm2_directory() -> Path:
     """SmolLM2-135M-Instruct as a transformers directory, converted on first use.
 
-    The package ships a 4-bit GGUF file; it is dequantised once (about half a minute) and kept in bfloat16 (270 MB) under
-    the cache directory. The package is located, never imported: its llama.cpp bindings are not needed.
+    The package ships a 4-bit GGUF file; it is dequantised once (about half a minute) and kept in bfloat16 (270 MB)
+    under the cache directory. The package is located, never imported: its llama.cpp bindings are not needed.
     """
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     if spec is None:

@@ -1,9 +1,9 @@
 """A decoder of 0.6 million parameters that adds digits modulo 10, for a demo that takes a minute.
 
-The problem "345_____=" asks for (3 + 4 + 5) mod 10 in a field of eight digits. A careful writer answers with the running
-sums, "72#2.": 7, 2, then "#", the result and ".". A hasty one jumps to "#" early. Both appear in the corpus
-the checkpoint was trained on (pretrain_tiny.py), so the model can be careful but usually is not: what reinforcement
-learning has to find is a habit, not an ability, and few numbers suffice for that.
+The problem "345_____=" asks for (3 + 4 + 5) mod 10 in a field of eight digits. A careful writer answers with the
+running sums, "72#2.": 7, 2, then "#", the result and ".". A hasty one jumps to "#" early. Both appear in the corpus the
+checkpoint was trained on (pretrain_tiny.py), so the model can be careful but usually is not, and about half of its
+answers are right: what reinforcement learning has to find is a habit, not an ability, and few numbers suffice for that.
 
 The module takes the keyword arguments of a transformers causal language model and needs none of transformers.
 """
@@ -122,7 +122,7 @@ class TinyDecoder(nn.Module):
         past_key_values: KeyValueCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
-        """As a transformers causal language model: input_ids [B, T], attention_mask [B, past + T], 0 keeps all logits."""
+        """As in transformers: input_ids [B, T], attention_mask [B, past + T]; logits_to_keep 0 keeps all."""
         cache = KeyValueCache() if past_key_values is None else past_key_values
         new, past = input_ids.shape[1], cache.get_seq_length()
         if position_ids is None:
