@@ -1,19 +1,22 @@
-"""What torch.compile does to the cost of the update: forward and backward of a small decoder, interleaved, medians.
+"""What PEFT, acceleration and torch.compile do to the cost of the update: forward and backward of a small decoder.
 
     OMP_NUM_THREADS=1 python -m tests.integrations.compile_time
 
-Times are ratios to the frozen model run eagerly; "frozen" differentiates with respect to its input embeddings, as a
-frozen model below a trained layer must.
+Variants are interleaved; medians, and ratios to the frozen model run eagerly. "frozen" differentiates with respect to
+its input embeddings, as every other variant does.
 """
 import argparse
 import statistics
 import time
 from collections.abc import Callable
 
+import peft
 import torch
+from torch import nn
 
 from tests.integrations.tiny import llama
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora
+from tinylora_kernels.integrations.peft import accelerate_peft
 
 
 def decoder(dtype: torch.dtype):
@@ -22,6 +25,11 @@ def decoder(dtype: torch.dtype):
         attention_bias=False, vocab_size=256, max_position_embeddings=512,
     )  # fmt: skip
     return llama(**sizes).to(dtype).requires_grad_(False)
+
+
+def peft_model(dtype: torch.dtype, autocast: bool = True) -> nn.Module:
+    config = peft.TinyLoraConfig(r=2, u=1, target_modules="all-linear", init_weights="uniform")
+    return peft.get_peft_model(decoder(dtype), config, autocast_adapter_dtype=autocast)
 
 
 def step_of(model: Callable, inputs: torch.Tensor) -> Callable[[], None]:
@@ -48,6 +56,9 @@ def main() -> None:
     variants = {
         "frozen, eager": frozen,
         "adapted, eager": adapted,
+        "PEFT, eager": peft_model(dtype),
+        "PEFT without autocast": peft_model(dtype, autocast=False),
+        "PEFT accelerated": accelerate_peft(peft_model(dtype)),
         "frozen, compiled": torch.compile(frozen, fullgraph=True),
         "adapted, compiled": torch.compile(adapted, fullgraph=True),
     }
@@ -65,7 +76,7 @@ def main() -> None:
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} thread(s), {arguments.dtype}, {arguments.tokens} tokens, 14 modules")
     for name, median in medians.items():
-        print(f"{name:20s} {1e3 * median:8.2f} ms  {median / medians['frozen, eager']:.3f}")
+        print(f"{name:22s} {1e3 * median:8.2f} ms  {median / medians['frozen, eager']:.3f}")
 
 
 if __name__ == "__main__":

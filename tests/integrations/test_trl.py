@@ -101,8 +101,14 @@ KINDS = ["as it is", "as_peft_model"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}],
-    ids=["plain", "checkpointing", "accumulation"],
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+        {"bf16": True},
+    ],
+    ids=["plain", "checkpointing", "reentrant", "accumulation", "autocast"],
 )
 def test_sft_trains_the_vectors_and_nothing_else(tmp_path, tokenizer, kind, changes):
     model = adapted()
@@ -120,6 +126,7 @@ def test_checkpointing_and_accumulation_change_nothing_but_memory(tmp_path, toke
     runs = {
         "plain": {},
         "checkpointing": {"gradient_checkpointing": True},
+        "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
         "wrapped": {},
     }
