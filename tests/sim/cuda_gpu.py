@@ -97,24 +97,29 @@ class SimulatedCuda:
     capability: int
     capabilities: tuple[int, ...] = ()  # what to compile for in one go; default: this one
     sources: Path = nvcc.CUDA
-    reverse: bool = False  # atomics in descending thread order
+    order: str = "forward"  # "reverse": atomics in descending thread order
+    skew: int = 0  # elements by which rows miss 16-byte alignment
     launches: list[Launch] = field(default_factory=list)
 
     def update(
         self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, adapter_ids: Tensor | None
     ) -> Tensor:
-        p = _rows_arguments(y, basis, v, projection, adapter_ids)
+        rows = self._skewed(y)
+        p = _rows_arguments(rows, basis, v, projection, adapter_ids)
         t = torch.empty(p.rows, len(basis))
         p.offset = _pointer(offset)
-        p.target, p.target_stride, p.coefficients = y.data_ptr(), p.source_stride, _pointer(t)
+        p.target, p.target_stride, p.coefficients = rows.data_ptr(), p.source_stride, _pointer(t)
         self._call(y.dtype, "simulate_update", len(basis), p)
+        if rows is not y:
+            y.copy_(rows)
         return t
 
     def update_backward(
         self, g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None, adapter_ids: Tensor | None,
         need_input_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        p = _rows_arguments(g, basis, v, projection, adapter_ids)
+        rows = self._skewed(g)
+        p = _rows_arguments(rows, basis, v, projection, adapter_ids)
         g0 = torch.empty(g.shape, dtype=g.dtype) if need_input_grad else g.new_empty(0)
         dv = torch.empty_like(v) if t is not None else v.new_empty(0)
         library = self._build(g.dtype).library
@@ -124,6 +129,15 @@ class SimulatedCuda:
         pointers = _pointer(t), _pointer(dv), _pointer(workspace)
         self._call(g.dtype, "simulate_update_backward", len(basis), p, *pointers)
         return g0, dv
+
+    def _skewed(self, x: Tensor) -> Tensor:
+        """The same rows, starting `skew` elements past a 16-byte boundary."""
+        if not self.skew:
+            return x
+        span = (len(x) - 1) * x.stride(0) + x.shape[1]
+        memory = torch.full([span + 16], float("nan"), dtype=x.dtype)
+        start = -(memory.data_ptr() // x.element_size()) % (16 // x.element_size()) + self.skew
+        return memory.as_strided(x.shape, x.stride(), start).copy_(x)
 
     def _build(self, dtype: torch.dtype) -> Build:
         return build(dtype, self.capabilities or (self.capability,), self.sources)
@@ -157,7 +171,7 @@ class SimulatedCuda:
             buffer.initialised = buffer.read_only or buffer.initialised or pointer in written
         kernel = built.kernel(self.capability, name)
         traffic = launch(
-            kernel, grid, block, [lambda at: _translated(arguments, at)], dynamic_shared=shared, reverse=self.reverse,
+            kernel, grid, block, [lambda at: _translated(arguments, at)], dynamic_shared=shared, reverse=self.order == "reverse",
             buffers=buffers,
         )  # fmt: skip
         written.update(pointer for pointer, buffer in buffers.items() if not buffer.read_only)

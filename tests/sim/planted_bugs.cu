@@ -63,7 +63,7 @@ KERNEL divergent_barrier(const float* x, float* y, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   row[threadIdx.x] = threadIdx.x;
   if (BUG(i < n - 60, n > 0)) __syncthreads();  // torn within a warp
-  if (i < n) y[i] = x[i] + row[0];
+  if (i < n) y[i] = x[i] + row[threadIdx.x];
 }
 
 KERNEL barrier_without_a_warp(const float* x, float* y, int n) {

@@ -20,8 +20,7 @@ from .checks import check_arguments
 
 RANKS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_TILE = 16384  # features of a row that is read once; a longer row is read twice
-STREAM_BLOCK = 8192  # columns at a time of such a row
+STREAM_BLOCK = 8192  # columns at a time of a row that no tile holds: such a row is read twice
 MAX_PROGRAMS = 2048  # bounds the first stage's partial sums and the number of times M is contracted
 INT32_LIMIT = 2**31
 
@@ -34,26 +33,26 @@ class LaunchParameters(NamedTuple):
     threads: int
 
 
-# block: (rows, threads at r <= 2, threads at r > 2): 32 fp32 numbers a thread, 16 where r basis rows want registers too.
+# block: (rows, then threads for r <= 2, r = 4 and r = 8; 0: too long, r rows of the basis beside it would spill).
+# 32 fp32 numbers a thread at r <= 2, fewer where the basis wants registers too, and where 1024 threads have 64 each.
 _TILES = {
-    64: (32, 64, 128),
-    128: (16, 64, 128),
-    256: (8, 64, 128),
-    512: (4, 64, 128),
-    1024: (2, 64, 128),
-    2048: (1, 64, 128),
-    4096: (1, 128, 256),
-    8192: (1, 256, 512),
-    16384: (1, 1024, 1024),
+    64: (32, 64, 128, 128),
+    128: (16, 64, 128, 128),
+    256: (8, 64, 128, 128),
+    512: (4, 64, 128, 128),
+    1024: (2, 64, 128, 128),
+    2048: (1, 64, 128, 128),
+    4096: (1, 128, 256, 256),
+    8192: (1, 256, 512, 1024),
+    16384: (1, 1024, 0, 0),
 }
 
 
 def launch_parameters(features: int, rank: int) -> LaunchParameters:
     """The smallest tile of the table that holds a row; the streaming block where none does."""
-    single = features <= LARGEST_TILE
-    block = next(b for b in _TILES if b >= features) if single else STREAM_BLOCK
-    rows, few, many = _TILES[block]
-    return LaunchParameters(rows, block, few if rank <= 2 else many)
+    column = {1: 1, 2: 1, 4: 2, 8: 3}[rank]
+    block = next((b for b, tile in _TILES.items() if b >= features and tile[column]), STREAM_BLOCK)
+    return LaunchParameters(_TILES[block][0], block, _TILES[block][column])
 
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
@@ -143,7 +142,7 @@ def _launch_backward(g, basis, v, projection, t, adapter_ids, g0, dv) -> None:
         _device_code().reduce_dv_kernel[(-(-v.shape[-1] // block_u) if projection.dim() == 3 else 1, adapters)](
             scratch, t, adapter_ids, projection, dv,
             stages, v.shape[-1], rows_per_id, len(v),
-            R=rank, BLOCK_N=2048 // rank**2 if rank > 1 else 1024, BLOCK_U=block_u,
+            R=rank, BLOCK_N=1024 // rank**2, BLOCK_U=block_u,
             LORA_XS=projection.dim() == 2, HAS_IDS=adapter_ids is not None,
             **_options(128, adapter_ids),
         )  # fmt: skip

@@ -458,7 +458,7 @@ def _call(kernel: Kernel, i: Instruction) -> Callable:
         raise UnsupportedInstruction(f"{i.where}: {i.opcode} {' '.join(i.operands)}")
 
     def fail(m):
-        message = next((int(v[0]) for v in m.outgoing.values() if len(v)), 0)
+        message = next((int(m.outgoing[name][0]) for name in sorted(m.outgoing) if len(m.outgoing[name])), 0)
         which = (message >> ADDRESS_BITS) - 1
         data = m.memory.regions[which].data[message & (1 << ADDRESS_BITS) - 1 :].tobytes() if which >= 0 else b""
         m.trap(data.split(b"\0")[0].decode() or "assertion failed")
@@ -469,7 +469,7 @@ def _call(kernel: Kernel, i: Instruction) -> Callable:
 _CONTROL = {
     "bra": _branch, "bar": _barrier, "barrier": _barrier, "shfl": _shuffle, "vote": _vote, "call": _call,
     "ret": lambda kernel, i: lambda m: m.exit(), "exit": lambda kernel, i: lambda m: m.exit(),
-    "trap": lambda kernel, i: lambda m: m.trap("trap"),
+    "trap": lambda kernel, i: lambda m: m.trap("the kernel stops itself"),
 }  # fmt: skip
 _MEMORY = {
     "ld": _load, "ldu": _load, "st": _store, "atom": _atomic, "red": _atomic, "ldmatrix": _matrix, "stmatrix": _matrix,

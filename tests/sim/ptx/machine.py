@@ -184,7 +184,7 @@ class Machine:
     def trap(self, why: str) -> None:
         self.pc[self.group] = self.at + 1
         if self.active.any():
-            raise Trap(f"{self.where}: {self.clock.name(int(np.argmax(self.active)))}: {why}")
+            raise Trap(f"{self.where}: {self.clock.name(int(np.argmax(self.active)))}: trap: {why}")
 
     # memory
 
