@@ -138,9 +138,18 @@ def test_peft_names_files_and_parameters_are_untouched(tmp_path):
 
 def test_undoing_leaves_no_trace():
     model = tiny_lora()
-    before = [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
-    deaccelerate_peft(accelerate_peft(model))
-    assert before == [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
+
+    def traces():
+        return [
+            (name, type(module), sorted(vars(module)), len(module._load_state_dict_post_hooks))
+            for name, module in model.named_modules()
+        ]
+
+    before = traces()
+    accelerate_peft(model)
+    assert traces() != before
+    deaccelerate_peft(model)
+    assert traces() == before
 
 
 def test_training_in_place_moves_the_same_vectors():
@@ -165,6 +174,7 @@ def test_merging_disabling_and_switching_are_pefts():
     assert error(bare, llama()(x).logits.detach()) < 1e-7 and error(adapted, bare) > 1e-3
     model.merge_adapter()
     assert error(model(x).logits.detach(), adapted) < 1e-5
+    assert set(acceleration_report(model).values()) == {"merged: the base alone is running"}
     model.unmerge_adapter()
     model.set_adapter("other")
     switched = model(x).logits.detach()
@@ -338,6 +348,9 @@ def test_copies_stay_accelerated_and_independent(twin_of):
     with torch.no_grad():
         next(p for p in twin.parameters() if p.requires_grad).add_(1.0)
     assert torch.equal(model(tokens()).logits, expected) and not torch.equal(twin(tokens()).logits, expected)
+    deaccelerate_peft(twin)
+    assert not any(layer._load_state_dict_post_hooks for layer in layers_of(twin).values())
+    assert all(layer._load_state_dict_post_hooks for layer in layers_of(model).values())
 
 
 def test_adapters_injected_into_a_transformers_model():
@@ -349,13 +362,37 @@ def test_adapters_injected_into_a_transformers_model():
 
 
 def test_compiling_an_accelerated_model_gives_one_graph():
-    model, x = accelerate_peft(tiny_lora()), tokens()
+    model, x = accelerate_peft(tiny_lora(llama(num_hidden_layers=1))), tokens()
     expected = outputs_and_gradients(model)
     torch._dynamo.reset()
     compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
     out = compiled(input_ids=x, labels=x)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert_close([out.logits.detach(), *torch.autograd.grad(out.loss, trained)], expected)
+
+
+def test_an_adapter_loaded_after_compiling_is_the_one_that_runs(tmp_path):
+    source = tiny_lora(llama(num_hidden_layers=1), projection_seed=99)
+    source.save_pretrained(tmp_path)
+    model, x = accelerate_peft(tiny_lora(llama(num_hidden_layers=1))), tokens()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(x).logits
+        model.load_adapter(tmp_path, "default")
+        after, expected = compiled(x).logits, source(x).logits
+    assert error(after, expected) < 1e-6 and error(before, expected) > 1e-3
+
+
+def test_weights_loaded_under_an_accelerated_adapter_are_noticed():
+    """PEFT adds B R A whatever the weight becomes; so does a layer whose factors no longer fit, on PEFT's path."""
+    model = accelerate_peft(tiny_lora())
+    other = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()
+             if name.endswith("q_proj.base_layer.weight")}  # fmt: skip
+    model.load_state_dict(other, strict=False)
+    assert sum(reason is not None for reason in acceleration_report(model).values()) == 2
+    found = outputs_and_gradients(model)
+    assert_close(found, outputs_and_gradients(deaccelerate_peft(model)))
 
 
 # Conversion

@@ -21,6 +21,7 @@ from peft.tuners.tinylora import layer as tinylora
 from peft.tuners.tinylora.model import TinyLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..functional import tiny_lora_update
 from ..layer import is_linear_like, is_watched, weight_matrix
@@ -49,6 +50,7 @@ class _State:
     stacks: dict[tuple[str, ...], tuple[list, _Factors]] = field(default_factory=dict)
     sample_names: tuple[str, ...] | None = None  # the adapters of this batch
     sample_ids: Tensor | None = None  # [B] index into sample_names, -1 for none
+    hook: RemovableHandle | None = None  # of _refresh
 
 
 class _Accelerated:
@@ -93,9 +95,12 @@ class _Accelerated:
         return str(factors) if isinstance(factors, FitError) else None
 
     def _factors(self, name: str) -> _Factors | FitError:
-        """The adapter on the output side, computed again when PEFT has replaced or rewritten its tensors."""
+        """The adapter on the output side, computed again when its tensors or the weight were replaced or rewritten."""
         stored = self._tinylora.factors
-        if name in stored and (torch.compiler.is_compiling() or _unchanged(stored[name][0], self._sources(name))):
+        if torch.compiler.is_compiling() and name in stored:
+            return stored[name][1]  # _refresh has seen to it
+        watched = (*self._sources(name), self.base_layer.weight)
+        if name in stored and _unchanged(stored[name][0], watched):
             return stored[name][1]
         try:
             dropout = self._dropout(name)
@@ -104,7 +109,7 @@ class _Accelerated:
             factors = self._fit(name)
         except FitError as error:
             factors = error
-        stored[name] = ([(tensor, _version(tensor)) for tensor in self._sources(name)], factors)
+        stored[name] = ([(tensor, _version(tensor)) for tensor in watched], factors)
         return factors
 
     def _stack(self, names: tuple[str, ...]) -> _Factors:
@@ -266,7 +271,7 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if type(layer) in LAYERS and _why_not_layer(layer) is None:
             layer.__class__ = LAYERS[type(layer)]
-            layer._tinylora = _State()
+            layer._tinylora = _State(hook=layer.register_load_state_dict_post_hook(_refresh))
             if all(layer._why_not(name) for name in layer._adapters()):
                 _restore(layer)
     for module in list(model.modules()):
@@ -295,7 +300,9 @@ def acceleration_report(model: nn.Module) -> dict[str, str | None]:
     """Module name -> None where its active adapters run on our ops, else the reason why not."""
     report = {}
     for name, layer in _peft_layers(model):
-        if isinstance(layer, _Accelerated):
+        if layer.merged:
+            report[name] = "merged: the base alone is running"
+        elif isinstance(layer, _Accelerated):
             reasons = (layer._why_not(adapter) for adapter in layer.active_adapters if adapter in layer._adapters())
             report[name] = next(filter(None, reasons), None)
         else:
@@ -335,7 +342,16 @@ def _why_not_adapters(layer: BaseTunerLayer) -> str | None:
 
 def _restore(module: nn.Module) -> None:
     module.__class__ = ORIGINALS[type(module)]
-    vars(module).pop("_tinylora", None)
+    state = vars(module).pop("_tinylora", None)
+    if state is not None:
+        state.hook.remove()
+
+
+def _refresh(layer: _Accelerated, incompatible_keys) -> None:
+    """After tensors were loaded into a layer: compiled code, which cannot look at versions, finds the new factors."""
+    if not layer.merged:
+        for name in list(layer._tinylora.factors):
+            layer._factors(name)
 
 
 def _unchanged(seen: list[tuple[Tensor, int]], now: tuple[Tensor, ...]) -> bool:
