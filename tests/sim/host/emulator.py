@@ -1,0 +1,181 @@
+"""The CUDA kernels compiled for the CPU by g++ and run one fiber per thread, as a backend like any other.
+
+    backend = Emulated(build("asan"), order="random", seed=3)
+    t = backend.update(y, basis, v, projection, offset, adapter_ids)
+
+Modes: `plain` finds wrong results, deadlocks, divergent barriers and shuffles, and traps; `asan` also out-of-bounds and
+misaligned accesses, integer overflow and undefined shifts; `race` also races between threads, warps and blocks.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[2] / "csrc" / "cuda"
+MODES = ("plain", "asan", "race")
+ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+RANKS = (1, 2, 4, 8)
+ORDERS = ("forward", "reverse", "random")
+
+COMMON = ["-std=c++17", "-O1", "-g1", "-DTINYLORA_EMULATE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+COMMON += ["-ffp-contract=off", "-fno-strict-aliasing", "-x", "c++"]
+SANITIZERS = {
+    "plain": [],
+    "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "race": ["-fsanitize=thread", "-DEMULATE_RACES"],
+}
+TELLING = ("fault: ", "wrong result: ", "runtime error: ", "ERROR: AddressSanitizer: ")
+
+
+class Fault(Exception):
+    """The emulated launch did something a GPU launch must not; the message is the emulator's or the sanitizer's."""
+
+
+@cache
+def cuda_include() -> Path | None:
+    """The toolkit's headers: beside nvcc, in $CUDA_HOME, or where the toolkit installs itself."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    includes = [Path(home) / "include" for home in homes if home]
+    return next((include for include in includes if (include / "cuda_bf16.h").is_file()), None)
+
+
+def why_not() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    return None if cuda_include() else "the CUDA toolkit's headers are not installed"
+
+
+def _cache_directory() -> Path:
+    directory = Path(os.environ.get("TINYLORA_SIM_CACHE", Path(tempfile.gettempdir()) / f"tinylora-sim-{os.getuid()}"))
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _object(source: Path, flags: list[str], includes: list[Path]) -> Path:
+    """Compile one file, unless an object from the same bytes and flags is in the cache."""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in sorted({source} | {p for d in includes for p in d.iterdir() if p.suffix in (".h", ".cuh")}):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = _cache_directory() / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    if not target.exists():
+        command = ["g++", *flags, *(f"-I{d}" for d in includes), "-isystem", str(cuda_include())]
+        partial = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for the emulator:\n{done.stderr[:4000]}")
+        partial.rename(target)
+    return target
+
+
+def link(objects: list[Path], mode: str) -> Path:
+    """One executable from these objects, cached like them."""
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    target = _cache_directory() / f"run-{mode}-{digest}"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        sanitizer = SANITIZERS["asan"] if mode == "asan" else []  # race.cpp stands in for the thread sanitizer
+        subprocess.run(["g++", *sanitizer, *map(str, objects), "-ldl", "-o", str(partial)], check=True)
+        partial.rename(target)
+    return target
+
+
+def runtime_objects(mode: str) -> list[Path]:
+    flags = COMMON + [flag for flag in SANITIZERS[mode] if flag != "-fsanitize=thread"]
+    names = ["scheduler.cpp"] + (["race.cpp"] if mode == "race" else [])
+    return [_object(HERE / name, flags, [HERE]) for name in names]
+
+
+def kernel_object(source: Path, mode: str, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) -> Path:
+    return _object(source, [*COMMON, *SANITIZERS[mode], *defines], [kernels, HERE])
+
+
+def build(mode: str, *, kernels: Path = KERNELS, ranks=RANKS, dtypes=tuple(ELEMENTS)) -> Path:
+    """The driver for the kernels in that directory, with these ranks and element types compiled in."""
+    rank_list = ",".join(f"std::integral_constant<int,{r}>()" for r in ranks)
+    elements = " ".join(f"{'BUILD' if d in dtypes else 'LEAVE_OUT'}({name})" for d, name in ELEMENTS.items())
+    defines = (f"-DRANKS={rank_list}", f"-DELEMENTS={elements}")
+    objects = [kernel_object(HERE / "driver.cpp", mode, kernels, defines)]
+    objects += [kernel_object(kernels / name, mode, kernels) for name in ("launch.cu", "vector_grad.cu")]
+    return link(objects + runtime_objects(mode), mode)
+
+
+def run(executable: Path, stdin: bytes = b"", arguments: tuple[str, ...] = (), timeout: float = 300) -> bytes:
+    """Run it; Fault with the first telling line if it does not end well."""
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([executable, *arguments], input=stdin, capture_output=True, timeout=timeout, env=environment)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        telling = [line for line in lines if any(word in line for word in TELLING)]
+        raise Fault((telling or lines or [f"exit status {done.returncode}"])[0])
+    return done.stdout
+
+
+def _raw(tensor: Tensor | None) -> bytes:
+    if tensor is None:
+        return struct.pack("<q", -1)
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return struct.pack("<q", len(data)) + data
+
+
+def _row_span(rows: Tensor) -> Tensor:
+    """The memory from the first element to the last, gaps between rows included."""
+    count, width = rows.shape
+    return rows.as_strided([(count - 1) * rows.stride(0) + width if count else 0], [1])
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """A backend: the two ops on 2-D activations. skew: elements by which the rows miss 16-byte alignment."""
+
+    executable: Path
+    order: str = "forward"
+    seed: int = 1
+    skew: int = 0
+
+    def _call(self, backward, rows, basis, v, projection, offset, ids, t, need_input_grad) -> bytes:
+        count, width = rows.shape
+        header = [
+            backward, need_input_grad, list(ELEMENTS).index(rows.dtype), basis.shape[0], count, width, rows.stride(0),
+            v.shape[-1], 1 if ids is None else v.shape[0], 1 if ids is None or not len(ids) else count // len(ids),
+            ids is not None and ids.dtype is torch.int64, projection.dim() == 2,
+            self.skew, ORDERS.index(self.order), self.seed,
+        ]  # fmt: skip
+        arrays = [_row_span(rows), basis, v, projection, offset, ids, t]
+        return run(self.executable, struct.pack(f"<{len(header)}q", *map(int, header)) + b"".join(map(_raw, arrays)))
+
+    def update(self, y, basis, v, projection, offset, adapter_ids) -> Tensor:
+        out = self._call(False, y, basis, v, projection, offset, adapter_ids, None, True)
+        span = _row_span(y)
+        bytes_y = span.numel() * y.element_size()
+        if span.numel():
+            span.copy_(torch.frombuffer(bytearray(out[:bytes_y]), dtype=y.dtype))
+        return _tensor(out[bytes_y:], torch.float32, (y.shape[0], basis.shape[0]))
+
+    def update_backward(self, g, basis, v, projection, t, adapter_ids, need_input_grad) -> tuple[Tensor, Tensor]:
+        out = self._call(True, g, basis, v, projection, None, adapter_ids, t, need_input_grad)
+        span = _row_span(g)
+        bytes_g = span.numel() * g.element_size()
+        if out[:bytes_g] != _raw(span)[8:]:
+            raise Fault("update_backward wrote to g")
+        bytes_g0 = g.numel() * g.element_size() if need_input_grad else 0
+        g0 = _tensor(out[bytes_g : bytes_g + bytes_g0], g.dtype, g.shape if need_input_grad else (0,))
+        return g0, _tensor(out[bytes_g + bytes_g0 :], torch.float32, v.shape if t is not None else (0,))
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)

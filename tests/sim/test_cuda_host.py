@@ -1,0 +1,123 @@
+"""The CUDA kernels, compiled for the host and run thread by thread, against float64; and the proof that this would tell.
+
+Three builds of the same sources: plain, with AddressSanitizer and UndefinedBehaviorSanitizer, and with the race detector.
+"""
+
+import pytest
+import torch
+
+from tests.cases import CASES, DTYPES, assert_within_budget, make_case, run_ops
+
+from .checks import CHECKS, assert_same_outputs, draws
+from .host import emulator
+from .host.emulator import Emulated, Fault
+from .mutants import MUTANTS, SMALL, edited_copy
+
+pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
+
+MODE = {"bounds": "asan", "alignment": "asan", "races": "race"}  # of a check; plain otherwise
+GPU_CASES = [case for case in CASES if case.rank in emulator.RANKS]
+
+
+@pytest.fixture(scope="module")
+def all_kernels():
+    return emulator.build("plain")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_within_the_error_budget(all_kernels, case, dtype):
+    inputs = draws(case, dtype)
+    forward = [run_ops(Emulated(all_kernels), i) for i in inputs]
+    assert_within_budget(forward, inputs)
+    assert_same_outputs(forward[0], run_ops(Emulated(all_kernels, order="random", seed=7), inputs[0]))
+
+
+@pytest.mark.parametrize("mode", ["asan", "race"])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_no_stray_access_and_no_race_on_the_case_grid(mode, rank):
+    kernels = emulator.build(mode, ranks=(rank,), dtypes=(torch.bfloat16,))
+    for case in GPU_CASES:
+        if case.rank == rank:
+            run_ops(Emulated(kernels, order="random"), make_case(case, torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def small_kernels(tmp_path_factory):
+    """Kernels whose constants make few rows take several tiles and chunks, and the clean side of every mutant."""
+    sources = edited_copy(emulator.KERNELS, tmp_path_factory.mktemp("small"), SMALL)
+    return lambda mode: emulator.build(mode, kernels=sources, ranks=(2,), dtypes=(torch.float32, torch.bfloat16))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_many_tiles_and_chunks(small_kernels, check):
+    executable = small_kernels(MODE.get(check, "plain"))
+    CHECKS[check](lambda order, skew: Emulated(executable, order=order, skew=skew))
+
+
+def test_rows_do_not_depend_on_how_they_are_spread_over_blocks(all_kernels, small_kernels):
+    for case in GPU_CASES:
+        if case.rank == 2:
+            inputs = make_case(case, torch.bfloat16)
+            a, b = (run_ops(Emulated(kernels), inputs) for kernels in (all_kernels, small_kernels("plain")))
+            b.dv.copy_(a.dv)  # summed over other chunks: equal only to rounding
+            assert_same_outputs(a, b)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_every_mutant_is_caught(tmp_path, mutant):
+    sources = edited_copy(emulator.KERNELS, tmp_path, (*SMALL, mutant.edit))
+    executable = emulator.build(
+        MODE.get(mutant.check, "plain"), kernels=sources, ranks=(2,), dtypes=(torch.bfloat16,)
+    )
+    with pytest.raises((Fault, AssertionError, pytest.fail.Exception)):
+        dtypes = {"dtypes": (torch.bfloat16,)} if mutant.check in ("budget", "alignment") else {}
+        CHECKS[mutant.check](lambda order, skew: Emulated(executable, order=order, skew=skew), **dtypes)
+
+
+# bugs.cpp, by number: what finds the bug, and the words it must say.
+PLANTED = [
+    ("asan", "heap-buffer-overflow"),  # reads past the end
+    ("asan", "heap-buffer-overflow"),  # writes past the end
+    ("asan", "heap-buffer-overflow"),  # past the end of shared memory
+    ("race", "write then read"),  # no barrier
+    ("race", "read then write"),  # no barrier before shared memory is used again
+    ("plain", "threads left the kernel while"),  # a barrier one warp does not reach
+    ("plain", "deadlock"),  # a shuffle some lanes skip
+    ("plain", "names lanes that left"),  # a shuffle after a lane has left
+    ("asan", "misaligned address"),
+    ("race", "different blocks"),  # blocks add up without order
+    ("race", "different blocks"),  # a ticket without a fence
+    ("plain", "nan instead of"),  # shared memory nobody wrote
+    ("race", "same block"),  # lanes hand over through memory without __syncwarp
+    ("asan", "signed integer overflow"),
+    ("plain", "outside its mask"),  # a shuffle from a lane that is not in the mask
+    ("plain", "different barriers"),
+]
+
+
+@pytest.fixture(scope="module")
+def planted():
+    def build(mode):
+        objects = [emulator.kernel_object(emulator.HERE / "bugs.cpp", mode), *emulator.runtime_objects(mode)]
+        return emulator.link(objects, mode)
+
+    return build
+
+
+@pytest.mark.parametrize("mode", emulator.MODES)
+def test_the_kernels_without_a_bug_run_clean(planted, mode):
+    emulator.run(planted(mode), arguments=("0",))
+
+
+@pytest.mark.parametrize("number", range(1, len(PLANTED) + 1))
+def test_planted_bug_is_reported(planted, number):
+    mode, words = PLANTED[number - 1]
+    with pytest.raises(Fault, match=words):
+        emulator.run(planted(mode), arguments=(str(number),))
+
+
+def test_a_mutant_that_does_not_apply_is_an_error(tmp_path):
+    stale = SMALL[0].__class__("plan.h", "no such line", "")
+    with pytest.raises(ValueError, match="expected exactly one"):
+        edited_copy(emulator.KERNELS, tmp_path, (stale,))
