@@ -26,8 +26,8 @@ struct RowsJob {
   int64_t rank;         // r
   const void* basis;    // Acc U^T [r, D]
   const void* offset;   // Acc c [r], or null for zero
-  const void* mixing;   // Acc K [adapters, r, r]
-  const int64_t* adapter_of_id;  // [B] index into mixing, or -1: dst = x for these rows; null: every row has adapter 0
+  const void* mixing;   // Acc K [S, r, r], one for each adapter in use
+  const int64_t* slot_of_id;  // [B] index into mixing, or -1: dst = x for these rows; null: every row has adapter 0
   int64_t rows_per_id;  // row n has id n / rows_per_id
   void* projected;      // Acc s [N, r], out
   void* scratch;        // Acc z [N, r]; null for ranks 1, 2, 4 and 8, which keep it in registers

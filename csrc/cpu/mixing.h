@@ -8,13 +8,29 @@
 
 namespace tinylora::cpu {
 
-// M of each adapter, [K, r, r]: sum_i v_i P'_i, or projection * v. `transposed` gives M^T.
-template <class Acc>
-void contract(const Arguments& call, bool transposed, Acc* mixing);
+// The adapters that the rows of one call belong to. A table of a million vectors costs what its used rows cost.
+class UsedAdapters {
+ public:
+  // Throws std::out_of_range (IndexError in Python) for an id outside [-1, K).
+  explicit UsedAdapters(const Arguments& call);
 
-// dv of each adapter from its dM, [K, r, r] -> [K, u]: <P'_i, dM>, or projection * dM.
+  int64_t count = 1;                                                                   // S; without ids, adapter 0
+  int64_t adapter(int64_t slot) const { return adapters_.empty() ? 0 : adapters_[slot]; }  // slot -> row of v
+  // The slot of each id, [B], -1 for the bare base; null where the call has no ids.
+  const int64_t* slots() const { return slots_.empty() ? nullptr : slots_.data(); }
+
+ private:
+  std::vector<int64_t> adapters_;  // ascending
+  std::vector<int64_t> slots_;
+};
+
+// M of each used adapter, [S, r, r]: sum_i v_i P'_i, or projection * v. `transposed` gives M^T.
 template <class Acc>
-void contract_backward(const Arguments& call, const double* d_mixing, Acc* dv);
+void contract(const Arguments& call, const UsedAdapters& used, bool transposed, Acc* mixing);
+
+// dv [K, u] from the dM of each used adapter, [S, r, r]: <P'_i, dM>, or projection * dM; zero for the others.
+template <class Acc>
+void contract_backward(const Arguments& call, const UsedAdapters& used, const double* d_mixing, Acc* dv);
 
 // dM += a^T t over rows [begin, end), in row order. a, t [N, r]; d_mixing [r, r].
 template <class Acc>

@@ -94,9 +94,9 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
 template <class Acc>
 inline const Acc* mixing_of(const RowsJob& job, int64_t n) {
   const Acc* mixing = static_cast<const Acc*>(job.mixing);
-  if (!job.adapter_of_id) return mixing;
-  const int64_t adapter = job.adapter_of_id[n / job.rows_per_id];
-  return adapter < 0 ? nullptr : mixing + adapter * job.rank * job.rank;
+  if (!job.slot_of_id) return mixing;
+  const int64_t slot = job.slot_of_id[n / job.rows_per_id];
+  return slot < 0 ? nullptr : mixing + slot * job.rank * job.rank;
 }
 
 template <class T>

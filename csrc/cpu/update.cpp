@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -33,19 +31,6 @@ class Scratch {
   std::unique_ptr<T[]> heap_;
 };
 
-// The ids as int64, each within [-1, K).
-std::vector<int64_t> checked_ids(const Arguments& call) {
-  std::vector<int64_t> ids(call.ids.count);
-  for (int64_t i = 0; i < call.ids.count; ++i) {
-    ids[i] = call.ids[i];
-    if (ids[i] < -1 || ids[i] >= call.adapters) {
-      throw std::out_of_range("adapter_ids: expected -1 or an id below " + std::to_string(call.adapters) + ", found " +
-                              std::to_string(ids[i]) + " at position " + std::to_string(i));
-    }
-  }
-  return ids;
-}
-
 int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
 
 // body(first chunk, last chunk), in one parallel region or, for little work, on this thread.
@@ -62,9 +47,9 @@ void for_chunks(const Arguments& call, const Body& body) {
 
 template <class Acc>
 void update_as(const Arguments& call, void* t) {
-  const std::vector<int64_t> ids = checked_ids(call);
-  Scratch<Acc, 64> mixing(call.adapters * call.rank * call.rank);
-  contract<Acc>(call, /*transposed=*/false, mixing.data());
+  const UsedAdapters used(call);
+  Scratch<Acc, 64> mixing(used.count * call.rank * call.rank);  // M [S, r, r]
+  contract<Acc>(call, used, /*transposed=*/false, mixing.data());
   RowsJob job{};
   job.src = call.rows;
   job.src_stride = job.dst_stride = call.stride;
@@ -74,7 +59,7 @@ void update_as(const Arguments& call, void* t) {
   job.basis = call.basis;
   job.offset = call.offset;
   job.mixing = mixing.data();
-  job.adapter_of_id = call.ids.data ? ids.data() : nullptr;
+  job.slot_of_id = used.slots();
   job.rows_per_id = call.ids.rows_per_id;
   job.projected = t;
   Scratch<Acc, 1> scratch(is_specialised(call.rank) ? 0 : call.count * call.rank);
@@ -88,9 +73,9 @@ void update_as(const Arguments& call, void* t) {
 template <class Acc>
 void update_backward_as(const Arguments& call, void* g0, void* dv) {
   const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.count);
-  const std::vector<int64_t> ids = checked_ids(call);
-  Scratch<Acc, 64> mixing(call.adapters * square);
-  contract<Acc>(call, /*transposed=*/true, mixing.data());
+  const UsedAdapters used(call);
+  Scratch<Acc, 64> mixing(used.count * square);  // M^T [S, r, r]
+  contract<Acc>(call, used, /*transposed=*/true, mixing.data());
   Scratch<Acc, 512> projected(call.count * r);  // a [N, r]
   RowsJob job{};
   job.src = call.rows;
@@ -101,7 +86,7 @@ void update_backward_as(const Arguments& call, void* g0, void* dv) {
   job.rank = r;
   job.basis = call.basis;
   job.mixing = mixing.data();
-  job.adapter_of_id = call.ids.data ? ids.data() : nullptr;
+  job.slot_of_id = used.slots();
   job.rows_per_id = call.ids.rows_per_id;
   job.projected = projected.data();
   Scratch<Acc, 1> scratch(is_specialised(r) ? 0 : call.count * r);
@@ -121,15 +106,16 @@ void update_backward_as(const Arguments& call, void* g0, void* dv) {
   });
   if (!dv) return;
 
-  std::vector<double> d_mixing(call.adapters * square, 0.0);  // dM [K, r, r]
+  std::vector<double> d_mixing(used.count * square, 0.0);  // dM [S, r, r]
   for (int64_t c = 0; by_chunk && c < chunks; ++c) {
     for (int64_t e = 0; e < square; ++e) d_mixing[e] += partial.data()[c * square + e];
   }
   for (int64_t i = 0; i < call.ids.count; ++i) {
     const int64_t begin = i * call.ids.rows_per_id, end = begin + call.ids.rows_per_id;
-    if (ids[i] >= 0) add_outer_products(a, t, r, begin, end, d_mixing.data() + ids[i] * square);
+    const int64_t slot = used.slots()[i];
+    if (slot >= 0) add_outer_products(a, t, r, begin, end, d_mixing.data() + slot * square);
   }
-  contract_backward<Acc>(call, d_mixing.data(), static_cast<Acc*>(dv));
+  contract_backward<Acc>(call, used, d_mixing.data(), static_cast<Acc*>(dv));
 }
 
 }  // namespace
