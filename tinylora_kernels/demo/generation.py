@@ -120,13 +120,18 @@ def generate(
 
 
 def draw(scores: Tensor, temperature: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A token for each row of scores [B, V]; temperature [B, 1], 0 takes the best."""
-    best = scores.argmax(dim=1)  # [B]
+    """A token for each row of scores [B, V]; temperature [B, 1], 0 takes the best.
+
+    Sampling inverts the cumulative distribution: one random number a row, where torch.multinomial draws V.
+    """
+    chosen = torch.empty(len(scores), dtype=torch.long)
     sampled = (temperature > 0).squeeze(1)
-    if sampled.any():
-        probabilities = (scores[sampled].float() / temperature[sampled]).softmax(dim=1)
-        best[sampled] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    return best
+    chosen[~sampled] = scores[~sampled].argmax(dim=1)
+    cumulative = (scores[sampled].float() / temperature[sampled]).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
+    # uniform in [0, total): the first token whose cumulative probability exceeds it
+    uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+    chosen[sampled] = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+    return chosen
 
 
 def completion_log_probs(
