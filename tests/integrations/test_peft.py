@@ -286,6 +286,20 @@ def test_a_layer_with_dropout_keeps_pefts_path_and_says_so():
     assert_close(found, outputs_and_gradients(deaccelerate_peft(model)), 1e-30)
 
 
+def test_a_layer_whose_bias_is_trained_keeps_pefts_path_as_long_as_it_is():
+    model = tiny_lora(bias="all")
+    expected = outputs_and_gradients(model)
+    with pytest.warns(UserWarning, match="4 of 6 layers .*its base is trained"):  # down_proj has no bias
+        accelerate_peft(model)
+    assert_close(outputs_and_gradients(model), expected)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("tinylora_v" in name)
+    assert not any(acceleration_report(accelerate_peft(model)).values())
+    next(p for n, p in model.named_parameters() if n.endswith("q_proj.base_layer.bias")).requires_grad_(True)
+    found = outputs_and_gradients(model)
+    assert_close(found, outputs_and_gradients(deaccelerate_peft(model)))
+
+
 class Scaled(nn.Linear):
     """A base whose output is not its weight times the input."""
 

@@ -30,6 +30,7 @@ from .peft_factors import FitError, output_side
 
 __all__ = ["accelerate_peft", "acceleration_report", "deaccelerate_peft", "from_peft", "to_peft"]
 
+TRAINED_BASE = FitError("its base is trained (a bias, by bias='all'), and the update on the output would follow it")
 BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
@@ -63,18 +64,18 @@ class _Accelerated:
         names = state.sample_names
         if names is None:
             names = tuple(name for name in self.active_adapters if name in self._adapters())
-        reason = next(filter(None, map(self._why_not, names)), None)
-        if reason is not None:
-            if state.sample_names is not None:
-                raise ValueError(f"adapter_names: {reason}")
-            return super().forward(x, *args, **kwargs)
+        parts = [self._factors(name) for name in names]
+        for part in parts:
+            if isinstance(part, FitError):
+                if state.sample_names is not None:
+                    raise ValueError(f"adapter_names: {part}")
+                return super().forward(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         if names:
-            y = self._update(y, x, names)
+            y = self._update(y, x, names, self._stack(names, parts))
         return self._finish(y, x)
 
-    def _update(self, y: Tensor, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        stacked = self._stack(names)
+    def _update(self, y: Tensor, x: Tensor, names: tuple[str, ...], stacked: _Factors) -> Tensor:
         vectors = [self._vector(name).to(y.device) for name in names]  # each [u_k]
         ids = self._tinylora.sample_ids
         if ids is None:
@@ -99,7 +100,11 @@ class _Accelerated:
         stored = self._tinylora.factors
         if torch.compiler.is_compiling() and name in stored:
             return stored[name][1]  # _refresh has seen to it
-        watched = (*self._sources(name), self.base_layer.weight)
+        frozen = self._modules["base_layer"]._parameters
+        for parameter in frozen.values():
+            if parameter is not None and parameter.requires_grad:
+                return TRAINED_BASE
+        watched = (*self._sources(name), frozen["weight"])
         if name in stored and _unchanged(stored[name][0], watched):
             return stored[name][1]
         try:
@@ -112,8 +117,7 @@ class _Accelerated:
         stored[name] = ([(tensor, _version(tensor)) for tensor in watched], factors)
         return factors
 
-    def _stack(self, names: tuple[str, ...]) -> _Factors:
-        parts = [self._factors(name) for name in names]
+    def _stack(self, names: tuple[str, ...], parts: list[_Factors]) -> _Factors:
         if len(parts) == 1:
             return parts[0]
         stacks = self._tinylora.stacks
@@ -137,7 +141,8 @@ class _OfTinyLora(_Accelerated):
         return self.tinylora_v[name][self._tinylora_v_key[name]]
 
     def _sources(self, name: str) -> tuple[Tensor, ...]:
-        return self.tinylora_A[name], self.tinylora_B[name], self.tinylora_P[name]
+        modules = self._modules  # not by attribute: this runs on every forward
+        return modules["tinylora_A"][name], modules["tinylora_B"][name], modules["tinylora_P"][name]
 
     def _dropout(self, name: str) -> nn.Module:
         return self.tinylora_dropout[name]
@@ -355,11 +360,14 @@ def _refresh(layer: _Accelerated, incompatible_keys) -> None:
 
 
 def _unchanged(seen: list[tuple[Tensor, int]], now: tuple[Tensor, ...]) -> bool:
-    return all(old is new and version == _version(new) for (old, version), new in zip(seen, now))
+    for (old, version), new in zip(seen, now):  # on every forward: no generator, no call that can be spared
+        if old is not new or (version is not None and version != new._version):
+            return False
+    return True
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _side_by_side(parts: list[_Factors]) -> _Factors:
