@@ -8,7 +8,6 @@ A block, not a single vector, because equal singular values hide from a single o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +20,9 @@ OVERSAMPLING = 6  # vectors in a block beyond the rank
 BLOCKS_KEPT = 12  # blocks in the space before it is compressed
 MAX_STEPS = 400
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # entries of W multiplied at a time: what a cache holds
-SLABS = 16  # pieces of W, summed in order; fixed, so that the bits do not depend on the threads
+CHUNKS_PER_SLAB = 8  # summed in the precision at hand; slabs are summed in fp64, in order, whatever the threads
 ANGLE_TOL = 1e-6  # accepted error of a singular vector, radians
-FLOOR = 16  # residuals below FLOOR * eps * ||A|| are rounding
+ROUNDING = {torch.float32: 5e-7, torch.float64: 4e-15}  # a residual below this share of ||A|| may be rounding
 DEGENERATE_GAP = 1e-6  # closer relative to each other, two singular values have no vectors of their own
 
 
@@ -61,14 +60,14 @@ def leading_triplets(
         for _ in range(MAX_STEPS):
             space.extend(fresh, dtype)
             ritz = space.ritz()
-            if ritz.good_enough(rank, tol, torch.finfo(dtype).eps):
+            if ritz.good_enough(rank, tol, ROUNDING[dtype]):
                 break
             fresh = space.next_directions(ritz)
             if not len(fresh):
                 break
     sigma = ritz.theta.sqrt()
     left = (ritz.mix.T @ space.left[: space.size]) / sigma.unsqueeze(1)
-    return Triplets(left, sigma, ritz.residual, ritz.good_enough(rank, tol, torch.finfo(torch.float64).eps))
+    return Triplets(left, sigma, ritz.residual, ritz.good_enough(rank, tol, ROUNDING[torch.float64]))
 
 
 @dataclass
@@ -80,15 +79,15 @@ class _Ritz:
     rows: Tensor  # [b, n] A x - theta x
     residual: Tensor  # [b] ||A x - theta x|| / theta
 
-    def good_enough(self, rank: int, tol: float, eps: float) -> bool:
-        """Whether the first `rank` are resolved as far as tol, ANGLE_TOL and arithmetic of precision eps allow.
+    def good_enough(self, rank: int, tol: float, rounding: float) -> bool:
+        """Whether the first `rank` are resolved to tol and ANGLE_TOL, or as far as rounding allows.
 
         Against a spectrum outside the block at relative distance d, a relative residual rho leaves an error rho / d in
         the vector. Against a neighbour inside it at distance g, whose residual is rho', the error is rho rho' / (d g).
         """
         theta, rho = self.theta.tolist(), self.residual.tolist()
         for i in range(min(rank, len(theta))):
-            floor = FLOOR * eps * theta[0] / max(theta[i], 1e-300)
+            floor = rounding * theta[0] / max(theta[i], 1e-300)
             gaps = [abs(theta[i] - other) / theta[i] for j, other in enumerate(theta) if j != i]
             if rho[i] > max(tol, floor):
                 return False
@@ -175,7 +174,7 @@ def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, imag
     weight, scale = space.weight, space.scale
     m, n = weight.shape
     step = max(32, CHUNK_ELEMENTS[weight.device.type] // n)
-    slab = step * math.ceil(math.ceil(m / step) / SLABS)
+    slab = step * CHUNKS_PER_SLAB
     x = rows.to(dtype)
 
     def multiply_slab(first: int) -> Tensor:
