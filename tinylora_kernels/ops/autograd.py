@@ -49,16 +49,26 @@ class TinyLoRAUpdate(torch.autograd.Function):
     def forward(ctx, y, basis, v, projection, offset, adapter_ids, backend: str):
         t = BACKENDS[backend].update(y, basis, v, projection, offset, adapter_ids)
         ctx.mark_dirty(y)
-        ctx.backend = backend
-        ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, basis, v, projection, adapter_ids)
+        # The frozen factors go on ctx: saving a tensor costs a microsecond each way, and nobody writes into these.
+        ctx.frozen = basis, projection, adapter_ids, BACKENDS[backend].update_backward
+        ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, v)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        t, basis, v, projection, adapter_ids = ctx.saved_tensors
-        need_input_grad = ctx.needs_input_grad[0]
-        if g.stride(-1) != 1 or not g.is_contiguous():
-            g = g.contiguous()  # expanded gradients (sum, mean) have stride 0
-        g0, dv = BACKENDS[ctx.backend].update_backward(g, basis, v, projection, t, adapter_ids, need_input_grad)
-        return (g0 if need_input_grad else None), None, (dv if t is not None else None), None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            return _backward_once(ctx, g)
+        return _backward(ctx, g)
+
+
+def _backward(ctx, g):
+    basis, projection, adapter_ids, update_backward = ctx.frozen
+    t, v = ctx.saved_tensors
+    need_input_grad = ctx.needs_input_grad[0]
+    if g.stride(-1) != 1 or not g.is_contiguous():
+        g = g.contiguous()  # expanded gradients (sum, mean) have stride 0
+    g0, dv = update_backward(g, basis, v, projection, t, adapter_ids, need_input_grad)
+    return (g0 if need_input_grad else None), None, (dv if t is not None else None), None, None, None, None
+
+
+_backward_once = torch.autograd.function.once_differentiable(_backward)
