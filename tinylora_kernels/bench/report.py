@@ -86,7 +86,7 @@ def _ratios(times: list[dict]) -> str:
 def _targets(times: list[dict]) -> str:
     """Each target of the project with what was found."""
     cases = by_case(times, "both")
-    lines = [f"Targets, forward + backward with dx{'':<27}{'wanted':>9}{'found':>9}{'cases':>7}"]
+    lines = [f"Targets, forward + backward with dx{'':<21}{'wanted':>9}{'found':>9}{'cases':>7}"]
 
     def line(text: str, wanted: float, values: list[float], *, worst: bool = False, at_least: bool = False) -> None:
         if not values:
@@ -94,7 +94,7 @@ def _targets(times: list[dict]) -> str:
         found = max(values) if worst else geometric_mean(values)
         met = found >= wanted if at_least else found <= wanted
         verdict = "met" if met else f"missed by {abs(found / wanted - 1):.1%}"
-        lines.append(f"{text:<62}{wanted:>9.2f}{found:>9.3f}{len(values):>7}  {verdict}")
+        lines.append(f"{text:<56}{wanted:>9.2f}{found:>9.3f}{len(values):>7}  {verdict}")
 
     ours = {key: ratio(c[OURS]) for key, c in cases.items() if OURS in c}
     width = {key: int(c[OURS]["out_features"]) for key, c in cases.items() if OURS in c}
@@ -163,7 +163,7 @@ def _cases(times: list[dict]) -> str:
         forward, backward = (ratio(phases[phase][key][OURS]) for phase in ("forward", "backward"))
         lines.append(
             f"{key[0] + ' ' + key[1]:<27}{key[2]:>7}{key[3]:>5}{key[4]:>3}{microseconds:>11.1f}{forward:>7.3f}{backward:>7.3f}"
-            f"{ratio(mine):>7.3f}{limit:>7.3f}  {rival[0]:.2f} {rival[1][:12]}"
+            f"{ratio(mine):>7.3f}{limit:>7.3f}  {rival[0]:.2f} {rival[1][:10]}"
         )
     return "\n".join(lines)
 
