@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "info": ("tinylora_kernels.diagnostics", "what is installed, which backends run here, and why others do not"),
     "demo": ("tinylora_kernels.demo", "train a real language model by a handful of numbers, beside controls"),
+    "bench": ("tinylora_kernels.bench", "what an adapted layer costs beside the frozen one and beside its rivals"),
     "inspect": ("tinylora_kernels.adapter", "what an adapter file holds"),
     "export": ("tinylora_kernels.export", "an adapter file as a standard LoRA directory"),
 }
