@@ -202,6 +202,54 @@ def test_steps_that_do_not_suffice_fall_back_to_the_full_decomposition(monkeypat
     assert relative(result.basis, reference(weight, 2)[0]) < 1e-6
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """The precision of every pass over a weight."""
+    made = []
+    multiply = subspace.multiply
+    monkeypatch.setattr(subspace, "multiply", lambda *arguments: made.append(arguments[2]) or multiply(*arguments))
+    return made
+
+
+@pytest.mark.parametrize("spectrum, most", [("decaying", 9), ("fast", 7), ("spiked", 5), ("slow", 14)])
+def test_few_passes_over_the_weight(passes, spectrum, most):
+    truncated_svd(with_spectrum(512, 768, SPECTRA[spectrum]).float(), 2, cache=False)
+    assert 2 <= len(passes) <= most
+    assert passes.count(torch.float64) <= 2 and passes[-1] == torch.float64
+
+
+def test_products_of_low_precision_end_the_search(passes, monkeypatch):
+    """fp32 products made in TF32 or bf16 (torch.set_float32_matmul_precision) must not search for ever."""
+    weight = gaussian(400, 300)
+    expected = reference(weight, 2)[0]
+    multiply = subspace.multiply
+
+    def coarse(space, rows, dtype, left, image):
+        multiply(space, rows, dtype, left, image)
+        if dtype == torch.float32:
+            left.copy_(left.bfloat16())
+            image.copy_(image.bfloat16())
+
+    monkeypatch.setattr(subspace, "multiply", coarse)
+    assert relative(truncated_svd(weight, 2, cache=False).basis, expected) < 2e-6
+    assert len(passes) < 100
+
+
+def test_autocast_does_not_matter():
+    weight = gaussian(400, 300)
+    expected = truncated_svd(weight, 2, cache=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(truncated_svd(weight, 2, cache=False).basis, expected.basis)
+
+
+def test_low_rank_is_refused_without_a_full_decomposition(monkeypatch):
+    monkeypatch.setattr(factors, "_direct", lambda *arguments: pytest.fail("full decomposition"))
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.outer(gaussian(1, 900)[0], gaussian(1, 700)[0]).to(dtype)
+        with pytest.raises(ValueError, match="numerical rank is 1, below rank 2"):
+            truncated_svd(weight, 2, cache=False)
+
+
 def test_random_state_is_untouched_and_runs_agree():
     weight = with_spectrum(400, 300, SPECTRA["slow"]).float()
     state = torch.get_rng_state()

@@ -182,14 +182,15 @@ def _threshold(weight: Tensor) -> float:
 
 
 def _triplets(weight: Tensor, rank: int, tol: float, scale: float) -> Triplets:
+    """By block Lanczos, or in full where that is quicker or where Lanczos did not reach tol."""
     if min(weight.shape) <= max(DIRECT_SIZE, 4 * (rank + OVERSAMPLING)):
         return _direct(weight, scale)
     search = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with one_thread_each() as run:
+    with one_thread_each() as run, torch.autocast(weight.device.type, enabled=False):
         triplets = leading_triplets(weight, rank, tol, search, scale, run)
-    if len(triplets.sigma) < rank or not bool((triplets.residual[:rank] < tol).all()):
-        return _direct(weight, scale)
-    return triplets
+    sigma, residual = triplets.sigma[:rank], triplets.residual[:rank]
+    absent = (sigma <= _threshold(weight) * sigma[0]) & triplets.resolved  # refused by the caller
+    return triplets if bool(((residual < tol) | absent).all()) else _direct(weight, scale)
 
 
 def _direct(weight: Tensor, scale: float) -> Triplets:

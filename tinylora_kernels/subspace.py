@@ -19,6 +19,7 @@ from .threads import Run, serial
 OVERSAMPLING = 6  # vectors in a block beyond the rank
 BLOCKS_KEPT = 12  # blocks in the space before it is compressed
 MAX_STEPS = 400
+PATIENCE = 12  # steps of the search without progress: its products are less exact than fp32 (TF32, bf16)
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # entries of W multiplied at a time: what a cache holds
 CHUNKS_PER_SLAB = 8  # summed in the precision at hand; slabs are summed in fp64, in order, whatever the threads
 ANGLE_TOL = 1e-6  # accepted error of a singular vector, radians
@@ -53,18 +54,10 @@ def leading_triplets(
     space = _Space(weight, block, scale, run if weight.device.type == "cpu" else serial)
     start = philox_normal(0, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device)
     fresh = torch.linalg.qr(start.T).Q.T  # [block, n]
-    ritz = None
-    for dtype in dict.fromkeys((search_dtype, torch.float64)):
-        if ritz is not None:
-            fresh = space.restart(ritz)
-        for _ in range(MAX_STEPS):
-            space.extend(fresh, dtype)
-            ritz = space.ritz()
-            if ritz.good_enough(rank, tol, ROUNDING[dtype]):
-                break
-            fresh = space.next_directions(ritz)
-            if not len(fresh):
-                break
+    if search_dtype != torch.float64:
+        ritz = space.grow(fresh, rank, tol, search_dtype, PATIENCE)
+        fresh = space.restart(ritz)
+    ritz = space.grow(fresh, rank, tol, torch.float64, MAX_STEPS)
     sigma = ritz.theta.sqrt()
     left = (ritz.mix.T @ space.left[: space.size]) / sigma.unsqueeze(1)
     return Triplets(left, sigma, ritz.residual, ritz.good_enough(rank, tol, ROUNDING[torch.float64]))
@@ -115,6 +108,21 @@ class _Space:
         self.image = torch.empty(self.capacity, n, **empty)  # X A
         self.gram = torch.zeros(self.capacity, self.capacity, **empty)  # X A X^T
         self.size = 0
+
+    def grow(self, fresh: Tensor, rank: int, tol: float, dtype: torch.dtype, patience: int) -> _Ritz:
+        """Extend from the rows given until the first `rank` are good enough, or nothing gets better any more."""
+        best, waited = float("inf"), 0
+        for _ in range(MAX_STEPS):
+            self.extend(fresh, dtype)
+            ritz = self.ritz()
+            worst = ritz.residual[:rank].max().item()
+            best, waited = (worst, 0) if worst < best else (best, waited + 1)
+            if waited > patience or ritz.good_enough(rank, tol, ROUNDING[dtype]):
+                break
+            fresh = self.next_directions(ritz)
+            if not len(fresh):
+                break
+        return ritz
 
     def extend(self, fresh: Tensor, dtype: torch.dtype) -> None:
         """Add orthonormal rows [p, n], multiplied by W and A in the given precision."""
