@@ -22,7 +22,7 @@ MEMORY = [*CASE, "error_y", "error_dx", "error_dv", "saved_bytes", "peak_bytes",
 TIMES_FILE, MEMORY_FILE = "layers.csv", "memory.csv"
 
 INFERENCE_TOKENS = 128  # up to here the forward without autograd, that of generation, is timed as well
-MEMORY_TOKENS = 512  # bytes are proportional to tokens: up to here they are counted
+MEMORY_TOKENS = 128  # bytes are proportional to tokens: up to here they are counted
 
 
 def run(
