@@ -129,7 +129,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_the_compiled_layer_updates_the_product_itself(make):
-    """The clone made while tracing is gone: the update writes into the product's own buffer, the only one of its size."""
+    """The clone made while tracing is gone: the update writes into the product's buffer, the only one of its size."""
     layer = make()
     dtype = layer.base.weight.dtype
     x = torch.randn(5, 7, 64).to(dtype)

@@ -1,4 +1,4 @@
-"""PEFT models on our ops: the same numbers, PEFT's own tensors and files, adapters that mix in a batch, and a way back."""
+"""PEFT models on our ops: the same numbers, PEFT's own tensors and files, adapters mixed in a batch, a way back."""
 import copy
 import pickle
 
@@ -352,7 +352,10 @@ def test_adapters_written_after_acceleration_are_noticed(tmp_path):
     assert error(model(x).logits.detach(), source(x).logits.detach()) < 1e-6
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("twin_of", COPIES.values(), ids=COPIES)
 def test_copies_stay_accelerated_and_independent(twin_of):
     model = accelerate_peft(tiny_lora())
     expected = model(tokens()).logits.detach()
@@ -436,9 +439,8 @@ def test_adapters_come_from_peft_and_go_back(tmp_path, weight_tying, save_projec
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_our_adapters_go_to_peft(tmp_path, make, scaling):
     targets = TARGETS if make is llama else ["c_attn", "c_fc", "attn.c_proj"]
-    model = apply_tiny_lora(
-        make(), TinyLoRAConfig(target_modules=targets, trainable_dim=3, n_tie=3, alpha=0.5, scaling=scaling, cache=False)
-    )
+    ours = dict(target_modules=targets, trainable_dim=3, n_tie=3, alpha=0.5, scaling=scaling, cache=False)
+    model = apply_tiny_lora(make(), TinyLoRAConfig(**ours))
     for v in trainable_vectors(model):
         v.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     to_peft(model, tmp_path)

@@ -75,7 +75,8 @@ def rename(old, new):
 
 
 TENSOR_DAMAGE = {
-    "another suffix": (rename(".lora_A.weight", ".lora_A.default.weight"), "expected a name that ends in .lora_A.weight"),
+    "another suffix": (rename(".lora_A.weight", ".lora_A.default.weight"),
+                       "expected a name that ends in .lora_A.weight"),
     "a factor alone": (lambda tensors: {k: t for k, t in tensors.items() if "0.self_attn.q_proj.lora_B" not in k},
                        "layers.0.self_attn.q_proj: no lora_B.weight"),
     "another rank": (lambda tensors: {k: t[:4] if ".lora_A" in k else t for k, t in tensors.items()},
@@ -103,7 +104,7 @@ def test_files_and_ranks_are_checked(directory, tmp_path):
 
 
 def test_an_engine_that_adds_the_factors_to_the_frozen_base_is_the_adapted_model(directory):
-    """W + (lora_alpha / r) lora_B lora_A, as an engine computes it: nothing is merged, no importance weight is needed."""
+    """W + (lora_alpha / r) lora_B lora_A as an engine has it: nothing is merged, no importance weight is needed."""
     engine, tensors = llama(), load_file(directory / "adapter_model.safetensors")
     config = json.loads((directory / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]

@@ -12,7 +12,7 @@ from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, re
 from tinylora_kernels.adapter import AdapterError, load_adapter, save_adapter
 from tinylora_kernels.merge import merge, unmerge
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="these tests are written for transformers 5")
+transformers = pytest.importorskip("transformers", minversion="5.0", reason="written for transformers 5")
 
 from tinylora_kernels.integrations.transformers import from_pretrained, save_pretrained  # noqa: E402
 
@@ -252,7 +252,10 @@ def test_moving_a_model_moves_the_factors_and_keeps_their_precision():
 # Copies and state
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("copy_of", COPIES.values(), ids=COPIES)
 def test_copies_are_equal_tied_and_independent(copy_of):
     model = adapt(llama())
     expected, twin = logits(model), copy_of(model)

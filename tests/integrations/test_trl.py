@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 from trl.generation import vllm_generation  # noqa: E402
 
-from tinylora_kernels.integrations.peft import accelerate_peft, acceleration_report  # noqa: E402
+from tinylora_kernels.integrations.peft import accelerate_peft, acceleration_report, from_peft  # noqa: E402
 from tinylora_kernels.integrations.trl import as_peft_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -188,6 +188,25 @@ def test_resuming_from_a_checkpoint_ends_where_an_uninterrupted_run_does(tmp_pat
         assert "adapter_model.safetensors" in files and "model.safetensors" not in files
         fresh = load_adapter(llama(attention_bias=False), checkpoint / "adapter_model.safetensors", cache=False)
         assert torch.equal(vectors_of(fresh), whole)
+
+
+def test_a_model_that_came_from_peft_trains_resumes_and_goes_back(tmp_path, tokenizer):
+    torch.manual_seed(1)
+    config = peft.TinyLoraConfig(r=2, u=3, target_modules=TARGETS, init_weights="uniform", init_v_bound=0.1)
+    peft.get_peft_model(llama(attention_bias=False), config).save_pretrained(tmp_path / "peft")
+
+    def run(resume):
+        model = from_peft(tmp_path / "peft", llama(attention_bias=False))
+        trainer = sft(
+            as_peft_model(model), tmp_path / "run", tokenizer, save_strategy="steps", save_steps=2, max_steps=4
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resume else None)
+        return model
+
+    whole = run(resume=False)
+    assert torch.equal(vectors_of(run(resume=True)), vectors_of(whole))
+    back = peft.PeftModel.from_pretrained(llama(attention_bias=False), tmp_path / "run" / "checkpoint-4").eval()
+    assert error(back(tokens()).logits.detach(), whole.eval()(tokens()).logits.detach()) < 1e-5
 
 
 def test_load_best_model_at_end(tmp_path, tokenizer):

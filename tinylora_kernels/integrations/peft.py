@@ -173,7 +173,7 @@ class AcceleratedEmbedding(_OfTinyLora, tinylora.Embedding):
 
 
 class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
-    """PEFT's PSOFT, which with psoft_orth=False and no magnitudes is LoRA-XS: W + s B (R - I) A with R [r, r] trained."""
+    """PEFT's PSOFT, W + s B (R - I) A with R [r, r] trained: LoRA-XS if psoft_orth=False and without magnitudes."""
 
     def _adapters(self) -> KeysView[str]:
         return self.psoft_R.keys()
@@ -204,19 +204,19 @@ class _MixedBatches:
         if adapter_names is None:
             yield
             return
-        states = self._states_for(list(adapter_names))
+        layers = self._layers_for(list(adapter_names))
         names = tuple(dict.fromkeys(name for name in adapter_names if name != BARE))
         try:
-            for layer in states:
+            for layer in layers:
                 present = tuple(name for name in names if name in layer._adapters())
                 ids = [present.index(name) if name in present else -1 for name in adapter_names]
                 layer._tinylora.sample_names, layer._tinylora.sample_ids = present, torch.tensor(ids)
             yield
         finally:
-            for layer in states:
+            for layer in layers:
                 layer._tinylora.sample_names = layer._tinylora.sample_ids = None
 
-    def _states_for(self, adapter_names: list[str]) -> list[_Accelerated]:
+    def _layers_for(self, adapter_names: list[str]) -> list[_Accelerated]:
         layers = dict(_peft_layers(self.model))
         left = [name for name, layer in layers.items() if not isinstance(layer, _Accelerated)]
         if left:

@@ -108,7 +108,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     weight_tying = _weight_tying(groups)
     if weight_tying is None:
         warnings.warn(
-            "to_peft: PEFT's weight_tying cannot express these tie groups; every module gets a copy of its v", stacklevel=2
+            "to_peft: PEFT's weight_tying cannot express these tie groups; every module gets a copy of its v",
+            stacklevel=2,
         )
         weight_tying, groups = 0.0, list(range(len(groups)))
 
@@ -128,6 +129,19 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     )  # fmt: skip
     config.save_pretrained(str(directory))
     save_file(tensors, str(Path(directory) / WEIGHTS), metadata={"format": "pt"})
+
+
+def is_from_peft(model: nn.Module) -> bool:
+    """Whether from_peft adapted this model: its P is PEFT's."""
+    return any(isinstance(layer.config, PeftAdapterConfig) for layer in adapted_layers(model).values())
+
+
+@torch.no_grad()
+def load_peft_vectors(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Copy the vectors of a directory that to_peft wrote from this model back into it."""
+    _, tensors = _read(Path(directory))
+    for layer in adapted_layers(model).values():
+        layer.v.copy_(tensors[f"base_model.tinylora_v.{layer.group}"])
 
 
 @torch.no_grad()
@@ -161,7 +175,9 @@ def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path)
     modules = {name: module for name, module in model.named_modules() if name in wanted}
     missing = sorted(wanted - modules.keys())
     if missing:
-        raise ValueError(f"{directory}: this model has no module {missing[0]} ({len(missing)} of {len(wanted)} missing)")
+        raise ValueError(
+            f"{directory}: this model has no module {missing[0]} ({len(missing)} of {len(wanted)} missing)"
+        )
     for name, module in modules.items():
         if not is_linear_like(module):
             raise ValueError(

@@ -24,7 +24,7 @@ class FitError(ValueError):
 
 @dataclass(frozen=True)
 class OutputSide:
-    """B R A = U M U^T W with M = n R G; ``basis`` U^T [r, out], ``norms`` n [r], ``gain`` G [r, r] (or its diagonal)."""
+    """B R A = U M U^T W with M = n R G; ``basis`` U^T [r, out], ``norms`` n [r], ``gain`` G [r, r] or its diagonal."""
 
     basis: Tensor
     norms: Tensor

@@ -3,8 +3,8 @@
     save_pretrained(model, "out")                     # any transformers user can load the base from "out"
     model = from_pretrained("out")                    # base and adapter
 
-The model's own save_pretrained would write the weights of adapted layers under other names ("q_proj.base.weight"), which
-from_pretrained does not find again and replaces by random ones with a warning.
+The model's own save_pretrained would write the weights of adapted layers under other names ("q_proj.base.weight"),
+which from_pretrained does not find again and replaces by random ones with a warning.
 """
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, *, merged: b
     Args:
         model: a PreTrainedModel adapted by apply_tiny_lora or apply_lora_xs; it is not changed.
         directory: as for the model's own save_pretrained.
-        merged: False: the base model's weights, and the adapter in "tinylora_adapter.safetensors". True: the weights with
-            the update applied and no adapter; a cast to bfloat16 may swallow most of it, merge_fidelity(model) says.
+        merged: False: the base model's weights, and the adapter in "tinylora_adapter.safetensors". True: the weights
+            with the update applied and no adapter; a cast to bfloat16 may swallow it, merge_fidelity(model) says.
         kwargs: for the model's own save_pretrained (max_shard_size, ...).
 
     Raises:
@@ -69,9 +69,8 @@ def from_pretrained(directory: str | os.PathLike, model_class=AutoModelForCausal
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model under its names before it was adapted: no copy, no vectors."""
-    layers = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, TinyLoRALayer)
-    }
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {name for name, module in modules if isinstance(module, TinyLoRALayer)}
     state = {}
     for key, tensor in model.state_dict().items():
         owner, _, rest = key.rpartition(".base.")

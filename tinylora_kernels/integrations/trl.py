@@ -2,9 +2,10 @@
 
     trainer = GRPOTrainer(model=as_peft_model(apply_tiny_lora(base, config)), reward_funcs=..., args=..., ...)
 
-TRL sends its rollout engine the weights of a model as they are, unless it is a PeftModel: then it calls merge_adapter(),
-walks named_parameters() and calls unmerge_adapter(). Between the two this wrapper shows the merged weights under the
-names of the original model, each one made when it is asked for: no weight is written to, none is kept twice.
+TRL sends its rollout engine the weights of a model as they are, unless it is a PeftModel: then it calls
+merge_adapter(), walks named_parameters() and calls unmerge_adapter(). Between the two this wrapper shows the merged
+weights under the names of the original model, each one made when it is asked for: no weight is written to, none is kept
+twice.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from ..adapter import load_adapter, save_adapter
 from ..layer import TinyLoRALayer
 from ..merge import merge, merged_weights
 from ..model import adapted_layers, output_head, remove_adapter
+from .peft_adapters import is_from_peft, load_peft_vectors, to_peft
 
 ADAPTER_FILE = "adapter_model.safetensors"  # the name by which transformers' Trainer finds the adapter of a checkpoint
 DEFAULT = "default"
@@ -162,9 +164,13 @@ class AdaptedModel(PeftModel):
     # Checkpoints
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, is_main_process: bool = True, **kwargs) -> None:
-        """Write the adapter file (save_adapter) into the directory; tinylora_kernels.load_adapter reads it anywhere."""
-        if is_main_process:
-            os.makedirs(save_directory, exist_ok=True)
+        """Write the adapter file of save_adapter into the directory, or PEFT's files for a model of from_peft."""
+        if not is_main_process:
+            return
+        os.makedirs(save_directory, exist_ok=True)
+        if is_from_peft(self.base_model):
+            to_peft(self.base_model, save_directory)
+        else:
             save_adapter(self.base_model, Path(save_directory) / ADAPTER_FILE)
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str = DEFAULT, *args, **kwargs) -> None:
@@ -172,7 +178,10 @@ class AdaptedModel(PeftModel):
         active = self.active_adapter
         self.set_adapter(adapter_name)
         try:
-            load_adapter(self.base_model, Path(model_id) / ADAPTER_FILE, progress=False)
+            if is_from_peft(self.base_model):
+                load_peft_vectors(self.base_model, model_id)
+            else:
+                load_adapter(self.base_model, Path(model_id) / ADAPTER_FILE, progress=False)
         finally:
             self.set_adapter(active)
 
