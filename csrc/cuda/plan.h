@@ -30,7 +30,7 @@ constexpr TileShape tile_shape(Tile tile, int element_bytes) {
   const int width = 16 / element_bytes;
   switch (tile) {
     case Tile::Short: return {4, 1, width, 256, true};                           // D <=  1024 fp32,  2048 16-bit
-    case Tile::Medium: return {2, 4, width, 512, true};                          // D <=  8192 fp32, 16384 16-bit
+    case Tile::Medium: return {2, 4, width, 256, true};                          // D <=  4096 fp32,  8192 16-bit
     case Tile::Long: return {1, element_bytes == 4 ? 16 : 8, width, 512, true};  // D <= 32768
     case Tile::Scalar: return {1, 32, 1, 512, true};                             // D <= 16384
     case Tile::Stream: return {1, 4, width, 512, false};

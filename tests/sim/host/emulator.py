@@ -29,7 +29,7 @@ RANKS = (1, 2, 4, 8)
 ORDERS = ("forward", "reverse", "random")
 
 COMMON = ["-std=c++17", "-O1", "-g1", "-DTINYLORA_EMULATE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-COMMON += ["-ffp-contract=off", "-fno-strict-aliasing", "-x", "c++"]
+COMMON += ["-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-x", "c++"]
 SANITIZERS = {
     "plain": [],
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -92,6 +92,17 @@ def link(objects: list[Path], mode: str) -> Path:
     return target
 
 
+def build_shared(source: Path, includes: list[Path]) -> Path:
+    """A shared library from one plain C++ file."""
+    compiled = _object(source, ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror"], includes)
+    target = compiled.with_suffix(".so")
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        subprocess.run(["g++", "-shared", str(compiled), "-o", str(partial)], check=True)
+        partial.rename(target)
+    return target
+
+
 def runtime_objects(mode: str) -> list[Path]:
     flags = COMMON + [flag for flag in SANITIZERS[mode] if flag != "-fsanitize=thread"]
     names = ["scheduler.cpp"] + (["race.cpp"] if mode == "race" else [])
@@ -100,6 +111,26 @@ def runtime_objects(mode: str) -> list[Path]:
 
 def kernel_object(source: Path, mode: str, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) -> Path:
     return _object(source, [*COMMON, *SANITIZERS[mode], *defines], [kernels, HERE])
+
+
+def build_torch_ops() -> Path:
+    """A library for torch.ops.load_library: the CUDA entry points, registered for CPU tensors in tinylora_emulated."""
+    torch_directory = Path(torch.__file__).parent
+    abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", f"{torch_directory}/include"]
+    includes = [KERNELS, HERE, KERNELS.parent, KERNELS.parent / "common"]
+    objects = [_object(source, COMMON + abi, includes) for source in (
+        HERE / "torch_ops.cpp", KERNELS.parent / "common" / "arguments.cpp"
+    )]  # fmt: skip
+    names = ("launch.cu", "vector_grad.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu")
+    objects += [kernel_object(KERNELS / name, "plain") for name in names] + runtime_objects("plain")
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    target = _cache_directory() / f"ops-{digest}.so"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        libraries = [f"-L{torch_directory}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+        subprocess.run(["g++", "-shared", *map(str, objects), *libraries, "-o", str(partial)], check=True)
+        partial.rename(target)
+    return target
 
 
 def build(mode: str, *, kernels: Path = KERNELS, ranks=RANKS, dtypes=tuple(ELEMENTS)) -> Path:

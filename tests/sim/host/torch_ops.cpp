@@ -1,0 +1,32 @@
+// csrc/cuda/ops.cu, unchanged, as ops for CPU tensors: torch.ops.tinylora_emulated.update and update_backward. What it
+// checks, allocates and launches is what a GPU would be given; the launches go to the emulator.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "emulator.h"
+
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(library, key, m) _STABLE_TORCH_LIBRARY_IMPL(tinylora_emulated, CPU, m, 0)
+
+struct NoDeviceGuard {
+  explicit NoDeviceGuard(int) {}
+  ~NoDeviceGuard() {}
+};
+namespace torch::stable::accelerator {
+using ::NoDeviceGuard;
+}
+#define DeviceGuard NoDeviceGuard
+
+#include "ops.cu"
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,114 @@
+"""What the compiler made of the CUDA kernels, per architecture: registers, stack, shared memory, memory instructions.
+
+Everything is read from compiled code: resources and SASS through cuobjdump, PTX as nvcc writes it.
+"""
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import nvcc
+from .host.plan import TILES, shape
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+ELEMENTS = {"float32": ("float", 4), "bfloat16": ("__nv_bfloat16", 2), "float16": ("__half", 2)}
+RANKS = (1, 2, 4, 8)
+REGISTERS_OF_A_BLOCK = 65536
+SHARED_LIMIT = 48 << 10  # bytes of static shared memory of a block, on every architecture
+RESERVED_SHARED = 1024  # of which the system takes this much from sm_80 on
+NO_SPILLS = "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture. instructions: how often each global or local memory instruction occurs."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: Counter
+
+
+def cuobjdump() -> str | None:
+    """The disassembler: on PATH, or the copy that Triton brings."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    copy = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else None
+    return str(copy) if copy and copy.is_file() else None
+
+
+def compile_instances(element: str, ranks: tuple[int, ...], target: str, *flags: str) -> Path:
+    defines = (f"-DELEMENT={ELEMENTS[element][0]}", "-DRANKS=" + " ".join(f"RANK({r})" for r in ranks))
+    source = Path(__file__).with_name("instances.cu")
+    folder = nvcc.compile_cached(
+        source, f"-arch={target}", *flags, *defines, f"-I{nvcc.CUDA}", also=nvcc.CUDA.glob("*.*")
+    )
+    return folder / "out"
+
+
+def kernel_name(mangled: str) -> str:
+    """rows_kernel<float, 2, Short> -> 'r2 Short'; vector_grad_kernel<2> -> 'r2 dv'."""
+    if found := re.search(r"rows_kernel.*Li(\d)ELNS_4TileE(\d)E", mangled):
+        return f"r{found[1]} {TILES[int(found[2])]}"
+    found = re.search(r"vector_grad_kernelILi(\d)E", mangled)
+    return f"r{found[1]} dv"
+
+
+def inspect(element: str, ranks: tuple[int, ...], architecture: int) -> dict[str, Compiled]:
+    """Compile for one architecture; a spill or any local memory already fails here. Kernel name -> what it became."""
+    cubin = compile_instances(element, ranks, f"sm_{architecture}", "-cubin", NO_SPILLS)
+    resources = _cuobjdump("--dump-resource-usage", cubin)
+    used = r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    counts = _sass_counts(_cuobjdump("-sass", cubin))
+    return {
+        kernel_name(name): Compiled(int(reg), int(stack), int(local), int(shared), counts[name])
+        for name, reg, stack, shared, local in re.findall(used, resources)
+    }
+
+
+def _cuobjdump(*arguments) -> str:
+    return subprocess.run([cuobjdump(), *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def _sass_counts(sass: str) -> dict[str, Counter]:
+    counts: dict[str, Counter] = {}
+    for part in re.split(r"\n\s*Function : ", sass)[1:]:
+        name, body = part.split("\n", 1)
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", body, re.M)
+        kinds = ("LDG", "STG", "LDL", "STL", "LD.", "ST.", "ATOM", "RED")
+        counts[name.strip()] = Counter(_plain(op) for op in opcodes if op.startswith(kinds))
+        counts[name.strip()]["instructions"] = len(opcodes)
+    return counts
+
+
+def _plain(opcode: str) -> str:
+    """LDG.E.128.CONSTANT.SYS -> LDG.128.CONSTANT: without what differs between architectures and says nothing here."""
+    return ".".join(p for p in opcode.split(".") if p not in ("E", "SYS", "STRONG", "GPU", "U"))
+
+
+def ptx_counts(element: str, ranks: tuple[int, ...], capability: int = 90) -> dict[str, Counter]:
+    """Kernel name -> how often each global, local or shared memory instruction occurs in the PTX."""
+    text = compile_instances(element, ranks, f"compute_{capability}", "-ptx").read_text()
+    counts = {}
+    for part in re.split(r"\.entry\s+", text)[1:]:
+        name = re.match(r"\w+", part)[0]
+        counts[kernel_name(name)] = Counter(re.findall(r"\b(?:ld|st|red|atom)\.(?:global|local)[.\w]*", part))
+    return counts
+
+
+def expected_packets(tile: str, size: int, rank: int) -> dict[str, int]:
+    """How many row loads, basis loads and row stores the code of a kernel must hold: each thread's packets, once each.
+
+    A row that is streamed is loaded twice; the basis is read twice, 16 bytes at a time where rows are.
+    """
+    s = shape(tile, size)
+    packets = s.rows * s.vectors
+    basis = s.vectors * rank * max(s.width // 4, 1)
+    return {"row loads": packets * (1 if s.resident else 2), "basis loads": 2 * basis, "row stores": packets}

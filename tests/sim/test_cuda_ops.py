@@ -1,0 +1,109 @@
+"""The CUDA entry points (csrc/cuda/ops.cu) behind torch's dispatcher, on CPU tensors and the emulator.
+
+Arguments, strides, allocation and the refusals that come before any launch.
+"""
+import pytest
+import torch
+
+from tests.cases import CASES, assert_within_budget, make_case, run_ops
+from tinylora_kernels.ops.schema import UPDATE, UPDATE_BACKWARD
+
+from .checks import draws, same_bits
+from .host import emulator
+
+pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
+
+
+@pytest.fixture(scope="module")
+def ops():
+    library = torch.library.Library("tinylora_emulated", "DEF")
+    library.define(UPDATE)
+    library.define(UPDATE_BACKWARD)
+    torch.ops.load_library(emulator.build_torch_ops())
+    yield torch.ops.tinylora_emulated
+    library._destroy()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.rank in emulator.RANKS and c.features < 2000], ids=str)
+def test_within_the_error_budget(ops, case):
+    inputs = draws(case, torch.bfloat16)
+    assert_within_budget([run_ops(ops, i) for i in inputs], inputs)
+
+
+def test_leading_dimensions_collapse_and_shapes_come_back(ops):
+    inputs = make_case(CASES[10], torch.float32)  # 64 rows
+    flat = run_ops(ops, inputs)
+    operands = inputs.basis, inputs.v, inputs.projection
+    y, g = (x.clone().view(2, 4, 8, -1) for x in (inputs.y, inputs.g))
+    t = ops.update(y, *operands, inputs.offset, None)
+    g0, dv = ops.update_backward(g, *operands, t, None, True)
+    assert y.shape == g0.shape == (2, 4, 8, CASES[10].features) and t.shape == (64, 2)
+    assert same_bits(y.view(64, -1), flat.y) and same_bits(g0.view(64, -1), flat.g0) and same_bits(dv, flat.dv)
+
+
+def test_a_gradient_without_row_stride(ops):
+    """The gradient of a sum is one element, expanded; .contiguous() of it and one expanded row agree."""
+    inputs = make_case(CASES[10], torch.float32)
+    g = inputs.g[:1].expand(64, -1)
+    t = torch.randn(64, 2)
+    operands = inputs.basis, inputs.v, inputs.projection
+    for found, expected in zip(
+        ops.update_backward(g, *operands, t, None, True),
+        ops.update_backward(g.contiguous(), *operands, t, None, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_columns(ops):
+    """D = 0: nothing to update; t = -c."""
+    t = ops.update(torch.empty(3, 0), torch.empty(2, 0), torch.ones(1), torch.ones(1, 2, 2), torch.ones(2), None)
+    assert torch.equal(t, -torch.ones(3, 2))
+
+
+def _good() -> dict:
+    return dict(
+        y=torch.zeros(4, 8), basis=torch.zeros(2, 8), v=torch.zeros(3), projection=torch.zeros(3, 2, 2),
+        offset=torch.zeros(2), adapter_ids=None,
+    )  # fmt: skip
+
+
+REFUSED = [
+    ("float64", dict(y=torch.zeros(4, 8).double(), basis=torch.zeros(2, 8).double(), v=torch.zeros(3).double(),
+                     projection=torch.zeros(3, 2, 2).double(), offset=None), "float64; use the reference backend"),
+    ("integer", dict(y=torch.zeros(4, 8).int()), "y: expected dtype"),
+    ("rank 3", dict(basis=torch.zeros(3, 8), projection=torch.zeros(3, 3, 3), offset=None),
+     "ranks 1, 2, 4 and 8, found 3"),
+    ("u = 0", dict(v=torch.zeros(0), projection=torch.zeros(0, 2, 2)), "v: expected .* at least one number"),
+    ("scalar", dict(y=torch.zeros(())), r"y: expected \[..., D\]"),
+    ("width", dict(y=torch.zeros(4, 9)), "y: expected last dimension 8"),
+    ("column stride", dict(y=torch.zeros(8, 4).T), "y: expected last stride 1"),
+    ("row strides", dict(y=torch.zeros(4, 2, 8).transpose(0, 1)), "one row stride"),
+    ("overlap", dict(y=torch.zeros(1, 8).expand(4, 8)), "rows that do not overlap"),
+    ("basis type", dict(basis=torch.zeros(2, 8).half()), "basis: expected dtype float32"),
+    ("basis strides", dict(basis=torch.zeros(8, 2).T), "basis: expected a contiguous tensor"),
+    ("projection", dict(projection=torch.zeros(3, 2, 3)), "projection: expected"),
+    ("offset", dict(offset=torch.zeros(3)), "offset: expected shape"),
+    ("ids without K", dict(adapter_ids=torch.zeros(4, dtype=torch.int64)), r"v: expected \[K, 3\]"),
+    ("ids type", dict(v=torch.zeros(2, 3), adapter_ids=torch.zeros(4)), "adapter_ids: expected"),
+    ("ids length", dict(v=torch.zeros(2, 3), adapter_ids=torch.zeros(3, dtype=torch.int64)), "divides the 4 rows"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refused_before_any_launch(ops, change, message):
+    arguments = _good() | change
+    before = arguments["y"].clone()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.update(**arguments)
+    assert torch.equal(arguments["y"], before)
+
+
+def test_refused_in_the_backward_too(ops):
+    good = {name: value for name, value in _good().items() if name not in ("y", "offset")}
+    with pytest.raises((ValueError, RuntimeError), match="t: expected shape"):
+        ops.update_backward(torch.zeros(4, 8), **(good | {"t": torch.zeros(3, 2)}), need_input_grad=True)
+    many = {"basis": torch.zeros(2, 1), "v": torch.zeros(3), "projection": torch.zeros(3, 2, 2)}
+    one_element = torch.zeros(1, 1).expand(2**30 + 1, 1)
+    with pytest.raises((ValueError, RuntimeError), match="rows: the CUDA kernels take at most 1073741824"):
+        ops.update_backward(one_element, **many, t=None, adapter_ids=None, need_input_grad=False)
