@@ -5,7 +5,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from tinylora_kernels.bench import contenders, gate, layers, memory, report, roofline, shapes, table, timing
+from tinylora_kernels.bench import breakdown, contenders, gate, layers, memory, report, roofline, shapes, table, timing, whole_model
 
 TINY = shapes.Case(shapes.Shape("SmolLM2-135M", "q", 64, 48, True), 8, torch.float32, 13)
 TINY_BF16 = shapes.Case(shapes.Shape("SmolLM2-135M", "down", 40, 64, False), 128, torch.bfloat16, 1)
@@ -142,3 +142,26 @@ def test_files_with_other_columns_are_refused(tmp_path):
     table.append(tmp_path / "a.csv", ["x"], [{"x": 1.0}])
     with pytest.raises(ValueError, match="expected the columns"):
         table.append(tmp_path / "a.csv", ["x", "y"], [{"x": 1.0, "y": None}])
+
+
+def test_whole_model_variants_are_one_function_and_ours_saves_eight_bytes(peft):
+    variants = whole_model.make_variants(torch.float32, blocks=1)
+    tokens = whole_model.make_tokens()[:1, :16]
+    checked = whole_model.check(variants, tokens, torch.float32)
+    assert checked["ours"][0] == pytest.approx(checked["peft"][0], rel=1e-5)
+    assert checked["ours"][0] != pytest.approx(checked["frozen"][0], rel=1e-5)
+    frozen, ours = (whole_model.saved_bytes(variant, tokens) for variant in variants[:2])
+    assert ours - frozen == shapes.RANK * 4 * tokens.numel() * len(whole_model.target_names_of(variants))
+    for variant in variants:
+        phases = whole_model.training_step(variant, tokens)()
+        assert phases["step"] >= phases["forward"] + phases["backward"] > 0
+        decode = whole_model.generation(variant, 1)
+        assert decode()["token"] > 0 and decode()["token"] > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_breakdown_covers_every_part(training):
+    parts = breakdown.measure(torch.float32, 4, training=training, rounds=3)
+    assert parts["forward", "kernel"][1] == 210
+    assert {("forward", "dispatch"), ("forward", "functional"), ("forward", "module")} <= set(parts)
+    assert (("backward", "autograd") in parts) == training

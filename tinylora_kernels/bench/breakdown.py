@@ -87,9 +87,10 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     def op_backward(gradient: Tensor, t: Tensor, v: Tensor = small, projection: Tensor = projection) -> Callable:
         return lambda: backend.update_backward(gradient, basis, v, projection, t, None, True)
 
-    def update(function: Callable, *last) -> Callable:
-        """The update through autograd (or not) on no rows; backward runs through the node alone."""
-        return lambda: function(no_y.detach().requires_grad_(training).view(no_y.shape), *last)
+    def update(function: Callable) -> Callable:
+        """A function of no rows, fresh as a layer's output: inside the graph, and no view."""
+        unsafe_view = torch.ops.aten._unsafe_view.default
+        return lambda: function(unsafe_view(no_y.detach().requires_grad_(training), no_y.shape))
 
     trained = layer.v
     calls = {

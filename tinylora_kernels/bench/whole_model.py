@@ -55,12 +55,12 @@ class ScaledEmbedding(nn.Module):
         return self.embedding(tokens) * self.scale
 
 
-def smollm2(dtype: torch.dtype) -> nn.Module:
+def smollm2(dtype: torch.dtype, blocks: int = 30) -> nn.Module:
     """SmolLM2-135M's architecture: 30 blocks of 576, 9 heads, 3 of keys and values, 49152 tokens, tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=blocks, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -207,8 +207,8 @@ def saved_bytes(variant: Variant, tokens: Tensor) -> int:
         variant.scale.requires_grad_(requires_grad)
 
 
-def make_variants(dtype: torch.dtype) -> list[Variant]:
-    base = smollm2(dtype)
+def make_variants(dtype: torch.dtype, blocks: int = 30) -> list[Variant]:
+    base = smollm2(dtype, blocks)
     v = 0.02 * torch.randn(NUMBERS, generator=torch.Generator().manual_seed(2))
     names = [FROZEN, OURS, PEFT] + ([PEFT_NO_CAST] if dtype is not torch.float32 else [])
     return [Variant(name, base, v) for name in names]
