@@ -32,19 +32,21 @@ class Experiment:
         """The bare model."""
         print(f"scoring {self.model.name} as it comes on {len(self.task.held_out)} held-out problems", flush=True)
         begin = time.perf_counter()
-        return Row("base model", 0, self._evaluate(), time.perf_counter() - begin)
+        return announced(Row("base model", 0, self._evaluate(), time.perf_counter() - begin))
 
     def trained_row(self, numbers: int, modules: int) -> Row:
         """Adapt, train, score; the adapted model stays. The time is the training's."""
         self._adapt(numbers, modules)
         history = train(Run(self.model, self.task, self.settings), f"GRPO, {numbers} numbers")
-        return Row(f"TinyLoRA, {numbers} numbers", numbers, self._evaluate(), history.seconds, history.rewards)
+        label = f"TinyLoRA, {numbers} numbers"
+        return announced(Row(label, numbers, self._evaluate(), history.seconds, history.rewards))
 
     def lr_zero_row(self, numbers: int, modules: int, steps: int) -> Row:
         """The same loop with lr 0: only the optimizer moves v, so a few steps show that the rest changes nothing."""
         self._adapt(numbers, modules)
         history = train(Run(self.model, self.task, replace(self.settings, lr=0.0, steps=steps)), "control: lr 0")
-        return Row(f"control: lr 0, {steps} steps", numbers, self._evaluate(), history.seconds, history.rewards)
+        label = f"control: lr 0, {steps} steps"
+        return announced(Row(label, numbers, self._evaluate(), history.seconds, history.rewards))
 
     def random_control(self, numbers: int, draws: int) -> RandomControl:
         """Score random v of the current adapter's norm; the adapter is put back."""
@@ -52,10 +54,12 @@ class Experiment:
         trained = nn.utils.parameters_to_vector(vectors).detach().clone()  # [numbers]
         begin = time.perf_counter()
         found = []
-        for seed in tqdm(range(draws), desc="control: random v of that norm", unit="draw"):
+        bar = tqdm(range(draws), desc="control: random v, same norm", unit="draw")
+        for seed in bar:
             draw = random_direction(numbers, seed) * trained.norm()
             nn.utils.vector_to_parameters(draw.to(trained), vectors)
             found.append(self._evaluate())
+            bar.set_postfix(best=f"{max(e.greedy.accuracy for e in found):.3f}")
         nn.utils.vector_to_parameters(trained, vectors)
         return RandomControl(numbers, trained.norm().item(), found, time.perf_counter() - begin)
 
@@ -65,6 +69,13 @@ class Experiment:
 
     def _evaluate(self) -> Evaluation:
         return evaluate(self.model, self.task.held_out, self.settings.temperature, self.task.max_new_tokens)
+
+
+def announced(row: Row) -> Row:
+    """Print a row's scores as soon as they are known."""
+    scores = row.evaluation.greedy.accuracy, row.evaluation.sampled.accuracy
+    print(f"  {row.label}: greedy {100 * scores[0]:.1f}%, sampled {100 * scores[1]:.1f}%", flush=True)
+    return row
 
 
 def random_direction(size: int, seed: int) -> Tensor:

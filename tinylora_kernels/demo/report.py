@@ -109,7 +109,7 @@ def plot(rows: Sequence[Row], control: RandomControl | None, title: str, path: P
         axes.plot(steps, row.rewards, color=line.get_color(), alpha=0.25, linewidth=1)
     if control is not None:
         level = control.mean("sampled")
-        axes.axhline(level, color="0.4", linestyle=":", label="random v of that norm, mean (held out)")
+        axes.axhline(level, color="0.4", linestyle=":", label="random v, same norm: mean (held out)")
     axes.set(xlabel="optimizer step", ylabel="mean reward of the sampled batch", ylim=(0, 1), title=title)
     axes.legend(loc="lower right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
