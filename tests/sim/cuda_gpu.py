@@ -1,8 +1,8 @@
 """The CUDA backend on a GPU that is the PTX interpreter.
 
-`SimulatedCuda(capability)` has the update and update_backward of a backend. It hands the package's own launchers (launch.cu,
-compiled by nvcc) the arguments that csrc/cuda/ops.cu would; each launch they make runs the PTX of that very kernel, with the
-grid and block they chose, on the CPU tensors.
+`SimulatedCuda(capability)` has the update and update_backward of a backend. It hands the package's own launchers
+(launch.cu, compiled by nvcc) the arguments that csrc/cuda/ops.cu would; each launch they make runs the PTX of that
+very kernel, with the grid and block they chose, on the CPU tensors.
 """
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class RowsArguments(ctypes.Structure):
     _fields_ = [
         ("source", c_void_p), ("target", c_void_p), ("source_stride", c_int64), ("target_stride", c_int64),
         ("rows", c_int32), ("columns", c_int32), ("tiles_per_block", c_int32), ("ticket_count", c_int32),
-        ("basis", c_void_p), ("offset", c_void_p), ("coefficients", c_void_p), ("tickets", c_void_p), ("mixing", Mixing),
-        ("transposed", c_bool),
+        ("basis", c_void_p), ("offset", c_void_p), ("coefficients", c_void_p), ("tickets", c_void_p),
+        ("mixing", Mixing), ("transposed", c_bool),
     ]  # fmt: skip
 
 
@@ -68,8 +68,9 @@ def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path = nvc
     """Compile the sources for one element type; PTX only, so that no card's assembler is involved."""
     targets = [f"-gencode=arch=compute_{c},code=compute_{c}" for c in capabilities]
     folder = nvcc.compile_cached(
-        STUB, "-shared", "-cudart=none", "-Xcompiler=-fPIC,-D__NV_LEGACY_LAUNCH", f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}",
-        f"-I{sources}", *targets, also=sources.glob("*.*"), keep=f"{STUB.stem}*.ptx",
+        STUB, "-shared", "-cudart=none", "-Xcompiler=-fPIC,-D__NV_LEGACY_LAUNCH",
+        f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}", f"-I{sources}", *targets,
+        also=sources.glob("*.*"), keep=f"{STUB.stem}*.ptx",
     )  # fmt: skip
     library = ctypes.CDLL(str(folder / "out"))
     library.simulate_workspace_words.restype = c_int64
@@ -171,8 +172,8 @@ class SimulatedCuda:
             buffer.initialised = buffer.read_only or buffer.initialised or pointer in written
         kernel = built.kernel(self.capability, name)
         traffic = launch(
-            kernel, grid, block, [lambda at: _translated(arguments, at)], dynamic_shared=shared, reverse=self.order == "reverse",
-            buffers=buffers,
+            kernel, grid, block, [lambda at: _translated(arguments, at)], dynamic_shared=shared,
+            reverse=self.order == "reverse", buffers=buffers,
         )  # fmt: skip
         written.update(pointer for pointer, buffer in buffers.items() if not buffer.read_only)
         self.launches.append(Launch(name, grid, block, traffic))
@@ -182,7 +183,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr() or None if tensor is not None else None
 
 
-def _rows_arguments(x: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None) -> RowsArguments:
+def _rows_arguments(
+    x: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None
+) -> RowsArguments:
     """As rows_arguments in csrc/cuda/ops.cu."""
     flat = x.view(x.numel() // x.shape[-1], x.shape[-1])
     mixing = Mixing(

@@ -10,7 +10,9 @@
 #include "launch.h"
 
 // Only the element type asked for is compiled.
-#define ABSENT(T) template <> void launch_rows<T>(int, const Plan&, const RowsArguments&, cudaStream_t) { std::abort(); }
+#define ABSENT(T) \
+  template <>     \
+  void launch_rows<T>(int, const Plan&, const RowsArguments&, cudaStream_t) { std::abort(); }
 namespace tinylora {
 #if TINYLORA_ELEMENT != 0
 ABSENT(float)
@@ -35,7 +37,8 @@ ABSENT(__half)
 
 #ifndef __CUDA_ARCH__  // the runtime lives on the host
 namespace {
-using Callback = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared, void** arguments);
+using Callback = void (*)(const char* kernel, const unsigned* grid, const unsigned* block, size_t shared,
+                          void** arguments);
 Callback on_launch = nullptr;
 struct Configuration { dim3 grid, block; size_t shared; cudaStream_t stream; } pending;
 
@@ -51,7 +54,8 @@ void** __cudaRegisterFatBinary(void*) { static void* handle = nullptr; return &h
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   kernels()[host] = name;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, CUstream_st* stream) {

@@ -1,4 +1,4 @@
-"""Compiles CUDA sources for the simulators; what a source compiles to is kept by the hash of everything that went in."""
+"""Compiles CUDA sources for the simulators; results are kept by the hash of everything that went in."""
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
-"""The CUDA kernels, executed from nvcc's PTX: results against float64, every finding of the interpreter, and exact traffic.
+"""The CUDA kernels, executed from nvcc's PTX: results against float64, every finding of the interpreter, and exact
+traffic.
 
 The launchers of csrc/cuda choose kernel, grid and block, so what runs here is what a GPU would be given.
 """
@@ -24,7 +25,8 @@ GRID = [case for case in CASES if case.rank in (1, 2, 4, 8)] + [
     Case(1, 152064, rank=2, numbers=13),  # the head of a large vocabulary
     Case(5000, 8, rank=2, numbers=3),  # dv in two chunks of rows
 ]
-EVERYWHERE = [case for case in GRID if case.rows * case.features in (35, 561, 576, 26208, 58368, 80002, 4096, 4800, 650)]
+_SIZES = (35, 561, 576, 26208, 58368, 80002, 4096, 4800, 650)  # rows x features: every rank, tile and option once
+EVERYWHERE = [case for case in GRID if case.rows * case.features in _SIZES]
 pytestmark = needs_nvcc
 
 
@@ -46,7 +48,7 @@ def _run(case: Case, dtype: torch.dtype, capability: int) -> None:
 
 
 def _assert_traffic(case: Case, inputs: Inputs, forward, backward) -> None:
-    """A row is read once and written once; beyond what registers hold, read twice. Aligned rows need no extra sector."""
+    """A row is read once and written once; beyond what registers hold, read twice. Aligned rows: no extra sector."""
     itemsize = inputs.y.element_size()
     row = case.features * itemsize
     packets = row % 16 == 0 and (case.rows == 1 or (case.features + case.pad) * itemsize % 16 == 0)

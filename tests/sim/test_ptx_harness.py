@@ -1,4 +1,4 @@
-"""Does the interpreter bite? Every planted bug must be reported as what it is, and the kernel without it must run clean."""
+"""Does the interpreter bite? Every planted bug is reported as what it is; the kernel without it runs clean."""
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -90,7 +90,8 @@ def test_second_read_shows_in_the_bytes():
 
 
 def test_message_names_instruction_thread_and_place():
-    with pytest.raises(OutOfBounds, match=r"planted_bugs.cu:\d+\): ld.global.*block 1 thread 56, 4 bytes at offset 480: is out"):
+    told = r"planted_bugs.cu:\d+\): ld.global.*block 1 thread 56, 4 bytes at offset 480: is outside x"
+    with pytest.raises(OutOfBounds, match=told):
         _run("global_out_of_bounds", planted=True)
 
 
@@ -122,7 +123,8 @@ def test_fma_rounds_once():
     a[1000:2000] *= np.float32(1e-30)  # subnormal results
     b[1000:2000] *= np.float32(1e-12)
     c[1000:2000] *= np.float32(1e-42)
-    expected = [_nearest_float32(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))) for x, y, z in zip(a, b, c)]
+    exact = [[Fraction(float(number)) for number in numbers] for numbers in zip(a, b, c)]
+    expected = [_nearest_float32(x * y + z) for x, y, z in exact]
     found = fma_f32(a, b, c)
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
     with np.errstate(all="ignore"):
@@ -132,9 +134,11 @@ def test_fma_rounds_once():
 
 def test_bfloat16_rounds_to_nearest_even():
     rng = np.random.default_rng(1)
-    bits = np.concatenate([rng.integers(0, 2**32, 100_000), [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0xFF800000, 0x00000001]])
+    edges = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0xFF800000, 0x00000001]  # ties, the largest, -inf, the smallest
+    bits = np.concatenate([rng.integers(0, 2**32, 100_000), edges])
     values = bits.astype(np.uint32).view(np.float32)
     values = values[~np.isnan(values)]
     expected = torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(f32_to_bf16(values), expected)
-    np.testing.assert_array_equal(bf16_to_f32(expected), torch.from_numpy(expected.view(np.int16)).view(torch.bfloat16).float())
+    back = torch.from_numpy(expected.view(np.int16)).view(torch.bfloat16).float()
+    np.testing.assert_array_equal(bf16_to_f32(expected), back)

@@ -27,7 +27,8 @@ COMPILED = [
     Case(2, 64, rank=8, numbers=40, adapters=2),
     Case(2, 1024, rank=4),
     Case(2, 4096, rank=2, numbers=13),
-    Case(2, 8192, rank=8, numbers=13, adapters=2),
+    Case(2, 4096, rank=8, numbers=13, adapters=2),
+    Case(2, 8192, rank=4, numbers=13),
     Case(2, 16384, rank=2, numbers=13),
     Case(2, 40000, rank=8),
 ]
@@ -53,7 +54,7 @@ def _run(case: Case, dtype: torch.dtype, capability: int) -> None:
 
 
 def _assert_traffic(case: Case, inputs: Inputs, gpu: SimulatedGPU) -> None:
-    """A row that fits a tile is read once and written once, a longer one read twice; whole sectors where it is aligned."""
+    """A row that fits a tile is read once and written once, a longer one read twice; aligned rows: whole sectors."""
     forward, backward = (launch.traffic for launch in gpu.launches[:2])
     row = case.features * inputs.y.element_size()
     bare = (inputs.adapter_ids == -1).sum().item() * case.rows // len(inputs.adapter_ids) if case.adapters else 0
@@ -161,10 +162,10 @@ def test_no_atomics():
 MUTANTS = {  # name: (what to replace in triton_device.py, by what)
     "M and its transpose swapped": ("tl.sum(t[:, None, :] * mixing, axis=2)", "tl.sum(t[:, :, None] * mixing, axis=1)"),
     "the offset added": ("t -= tl.load(offset_ptr", "t += tl.load(offset_ptr"),
-    "loads and stores rows past the last": ("row_ok = rows < N\n\n        # t =", "row_ok = rows < N + 1\n\n        # t ="),
-    "loads columns past the end": (
-        "mask=row_ok[:, None] & (cols < D)[None, :], other=0.0).to", "mask=row_ok[:, None] & (cols <= D)[None, :], other=0.0).to",
-    ),
+    "loads and stores rows past the last": ("row_ok = rows < N\n\n        # t =",
+                                            "row_ok = rows < N + 1\n\n        # t ="),
+    "loads columns past the end": ("row_ok[:, None] & (cols < D)[None, :], other=0.0).to",
+                                   "row_ok[:, None] & (cols <= D)[None, :], other=0.0).to"),
     "skips the last column": ("tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D)",
                               "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D - 1)"),
     "reads v past its end": ("v_row + i[None, :], mask=chosen & (i < u)", "v_row + i[None, :], mask=chosen & (i <= u)"),
@@ -174,7 +175,8 @@ MUTANTS = {  # name: (what to replace in triton_device.py, by what)
     "every adapter gets every row": ("mine = (ids == adapter)", "mine = (ids >= 0)"),
     "rows without an adapter are written": ("row_ok = row_ok & (ids >= 0)", "row_ok = row_ok & (ids >= -1)"),
     "one id a row though there is one a sequence": ("ids_ptr + rows // rows_per_id", "ids_ptr + rows"),
-    "the second pass starts over": ("y = _add_delta(y, s, basis_ptr, start + cols", "y = _add_delta(y, s, basis_ptr, cols"),
+    "the second pass starts over": ("y = _add_delta(y, s, basis_ptr, start + cols",
+                                    "y = _add_delta(y, s, basis_ptr, cols"),
     "LoRA-XS transposed": ("tl.load(projection_ptr + entries) * d_mixing",
                            "tl.load(projection_ptr + entries % R * R + entries // R) * d_mixing"),
 }  # fmt: skip
@@ -220,7 +222,7 @@ def test_every_mutant_is_caught(name, tmp_path, monkeypatch):
 
 
 def test_implicit_fma_makes_lanes_disagree(monkeypatch):
-    """Why the backend compiles with enable_fp_fusion=False: lanes write different sums to one place in shared memory."""
+    """Why the backend compiles with enable_fp_fusion=False: lanes write different sums to one shared location."""
     options = triton_kernels._options
     monkeypatch.setattr(triton_kernels, "_options", lambda *args: {**options(*args), "enable_fp_fusion": True})
     with simulated_gpu(CUDA_TARGETS[90]), pytest.raises(Race, match="writes another value"):
@@ -232,7 +234,7 @@ def test_implicit_fma_makes_lanes_disagree(monkeypatch):
 
 def _operands(**changes):
     inputs = make_case(Case(6, 32, numbers=3), torch.float32)
-    given = dict(y=inputs.y, basis=inputs.basis, v=inputs.v, projection=inputs.projection, offset=None, adapter_ids=None)
+    given = {name: getattr(inputs, name) for name in ("y", "basis", "v", "projection", "offset", "adapter_ids")}
     return {**given, **changes}
 
 

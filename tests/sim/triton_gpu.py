@@ -1,8 +1,9 @@
 """A Triton driver whose GPU is the PTX interpreter.
 
-Under `simulated_gpu(target)` the Triton backend runs as it is: it checks its arguments, picks its launch parameters, lets
-Triton's own JIT specialise and compile for that target, and launches. The launch runs the compiled PTX on the CPU tensors it
-was given (or only records it, for targets without PTX). What the backend allocates with torch.empty counts as uninitialised.
+Under `simulated_gpu(target)` the Triton backend runs as it is: it checks its arguments, picks its launch parameters,
+lets Triton's own JIT specialise and compile for that target, and launches. The launch runs the compiled PTX on the CPU
+tensors it was given (or only records it, for targets without PTX). What the backend allocates with torch.empty counts
+as uninitialised.
 """
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ All sums are in fp32, in an order fixed by the shapes alone. There are no atomic
 over it is a handful of multiplications and additions, never tl.dot.
 
 Where a product is to be fused with an addition tl.fma says so; the compiler may not fuse on its own. It would fuse
-products into the butterfly that sums them across lanes, a b + shuffled(c d), and the two partners, each with the other's
-product rounded, would end with sums that differ in the last bit. Triton takes them for equal: it lets all of them write
-the sum to one place in shared memory, and which bits win is up to the hardware.
+products into the butterfly that sums them across lanes, a b + shuffled(c d), and the two partners, each with the
+other's product rounded, would end with sums that differ in the last bit. Triton takes them for equal: it lets all of
+them write the sum to one place in shared memory, and which bits win is up to the hardware.
 """
 
 import triton

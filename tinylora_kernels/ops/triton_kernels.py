@@ -4,8 +4,8 @@ One launch forward, at most two backward, on the caller's current stream. dv is 
 without float atomics, so it is the same bits on every run. Launch parameters come from a table; nothing is tuned at run
 time. Triton itself is imported by the first call, never by importing this module.
 
-An adapter id outside [-1, K) stops the kernel (a device-side assertion: the launch fails, nothing is returned); it cannot
-be raised here without waiting for the GPU.
+An adapter id outside [-1, K) stops the kernel (a device-side assertion: the launch fails, nothing is returned); it
+cannot be raised here without waiting for the GPU.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .checks import check_arguments
 
 RANKS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STREAM_BLOCK = 8192  # columns at a time of a row that no tile holds: such a row is read twice
+STREAM_BLOCK = 8192  # most columns at a time of a row that no tile holds: such a row is read twice
 MAX_PROGRAMS = 2048  # bounds the first stage's partial sums and the number of times M is contracted
 INT32_LIMIT = 2**31
 
@@ -34,7 +34,7 @@ class LaunchParameters(NamedTuple):
 
 
 # block: (rows, then threads for r <= 2, r = 4 and r = 8; 0: too long, r rows of the basis beside it would spill).
-# 32 fp32 numbers a thread at r <= 2, fewer where the basis wants registers too, and where 1024 threads have 64 each.
+# 32 fp32 numbers a thread at r <= 2, 16 where the basis wants registers too and where 1024 threads have 64 each.
 _TILES = {
     64: (32, 64, 128, 128),
     128: (16, 64, 128, 128),
@@ -43,7 +43,7 @@ _TILES = {
     1024: (2, 64, 128, 128),
     2048: (1, 64, 128, 128),
     4096: (1, 128, 256, 256),
-    8192: (1, 256, 512, 1024),
+    8192: (1, 256, 512, 0),
     16384: (1, 1024, 0, 0),
 }
 
@@ -51,7 +51,8 @@ _TILES = {
 def launch_parameters(features: int, rank: int) -> LaunchParameters:
     """The smallest tile of the table that holds a row; the streaming block where none does."""
     column = {1: 1, 2: 1, 4: 2, 8: 3}[rank]
-    block = next((b for b, tile in _TILES.items() if b >= features and tile[column]), STREAM_BLOCK)
+    blocks = [block for block, tile in _TILES.items() if tile[column]]
+    block = next((block for block in blocks if block >= features), min(blocks[-1], STREAM_BLOCK))
     return LaunchParameters(_TILES[block][0], block, _TILES[block][column])
 
 
@@ -179,8 +180,8 @@ def _tile_constants(launch: LaunchParameters, features: int, rank: int, projecti
 def _options(threads: int, adapter_ids: Tensor | None) -> dict:
     """Compiler options, none left to a default that differs between Triton releases.
 
-    No fusion: triton_device.py says why. debug turns the adapter-id assertion on; sanitize_overflow would add one to every
-    integer operation.
+    No fusion: triton_device.py says why. debug turns the adapter-id assertion on; sanitize_overflow would add one to
+    every integer operation.
     """
     return dict(
         num_warps=threads // _warp_size(),

@@ -1,7 +1,7 @@
-"""What each arithmetic instruction computes: a table from the opcode to operand types, result type and a numpy function.
+"""What each arithmetic instruction computes: from the opcode to operand types, result type and a numpy function.
 
-Exact: integers, conversions (round to nearest even), fma in float32. Approximate opcodes (rcp.approx, ex2.approx, div.full)
-are computed to full precision. A modifier that is not listed for its opcode is refused rather than ignored.
+Exact: integers, conversions (round to nearest even), fma in float32. Approximate opcodes (rcp.approx, ex2.approx,
+div.full) are computed to full precision. A modifier that is not listed for its opcode is refused rather than ignored.
 """
 from __future__ import annotations
 
@@ -108,11 +108,10 @@ def _mul(i: Instruction) -> Semantics:
         return Semantics((kind, kind), wide, lambda a, b: a.astype(NUMPY[wide]) * b.astype(NUMPY[wide]))
     if "hi" in i.modifiers:
         wide = _wider(kind)
-        shift = NUMPY[wide](BITS[kind])
-        return Semantics(
-            (kind, kind), kind, lambda a, b: (a.astype(NUMPY[wide]) * b.astype(NUMPY[wide]) >> shift).astype(NUMPY[kind])
-        )
-    return _arithmetic(i) if kind in ("f32x2", "f16x2", "bf16", "bf16x2") else Semantics((kind, kind), kind, operator.mul)
+        dtype, double, shift = NUMPY[kind], NUMPY[wide], NUMPY[wide](BITS[kind])
+        return Semantics((kind, kind), kind, lambda a, b: (a.astype(double) * b.astype(double) >> shift).astype(dtype))
+    packed = kind in ("f32x2", "f16x2", "bf16", "bf16x2")
+    return _arithmetic(i) if packed else Semantics((kind, kind), kind, operator.mul)
 
 
 @_operation("mad", allow="lo wide")
@@ -336,10 +335,11 @@ def _convert(i: Instruction) -> Semantics:
     if target not in FLOATS and source in FLOATS:
         rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[i.modifiers[0]]
         limits = np.iinfo(NUMPY[target])
-        return Semantics(
-            (source,), target,
-            lambda a: np.clip(np.nan_to_num(rounding(a.astype(np.float64))), limits.min, limits.max).astype(NUMPY[target]),
-        )  # fmt: skip
+
+        def saturate(a):
+            return np.clip(np.nan_to_num(rounding(a.astype(np.float64))), limits.min, limits.max).astype(NUMPY[target])
+
+        return Semantics((source,), target, saturate)
     if target in FLOATS and (BITS[target] < BITS[source] or source not in FLOATS):
         _require_nearest(i)
     return Semantics((source,), target, lambda a: a.astype(NUMPY[target]))

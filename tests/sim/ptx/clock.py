@@ -6,8 +6,8 @@ Two accesses are ordered if
   - same block: a block barrier lies between them, or both threads are of one warp and a warp barrier lies between them;
   - different blocks: the first block fenced and then did an atomic, the second saw that atomic and then fenced.
 
-The fence rule works on whole blocks, not on threads: it takes for granted that a barrier gathered the block's writes before
-the thread that fences.
+The fence rule works on whole blocks, not on threads: it takes for granted that a barrier gathered the block's writes
+before the thread that fences.
 """
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Clock:
     def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The smallest set that holds both sets."""
         block, warp = self._block[b], self._warp[b]
-        joined = np.where((self._block[a] == block) & (block >= 0), self._several_of_block + block, self._several_blocks)
+        same_block = (self._block[a] == block) & (block >= 0)
+        joined = np.where(same_block, self._several_of_block + block, self._several_blocks)
         joined = np.where((self._warp[a] == warp) & (warp >= 0), self._several_of_warp + warp, joined)
         return np.where((a == NOBODY) | (a == b), b, joined)
 

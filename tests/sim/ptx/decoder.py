@@ -1,4 +1,4 @@
-"""Instruction -> a function of the machine. Arithmetic comes from arithmetic.py; here are operands, memory and warps."""
+"""Instruction -> a function of the machine: operands, memory and warps; arithmetic comes from arithmetic.py."""
 from __future__ import annotations
 
 import re
@@ -269,7 +269,8 @@ def _store(kernel: Kernel, i: Instruction) -> Callable:
             items[at] = mine
             clash = items[at] != mine
             if clash.any():
-                raise access.fail(Race, offsets, clash.any(axis=1), f"another thread of this {opcode} writes another value")
+                message = f"another thread of this {opcode} writes another value"
+                raise access.fail(Race, offsets, clash.any(axis=1), message)
 
     return store
 
@@ -293,7 +294,7 @@ def _atomic(kernel: Kernel, i: Instruction) -> Callable:
     first = source(kernel, i, operands[1], kind)
     second = source(kernel, i, operands[2], kind) if how == "cas" else first
     size, dtype, opcode = BITS[kind] // 8, NUMPY[kind], i.opcode
-    release, acquire = ("acq_rel" in i.modifiers or f"{name}" in i.modifiers for name in ("release", "acquire"))
+    release, acquire = ("acq_rel" in i.modifiers or name in i.modifiers for name in ("release", "acquire"))
 
     def atomic(m):
         threads = np.nonzero(m.active)[0]
@@ -323,7 +324,7 @@ def _atomic(kernel: Kernel, i: Instruction) -> Callable:
 
 
 def _matrix(kernel: Kernel, i: Instruction) -> Callable:
-    """ldmatrix, stmatrix: 8x8 matrices of 16-bit elements; threads 8q..8q+7 of a warp give the row addresses of the q-th.
+    """ldmatrix, stmatrix: 8x8 matrices of 16-bit elements; threads 8q..8q+7 of a warp address the rows of the q-th.
 
     Thread l holds elements 2(l % 4) and 2(l % 4) + 1 of row l / 4 (of the transpose, with .trans).
     """

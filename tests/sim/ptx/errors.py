@@ -1,4 +1,4 @@
-"""What the interpreter can find. Each error names the PTX line, the source line where the compiler left one, and the thread."""
+"""What the interpreter can find. Each error names the PTX line, the source line if known, and the thread."""
 
 
 class SimulationError(Exception):
@@ -38,7 +38,7 @@ class DivergentBarrier(SimulationError):
 
 
 class DivergentShuffle(SimulationError):
-    """Lanes that wait at a warp-wide instruction for lanes that never come, or a shuffle from a lane that is not there."""
+    """Lanes that wait for lanes of their warp that never come, or read a register of one that takes no part."""
 
 
 class Trap(SimulationError):

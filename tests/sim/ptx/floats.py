@@ -24,9 +24,9 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
 def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a * b + c in float32 with one rounding.
 
-    The product is exact in float64 and the sum is rounded there once, then again to float32. The second rounding can go
-    wrong only where the float64 sum lies exactly between two float32 numbers or below their normal range: there the sum is
-    first rounded to odd, after which rounding to float32 is right.
+    The product is exact in float64 and the sum is rounded there once, then again to float32. The second rounding can
+    go wrong only where the float64 sum lies exactly between two float32 numbers or below their normal range: there the
+    sum is first rounded to odd, after which rounding to float32 is right.
     """
     product = np.asarray(a).astype(np.float64) * np.asarray(b).astype(np.float64)
     addend = np.asarray(c).astype(np.float64)

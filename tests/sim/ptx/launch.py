@@ -27,10 +27,11 @@ def launch(
     """Run the kernel; buffers are updated in place. Returns what it read and wrote.
 
     Args:
-        arguments: in the order of the kernel's parameters. A Buffer is passed as a pointer, None as a null pointer, a float
+        arguments: in the order of the kernel's parameters. A Buffer is passed as a pointer, None as a null pointer, a
+        float
             as f32, bytes as they are (a struct passed by value).
-        dynamic_shared: bytes of extern shared memory.
-        buffers: memory that a struct points to, by the pointer in use. An argument may be a function from a lookup of those
+        dynamic_shared: bytes of extern shared memory. buffers: memory that a struct points to, by the pointer in use.
+        An argument may be a function from a lookup of those
             pointers (real -> simulated address) to the bytes of the struct.
         reverse: let atomics happen in descending instead of ascending thread order.
 

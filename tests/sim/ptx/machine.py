@@ -1,9 +1,10 @@
 """Executes a decoded kernel on all threads of all blocks at once, one numpy operation per instruction.
 
-Every thread has its own program counter. The scheduler takes the threads at the smallest one, runs them until they branch,
-wait or meet threads parked further down, and chooses again: diverged threads meet again where their paths do. Threads that
-wait at a barrier or a shuffle stand still until everyone named by it is there; when nobody can move, that is the finding.
-All blocks advance together, which is one of the orders a GPU may choose; races are found by clock.py whatever the order.
+Every thread has its own program counter. The scheduler takes the threads at the smallest one, runs them until they
+branch, wait or meet threads parked further down, and chooses again: diverged threads meet again where their paths do.
+Threads that wait at a barrier or a shuffle stand still until everyone named by it is there; when nobody can move, that
+is the finding. All blocks advance together, which is one of the orders a GPU may choose; races are found by clock.py
+whatever the order.
 """
 from __future__ import annotations
 
@@ -174,12 +175,14 @@ class Machine:
 
     def _report_stuck(self) -> None:
         waiting = np.nonzero((self.state == AT_SHUFFLE) | (self.state == AT_BARRIER))[0][0]
-        where, who = self.program[self.pc[waiting] - (self.state[waiting] == AT_BARRIER)].where, self.clock.name(waiting)
+        where = self.program[self.pc[waiting] - (self.state[waiting] == AT_BARRIER)].where
+        who = self.clock.name(waiting)
         if (self.state == AT_SHUFFLE).any():
             raise DivergentShuffle(f"{where}: {who} waits for lanes of its warp that never come")
         block = self.clock.block_of == self.clock.block_of[waiting]
         missing = np.nonzero(block & (self.state == EXITED) & ~self.padding)[0]
-        raise DivergentBarrier(f"{where}: {who} waits at the barrier, which {self.clock.name(missing[0])} never reaches")
+        absent = self.clock.name(missing[0])
+        raise DivergentBarrier(f"{where}: {who} waits at the barrier, which {absent} never reaches")
 
     def trap(self, why: str) -> None:
         self.pc[self.group] = self.at + 1

@@ -1,8 +1,8 @@
 """Buffers and shared memory, with the checks a GPU does not make: bounds, alignment, initialisation and races.
 
-Every region keeps a shadow beside its bytes, one entry per granule (the narrowest access the kernel makes): whether it was
-ever written, who wrote it last and when, who has read it since and when. An access that touches a granule another thread
-wrote (or a write that touches one another thread read) must come after it in the order that clock.py defines.
+Every region keeps a shadow beside its bytes, one entry per granule (the narrowest access the kernel makes): whether it
+was ever written, who wrote it last and when, who has read it since and when. An access that touches a granule another
+thread wrote (or a write that touches one another thread read) must come after it in the order that clock.py defines.
 """
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ class Region:
         if self.read_only:
             raise access.fail(ReadOnly, place, at >= 0, f"writes {self.name}, which the launch declared read-only")
         if self._cached[at].any():
-            raise access.fail(ReadOnly, place, self._cached[at], f"writes {self.name}, read through ld.global.nc before")
+            message = f"writes {self.name}, read through ld.global.nc before"
+            raise access.fail(ReadOnly, place, self._cached[at], message)
         thread = np.broadcast_to(access.thread[:, None], at.shape)
         now = access.clock.epoch[thread]
         writer, reader = self._writer[at], self._reader[at]
@@ -236,4 +237,4 @@ class SharedMemory:
 def _check_alignment(access: Access, addresses: np.ndarray) -> None:
     wrong = addresses % access.size != 0
     if wrong.any():
-        raise access.fail(Misaligned, addresses, wrong, f"is not aligned to {access.size} bytes")
+        raise access.fail(Misaligned, addresses & (1 << ADDRESS_BITS) - 1, wrong, f"is not aligned to {access.size} bytes")

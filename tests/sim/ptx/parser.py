@@ -13,7 +13,7 @@ from .errors import LocalMemory, SimulationError
 
 BITS = {
     "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32, "s32": 32,
-    "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "f32x2": 64, "pred": 1, "b128": 128,
+    "f32": 32, "f16x2": 32, "bf16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "f32x2": 64, "pred": 1,
 }  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def _strip(ptx: str) -> list[str]:
     ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), ptx, flags=re.S)
     ptx = re.sub(r"//[^\n]*", "", ptx)
     ptx = re.sub(r"\.section\s+\S+\s*\{.*?\}", lambda m: "\n" * m[0].count("\n"), ptx, flags=re.S)
-    return ["" if re.match(r"\s*\.(loc|file|version|target|address_size)\b", line) else line for line in ptx.split("\n")]
+    debug = re.compile(r"\s*\.(loc|file|version|target|address_size)\b")
+    return ["" if debug.match(line) else line for line in ptx.split("\n")]
 
 
 def _source_lines(ptx: str) -> dict[int, str]:

@@ -1,7 +1,8 @@
 """Counts what global memory sees: bytes per buffer, requests, and 32-byte sectors per request.
 
-A request is one instruction of one warp. Threads of a request that ask for the same bytes are served once, so bytes are
-counted once per request. The least number of sectors a request can need is its bytes / 32; more means it is not coalesced.
+A request is one instruction of one warp. Threads of a request that ask for the same bytes are served once, so bytes
+are counted once per request. The least number of sectors a request can need is its bytes / 32; more means it is not
+coalesced.
 """
 from __future__ import annotations
 
