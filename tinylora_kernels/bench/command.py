@@ -12,7 +12,7 @@ import torch
 from . import breakdown, environment, layers, report, shapes, whole_model
 
 SUITES = ("layers", "model", "breakdown", "report")
-QUICK_SECONDS = 1.2
+QUICK_SECONDS, FULL_SECONDS = 1.2, 4.0  # of rounds for each case
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     if "layers" in options.suite:
         cases = shapes.quick_grid() if options.quick else shapes.full_grid()
         left = layers.run(
-            [case for case in cases if _wanted(case, options)], out, seconds=QUICK_SECONDS if options.quick else 4.0,
-            max_seconds=options.max_seconds, compiled=not options.no_compile,
+            [case for case in cases if _wanted(case, options)], out,
+            seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS), max_seconds=options.max_seconds, compiled=not options.no_compile,
         )  # fmt: skip
     if "model" in options.suite:
         whole_model.run(out, quick=options.quick)
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="directory of the results (default: bench/results)")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: 2, or 1 on one core")
     p.add_argument("--max-seconds", type=float, help="begin no case after this long; run again to go on")
+    p.add_argument("--seconds", type=float, help=f"of rounds for each case (default: {FULL_SECONDS:g})")
     p.add_argument("--tokens", nargs="+", type=int, choices=shapes.TOKENS, help="only these token counts")
     p.add_argument("--models", nargs="+", choices=list(shapes.MODELS), help="only layers of these models")
     p.add_argument("--no-compile", action="store_true", help="leave out the contenders under torch.compile")

@@ -80,11 +80,11 @@ def full_grid() -> Iterator[Case]:
 
     u only changes the contraction, a few hundred multiply-adds. So the first half of the grid takes each layer, token
     count and dtype once, with u = 1 and u = 13 in a checkerboard; the second half has the other colour. Within a half
-    the dear token count, 2048, comes last.
+    8 and 128 tokens come first, 2048, the dear one, last.
     """
     kinds = ("gate", "q", "down", "k", "o")
     for colour in (0, 1):
-        for token_counts in ((8, 512), (1, 128), (2048,)):
+        for token_counts in ((8, 128), (1, 512), (2048,)):
             for k, kind in enumerate(kinds):
                 for m, model in enumerate(MODELS):
                     for dtype in DTYPES:
