@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         cases = shapes.quick_grid() if options.quick else shapes.full_grid()
         left = layers.run(
             [case for case in cases if _wanted(case, options)], out,
-            seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS), max_seconds=options.max_seconds, compiled=not options.no_compile,
+            seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
+            max_seconds=options.max_seconds, compiled=not options.no_compile,
         )  # fmt: skip
     if "model" in options.suite:
         whole_model.run(out, quick=options.quick)
