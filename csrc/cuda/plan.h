@@ -6,6 +6,7 @@
 namespace tinylora {
 
 constexpr int kWarp = 32;
+constexpr int kMaxResident = 32768;            // columns of the longest row that is held in registers
 constexpr int kMaxTeams = 4;                   // teams of one warp that share a block
 constexpr int kMaxBlocks = 2048;               // about four waves of resident blocks on the largest GPUs
 constexpr int64_t kMaxExtent = 1 << 30;        // rows and columns are counted in 32 bits, with room to step past the end
@@ -31,7 +32,8 @@ constexpr TileShape tile_shape(Tile tile, int element_bytes) {
   switch (tile) {
     case Tile::Short: return {4, 1, width, 256, true};                           // D <=  1024 fp32,  2048 16-bit
     case Tile::Medium: return {2, 4, width, 256, true};                          // D <=  4096 fp32,  8192 16-bit
-    case Tile::Long: return {1, element_bytes == 4 ? 16 : 8, width, 512, true};  // D <= 32768
+    case Tile::Long:                                                             // D <= 32768
+      return element_bytes == 4 ? TileShape{1, 22, 4, 384, true} : TileShape{1, 8, 8, 512, true};
     case Tile::Scalar: return {1, 32, 1, 512, true};                             // D <= 16384
     case Tile::Stream: return {1, 4, width, 512, false};
     default: return {1, 8, 1, 512, false};
@@ -53,7 +55,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // aligned: every row and the basis start on 16 bytes, and rows are whole packets.
 inline Plan plan_rows(int64_t rows, int64_t columns, int element_bytes, bool aligned) {
-  const auto fits = [&](Tile t) { return columns <= tile_shape(t, element_bytes).columns(); };
+  const auto fits = [&](Tile t) { return columns <= kMaxResident && columns <= tile_shape(t, element_bytes).columns(); };
   const Tile tile = !aligned ? (fits(Tile::Scalar) ? Tile::Scalar : Tile::StreamScalar)
                     : fits(Tile::Short) ? Tile::Short
                     : fits(Tile::Medium) ? Tile::Medium
