@@ -4,7 +4,7 @@ Parts are differences of nested calls. On no rows at all nothing but overhead is
 
     kernel        op(N rows) - op(0 rows)                          the update itself, M and dv included
     dispatch      op(0 rows)                                       torch's dispatcher, argument checks, result tensors
-    autograd      TinyLoRAUpdate.apply(0 rows) - op(0 rows)        the node of the graph; backward: its Python and engine
+    autograd      TinyLoRAUpdate.apply(0 rows) - op(0 rows)        the node of the graph; backward: Python and engine
     functional    tiny_lora_update(0 rows) - apply(0 rows)         choice of backend, dtype checks
     module        layer(0 rows) - base(0 rows) - update(0 rows)    nn.Module's call and TinyLoRALayer.forward
     contraction   op(0 rows, u = 13) - op(0 rows, u = 1)           M = sum v_i P'_i, dv_i = <P'_i, dM>; inside dispatch
@@ -31,6 +31,7 @@ from .shapes import DTYPES, Case, Shape
 from .timing import no_collector, quantile
 from .whole_model import BATCH, LENGTH, NUMBERS
 
+Part = tuple[str, str]  # direction, part
 FILE = "breakdown.csv"
 COLUMNS = ["workload", "dtype", "direction", "part", "us_per_call", "calls", "ms_per_step", "share", *ENVIRONMENT]
 BLOCKS = 30
@@ -53,14 +54,15 @@ def run(out: Path, *, quick: bool = False) -> None:
             for (direction, part), (milliseconds, calls) in parts.items():
                 rows.append({
                     "workload": workload, "direction": direction, "part": part, "calls": calls,
-                    "us_per_call": milliseconds * 1e3 / calls, "ms_per_step": milliseconds, "share": milliseconds / total,
+                    "us_per_call": milliseconds * 1e3 / calls, "ms_per_step": milliseconds,
+                    "share": milliseconds / total,
                 })  # fmt: skip
         table.append(out / FILE, COLUMNS, [row | {"dtype": dtype_name} | facts for row in rows])
 
 
-def measure(dtype: torch.dtype, tokens: int, *, training: bool, rounds: int) -> dict[tuple[str, str], tuple[float, int]]:
-    """(direction, part) -> (milliseconds a step, calls a step), over the modules of the model."""
-    totals: dict[tuple[str, str], tuple[float, int]] = {}
+def measure(dtype: torch.dtype, tokens: int, *, training: bool, rounds: int) -> dict[Part, tuple[float, int]]:
+    """Part -> (milliseconds a step, calls a step), over the modules of the model."""
+    totals: dict[Part, tuple[float, int]] = {}
     for (out_features, in_features), count in LAYERS.items():
         shape = Shape("SmolLM2-135M", "any", out_features, in_features, False)
         problem = make_problem(Case(shape, tokens, dtype, NUMBERS))
@@ -71,8 +73,8 @@ def measure(dtype: torch.dtype, tokens: int, *, training: bool, rounds: int) -> 
     return totals
 
 
-def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds: int) -> dict[tuple[str, str], float]:
-    """(direction, part) -> seconds a call of one layer."""
+def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds: int) -> dict[Part, float]:
+    """Part -> seconds a call of one layer."""
     no_x, no_g = x[:, :0].detach().requires_grad_(training), g[:, :0]
     y, no_y = g.clone(), g[:, :0].clone()
     basis, v, projection = layer.basis, layer.v.detach(), layer.projection
@@ -92,11 +94,11 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
         unsafe_view = torch.ops.aten._unsafe_view.default
         return lambda: function(unsafe_view(no_y.detach().requires_grad_(training), no_y.shape))
 
-    trained = layer.v
+    trained, apply = layer.v, ops.TinyLoRAUpdate.apply
     calls = {
         "op": op(y), "op none": op(no_y), "op one": op(no_y, one_v, one_projection),
         "functional": update(lambda rows: tiny_lora_update(rows, basis, trained, projection, inplace=True)),
-        "apply": update(lambda rows: ops.TinyLoRAUpdate.apply(rows, basis, trained, projection, None, None, backend.name)),
+        "apply": update(lambda rows: apply(rows, basis, trained, projection, None, None, backend.name)),
         "rows": update(lambda rows: rows),
         "layer": lambda: layer(no_x), "base": lambda: layer.base(no_x),
     }  # fmt: skip

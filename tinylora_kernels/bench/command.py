@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     if "breakdown" in options.suite:
         breakdown.run(out, quick=options.quick)
     report.write(out)
-    print(f"{time.perf_counter() - begun:.0f} s; results in {out}" + (f"; {left} cases left, run again" if left else ""))
+    rest = f"; {left} cases left, run again" if left else ""
+    print(f"{time.perf_counter() - begun:.0f} s; results in {out}{rest}")
     return 1 if left else 0
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout, where this is one
 
 
 def describe() -> dict[str, str]:
-    """CPU, instruction set of our kernels, threads, versions, commit, a fingerprint of the code that runs, and the date.
+    """CPU, instruction set of our kernels, threads, versions, commit, a fingerprint of the code, and the date.
 
     A commit marked with + has changes on top in the package or its native sources.
     """

@@ -79,5 +79,7 @@ def check(contender: Contender, problem: Problem, exact: Truth) -> dict[str, flo
     for name, limit in TOLERANCE[problem.case.dtype].items():
         value = found.get(name, float("inf"))
         if not value <= limit:
-            raise WrongResult(f"{contender.name}, {problem.case}: {name} is off by {value:.2g}, expected {limit:.0e} at most")
+            raise WrongResult(
+                f"{contender.name}, {problem.case}: {name} is off by {value:.2g}, expected {limit:.0e} at most"
+            )
     return found

@@ -30,10 +30,8 @@ class Memory:
 
 
 def measure(contender: Contender, problem: Problem) -> Memory:
-    compiled = contender.name.endswith("compiled")
-    return Memory(
-        saved_bytes(contender, problem), peak_bytes(contender, problem), None if compiled else written_bytes(contender, problem)
-    )  # fmt: skip
+    written = None if contender.name.endswith("compiled") else written_bytes(contender, problem)
+    return Memory(saved_bytes(contender, problem), peak_bytes(contender, problem), written)
 
 
 def _step(contender: Contender, problem: Problem) -> tuple[Tensor, ...]:

@@ -81,4 +81,5 @@ def _roofline(times: list[dict], path: Path) -> None:
 
 def _caption(times: list[dict]) -> str:
     row = times[-1]
-    return f"{row['cpu']}, {row['isa']}, {row['threads']} threads, torch {row['torch']}, PEFT {row['peft']}, commit {row['commit']}"
+    versions = f"torch {row['torch']}, PEFT {row['peft']}, commit {row['commit']}"
+    return f"{row['cpu']}, {row['isa']}, {row['threads']} threads, {versions}"

@@ -58,8 +58,9 @@ def _source(times: list[dict]) -> str:
     last = times[-1]
     commits = " ".join(dict.fromkeys(row["commit"] for row in times))
     bandwidths = [float(row["stream_gb_s"]) for row in times]
+    versions = f"torch {last['torch']}, PEFT {last['peft']}"
     return (
-        f"{last['cpu']}, {last['isa']}, {last['threads']} threads, torch {last['torch']}, PEFT {last['peft']}, {last['date']}\n"
+        f"{last['cpu']}, {last['isa']}, {last['threads']} threads, {versions}, {last['date']}\n"
         f"commits {commits}; code {' '.join(dict.fromkeys(row['code'] for row in times))}\n"
         f"stream bandwidth {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s; {len(by_case(times, 'both'))} cases"
     )
@@ -68,7 +69,8 @@ def _source(times: list[dict]) -> str:
 def _ratios(times: list[dict]) -> str:
     """Geometric means of the ratio to frozen, for each contender, dtype and token count."""
     lines = []
-    for phase, title in (("both", "forward + backward with dx"), ("forward", "forward"), ("inference", "forward without autograd")):
+    titles = {"both": "forward + backward with dx", "forward": "forward", "inference": "forward without autograd"}
+    for phase, title in titles.items():
         cases = by_case(times, phase)
         lines += ["", f"Ratio to the frozen layer, {title}: geometric mean over the layers"]
         lines.append(f"{'':<24}" + "".join(f"{dtype:>9}{'':>26}" for dtype in ("fp32", "bf16")))
@@ -112,11 +114,11 @@ def _targets(times: list[dict]) -> str:
         found = [(min((ratio(cases[k][n]) for n in names if n in cases[k]), default=None), ours[k]) for k in keys]
         return [theirs / mine for theirs, mine in found if theirs is not None]
 
-    bf16 = [key for key in ours if key[3] == "bf16"]
+    fp32, bf16 = ([key for key in ours if key[3] == dtype] for dtype in ("fp32", "bf16"))
     peft = tuple(name for name in NAMES if name.startswith("peft"))
     line("PEFT as it comes / ours, bf16, geometric mean", 1.5, over(("peft",), bf16), at_least=True)
     line("PEFT at its best / ours, bf16, geometric mean", 1.15, over(peft, bf16), at_least=True)
-    line("PEFT at its best / ours, fp32, geometric mean", 1.15, over(peft, [k for k in ours if k[3] == "fp32"]), at_least=True)
+    line("PEFT at its best / ours, fp32, geometric mean", 1.15, over(peft, fp32), at_least=True)
     rivals = {key: over(tuple(RIVALS), [key]) for key in ours}
     beaten = {key: found[0] for key, found in rivals.items() if found and found[0] < 1}
     lines.append(f"Cases where some rival is faster than ours: {len(beaten)} of {len(ours)}")
@@ -159,33 +161,36 @@ def _cases(times: list[dict]) -> str:
         mine, frozen = contenders[OURS], contenders[FROZEN]
         microseconds = float(frozen["p50_us"])
         limit = 1 + float(mine["limit_us"]) / microseconds
-        rival = min(((ratio(row), name) for name, row in contenders.items() if name in RIVALS), default=(float("nan"), "none"))
+        rivals = [(ratio(row), name) for name, row in contenders.items() if name in RIVALS]
+        rival = min(rivals, default=(float("nan"), "none"))
         forward, backward = (ratio(phases[phase][key][OURS]) for phase in ("forward", "backward"))
         lines.append(
-            f"{key[0] + ' ' + key[1]:<27}{key[2]:>7}{key[3]:>5}{key[4]:>3}{microseconds:>11.1f}{forward:>7.3f}{backward:>7.3f}"
-            f"{ratio(mine):>7.3f}{limit:>7.3f}  {rival[0]:.2f} {rival[1][:10]}"
+            f"{key[0] + ' ' + key[1]:<27}{key[2]:>7}{key[3]:>5}{key[4]:>3}{microseconds:>11.1f}"
+            f"{forward:>7.3f}{backward:>7.3f}{ratio(mine):>7.3f}{limit:>7.3f}  {rival[0]:.2f} {rival[1][:10]}"
         )
     return "\n".join(lines)
 
 
 def _model(rows: list[dict]) -> str:
     lines = ["Whole model: SmolLM2-135M's architecture, 210 adapted modules, 4 x 128 tokens; unit: frozen"]
-    lines.append(f"{'':<24}{'dtype':<10}{'contender':<14}{'phase':<10}{'ms':>9}{'p20':>8}{'ratio':>8}{'p80':>8}{'bytes':>7}")
+    numbers = f"{'ms':>9}{'p20':>8}{'ratio':>8}{'p80':>8}{'bytes':>7}"
+    lines.append(f"{'':<24}{'dtype':<10}{'contender':<14}{'phase':<10}{numbers}")
     for row in rows:
         held = row["adapter_bytes_per_token_and_module"] if row["contender"] != FROZEN else ""
         lines.append(
-            f"{row['workload']:<24}{row['dtype']:<10}{row['contender']:<14}{row['phase']:<10}{float(row['p50_us']) / 1e3:>9.2f}"
-            f"{float(row['ratio_p20']):>8.3f}{ratio(row):>8.3f}{float(row['ratio_p80']):>8.3f}{held:>7}"
+            f"{row['workload']:<24}{row['dtype']:<10}{row['contender']:<14}{row['phase']:<10}"
+            f"{float(row['p50_us']) / 1e3:>9.2f}{float(row['ratio_p20']):>8.3f}{ratio(row):>8.3f}{float(row['ratio_p80']):>8.3f}{held:>7}"
         )
     return "\n".join([*lines, "bytes: saved for backward beyond the frozen step's, for each token and adapted module"])
 
 
 def _breakdown(rows: list[dict]) -> str:
     lines = ["Where adapter time goes (contraction is part of dispatch; shares: of the sum of the other parts)"]
-    lines.append(f"{'':<24}{'dtype':<10}{'direction':<11}{'part':<14}{'us a call':>10}{'calls':>7}{'ms a step':>11}{'share':>8}")
+    numbers = f"{'us a call':>10}{'calls':>7}{'ms a step':>11}{'share':>8}"
+    lines.append(f"{'':<24}{'dtype':<10}{'direction':<11}{'part':<14}{numbers}")
     for row in rows:
         lines.append(
-            f"{row['workload']:<24}{row['dtype']:<10}{row['direction']:<11}{row['part']:<14}{float(row['us_per_call']):>10.2f}"
-            f"{row['calls']:>7}{float(row['ms_per_step']):>11.3f}{float(row['share']):>8.1%}"
+            f"{row['workload']:<24}{row['dtype']:<10}{row['direction']:<11}{row['part']:<14}"
+            f"{float(row['us_per_call']):>10.2f}{row['calls']:>7}{float(row['ms_per_step']):>11.3f}{float(row['share']):>8.1%}"
         )
     return "\n".join(lines)

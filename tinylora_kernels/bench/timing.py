@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, in a fresh random order, ratios to the frozen layer round by round."""
+"""Interleaved timing: every contender once a round, in a fresh random order, ratios taken round by round."""
 from __future__ import annotations
 
 import gc

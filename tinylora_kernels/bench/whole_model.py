@@ -1,9 +1,9 @@
 """A whole model: the training step and generation with SmolLM2-135M's architecture, 210 adapted modules.
 
 The weights are synthetic with planted singular triplets, as in contenders.py: time does not depend on their values, and
-nobody has to wait for PEFT's full SVDs. Every contender shares the same weights. The unit of the ratios is the same step
-with everything frozen but one scalar at the embedding output, so that its backward runs through the whole model too;
-in generation it is the bare model.
+nobody has to wait for PEFT's full SVDs. Every contender shares the same weights. The unit of the ratios is the same
+step with everything frozen but one scalar at the embedding output, so that its backward runs through the whole model
+too; in generation it is the bare model.
 """
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def smollm2(dtype: torch.dtype, blocks: int = 30) -> nn.Module:
 
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=blocks, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(dtype)
@@ -151,7 +152,10 @@ def training_step(variant: Variant, tokens: Tensor) -> Callable[[], dict[str, fl
         optimizer.step()
         optimizer.zero_grad()
         ended = clock()
-        return {"forward": forwarded - begun, "backward": returned - forwarded, "optimizer": ended - returned, "step": ended - begun}
+        return {
+            "forward": forwarded - begun, "backward": returned - forwarded, "optimizer": ended - returned,
+            "step": ended - begun,
+        }  # fmt: skip
 
     return step
 
@@ -164,7 +168,8 @@ def generation(variant: Variant, batch: int) -> Callable[[], dict[str, float]]:
     prompt = torch.randint(0, 49152, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        first = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    first = logits[:, -1:].argmax(-1)
 
     def step() -> dict[str, float]:
         if cache.get_seq_length() > PROMPT:
@@ -192,7 +197,8 @@ def check(variants: list[Variant], tokens: Tensor, dtype: torch.dtype) -> dict[s
         comparable = exact is not None and name != FROZEN
         result[name] = (losses[name], float((gradient - exact).norm() / exact.norm()) if comparable else float("nan"))
     if dtype is torch.float32 and exact is not None and not result[OURS][1] <= DV_TOLERANCE:
-        raise WrongResult(f"whole model: dv differs from PEFT's by {result[OURS][1]:.2g}, expected {DV_TOLERANCE} at most")
+        found = result[OURS][1]
+        raise WrongResult(f"whole model: dv differs from PEFT's by {found:.2g}, expected {DV_TOLERANCE} at most")
     return result
 
 
