@@ -179,7 +179,8 @@ def _model(rows: list[dict]) -> str:
         held = row["adapter_bytes_per_token_and_module"] if row["contender"] != FROZEN else ""
         lines.append(
             f"{row['workload']:<24}{row['dtype']:<10}{row['contender']:<14}{row['phase']:<10}"
-            f"{float(row['p50_us']) / 1e3:>9.2f}{float(row['ratio_p20']):>8.3f}{ratio(row):>8.3f}{float(row['ratio_p80']):>8.3f}{held:>7}"
+            f"{float(row['p50_us']) / 1e3:>9.2f}"
+            f"{float(row['ratio_p20']):>8.3f}{ratio(row):>8.3f}{float(row['ratio_p80']):>8.3f}{held:>7}"
         )
     return "\n".join([*lines, "bytes: saved for backward beyond the frozen step's, for each token and adapted module"])
 
@@ -191,6 +192,7 @@ def _breakdown(rows: list[dict]) -> str:
     for row in rows:
         lines.append(
             f"{row['workload']:<24}{row['dtype']:<10}{row['direction']:<11}{row['part']:<14}"
-            f"{float(row['us_per_call']):>10.2f}{row['calls']:>7}{float(row['ms_per_step']):>11.3f}{float(row['share']):>8.1%}"
+            f"{float(row['us_per_call']):>10.2f}{row['calls']:>7}"
+            f"{float(row['ms_per_step']):>11.3f}{float(row['share']):>8.1%}"
         )
     return "\n".join(lines)
