@@ -3,15 +3,14 @@ traffic.
 
 The launchers of csrc/cuda choose kernel, grid and block, so what runs here is what a GPU would be given.
 """
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.cases import CASES, DTYPES, Case, Inputs, assert_within_budget, make_case, run_ops
+from tests.cases import CASES, DTYPES, Case, Inputs, assert_within_budget, error, make_case, run_ops
 
 from .checks import CHECKS, draws
 from .cuda_gpu import SimulatedCuda
+from .host import emulator
 from .mutants import MUTANTS, SMALL, Edit, edited_copy
 from .nvcc import CUDA, needs_nvcc
 from .ptx import SimulationError
@@ -104,11 +103,20 @@ def test_many_tiles_and_chunks(small_constants, check):
     CHECKS[check](small_constants)
 
 
-# Bugs that the PTX cannot show, with the reason; the host emulator finds them.
-INVISIBLE: dict[str, str] = {}
+@pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
+def test_agrees_with_the_host_emulator():
+    """The same sources through two compilers and two simulators: equal to one rounding of the result."""
+    emulated = emulator.Emulated(emulator.build("plain", ranks=(2,), dtypes=(torch.bfloat16,)))
+    for case in GRID:
+        if case.rank == 2 and case.rows:
+            inputs = make_case(case, torch.bfloat16)
+            one, other = run_ops(emulated, inputs), run_ops(_simulated(90), inputs)
+            for name in ("y", "t", "g0", "dv"):
+                a, b = getattr(one, name), getattr(other, name)
+                assert error(a, b) <= torch.finfo(a.dtype).eps, f"{case}: {name}"
 
 
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.name not in INVISIBLE], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_is_caught(tmp_path, mutant):
     make = _edited(tmp_path, mutant.edit)
     with pytest.raises((SimulationError, AssertionError, pytest.fail.Exception)):

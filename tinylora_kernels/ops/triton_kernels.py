@@ -34,7 +34,7 @@ class LaunchParameters(NamedTuple):
 
 
 # block: (rows, then threads for r <= 2, r = 4 and r = 8; 0: too long, r rows of the basis beside it would spill).
-# 32 fp32 numbers a thread at r <= 2, 16 where the basis wants registers too and where 1024 threads have 64 each.
+# 32 fp32 numbers a thread at r <= 2, fewer where the basis wants registers too and where 1024 threads have 64 each.
 _TILES = {
     64: (32, 64, 128, 128),
     128: (16, 64, 128, 128),
@@ -42,7 +42,7 @@ _TILES = {
     512: (4, 64, 128, 128),
     1024: (2, 64, 128, 128),
     2048: (1, 64, 128, 128),
-    4096: (1, 128, 256, 256),
+    4096: (1, 128, 256, 512),
     8192: (1, 256, 512, 0),
     16384: (1, 1024, 0, 0),
 }
