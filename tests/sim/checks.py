@@ -135,3 +135,4 @@ CHECKS = {
     "bounds": schedule,
     "races": schedule,
 }
+MODE = {"bounds": "asan", "alignment": "asan", "races": "race"}  # the emulator's build for a check; plain otherwise

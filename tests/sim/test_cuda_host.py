@@ -8,14 +8,13 @@ import torch
 
 from tests.cases import CASES, DTYPES, assert_within_budget, make_case, run_ops
 
-from .checks import CHECKS, assert_same_outputs, draws
+from .checks import CHECKS, MODE, assert_same_outputs, draws
 from .host import emulator
 from .host.emulator import Emulated, Fault
 from .mutants import MUTANTS, SMALL, edited_copy
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 
-MODE = {"bounds": "asan", "alignment": "asan", "races": "race"}  # of a check; plain otherwise
 GPU_CASES = [case for case in CASES if case.rank in emulator.RANKS]
 
 

@@ -1,0 +1,220 @@
+"""Evidence about the CUDA kernels that needs no GPU: compiled code, counted traffic, physical bounds, caught mutants.
+
+    python bench/gpu_evidence.py                all of it, into bench/results/gpu_*.csv and .md
+    python bench/gpu_evidence.py traffic        one part: kernels, traffic, bounds or mutants; then the page is rewritten
+
+kernels   nvcc for every architecture, element type and rank: registers, shared memory, spills, 16-byte accesses.
+traffic   the kernels executed from their PTX on the layers of real models: bytes and sectors, counted, not estimated.
+bounds    the least time the published bandwidth and arithmetic rate of two cards allow. No time here was measured.
+mutants   deliberate bugs in the kernels, each with the check that caught it and what it reported.
+"""
+from __future__ import annotations
+
+import csv
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+sys.path.insert(0, str(ROOT))
+
+from tests.cases import Case, make_case, run_ops  # noqa: E402
+from tests.sim import static  # noqa: E402
+from tests.sim.checks import CHECKS, MODE  # noqa: E402
+from tests.sim.cuda_gpu import SimulatedCuda  # noqa: E402
+from tests.sim.host import emulator  # noqa: E402
+from tests.sim.host.plan import TILES, plan_rows, shape  # noqa: E402
+from tests.sim.mutants import MUTANTS, SMALL, edited_copy  # noqa: E402
+from tinylora_kernels.bench.shapes import MODELS, RANK, layer  # noqa: E402
+
+HEAD = 152064  # the output layer of Qwen2.5
+# NVIDIA's datasheets: H100 SXM5 80 GB, A100 SXM4 80 GB; dense bf16 operations and bytes of memory traffic a second.
+CARDS = {"H100": (989.4e12, 3.35e12), "A100": (312e12, 2.039e12)}
+
+
+def kernels() -> Iterator[dict]:
+    """One row for every kernel, element type and architecture."""
+    for element, (_, size) in static.ELEMENTS.items():
+        for architecture in static.ARCHITECTURES:
+            for name, kernel in sorted(static.inspect(element, static.RANKS, architecture).items()):
+                rank, tile = name.split()
+                if tile == "dv" and element != "float32":
+                    continue  # the same kernel for every element type
+                counts, threads = kernel.instructions, 256 if tile == "dv" else shape(tile, size).threads
+                yield {
+                    "element": element, "architecture": f"sm_{architecture}", "rank": rank[1:], "tile": tile,
+                    "threads": threads, "registers": kernel.registers, "stack_bytes": kernel.stack,
+                    "local_bytes": kernel.local, "shared_bytes": kernel.shared, "instructions": counts["instructions"],
+                    "row_loads_128": counts["LDG.128"], "basis_loads_128": counts["LDG.128.CONSTANT"],
+                    "row_stores_128": counts["STG.128"],
+                    "local_accesses": sum(n for op, n in counts.items() if op.startswith(("LDL", "STL"))),
+                }  # fmt: skip
+
+
+def widths() -> list[int]:
+    """Every output width of the models of the benchmark, and one tied head."""
+    found = {w for m in MODELS.values() for w in (m.hidden, m.key_value, m.intermediate)}
+    return [*sorted(found), HEAD]
+
+
+def traffic() -> Iterator[dict]:
+    """Forward and backward of one layer for each width, executed from the PTX for compute_90."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for features in widths():
+            rows = 2 if features == HEAD else 4
+            inputs = make_case(Case(rows, features, RANK, numbers=13), dtype)
+            gpu = SimulatedCuda(90)
+            run_ops(gpu, inputs)
+            forward, backward, vector = gpu.launches
+            size = dtype.itemsize
+            for direction, launch, source, target in (("forward", forward, "y", "y"), ("backward", backward, "g", "g0")):
+                seen, least = launch.traffic, rows * features * size
+                moved = seen.bytes_read(source) + seen.bytes_written(target)
+                yield {
+                    "element": str(dtype).removeprefix("torch."), "columns": features, "rank": RANK,
+                    "direction": direction, "tile": plan_rows(rows, features, size).tile,
+                    "row_bytes_moved": moved // rows, "row_bytes_least": 2 * least // rows,
+                    "ratio": round(moved / (2 * least), 4),
+                    "sectors_per_request": round(seen.of(source).sectors_per_request, 2),
+                    "excess_sectors": round(seen.of(source).excess, 4),
+                    "basis_bytes_a_row": seen.bytes_read("basis") // rows,
+                    "launches": 1 if direction == "forward" else len((backward, vector)),
+                }  # fmt: skip
+
+
+def bounds() -> Iterator[dict]:
+    """The least time of the frozen layer and of the update beside it, from published rates alone. bf16, r = 2."""
+    size = 2
+    for model in MODELS:
+        for kind in ("q", "k", "gate", "down"):
+            s = layer(model, kind)
+            for tokens in (1, 128, 2048, 8192):
+                for card, (operations, bandwidth) in CARDS.items():
+                    multiply = 2 * tokens * s.in_features * s.out_features / operations
+                    moved = size * (s.in_features * s.out_features + tokens * (s.in_features + s.out_features))
+                    frozen = max(multiply, moved / bandwidth)
+                    basis, coefficients = 4 * RANK * s.out_features, 4 * RANK * tokens
+                    forward = (2 * size * tokens * s.out_features + basis + coefficients) / bandwidth
+                    backward = (2 * size * tokens * s.out_features + basis + 3 * coefficients) / bandwidth
+                    yield {
+                        "card": card, "model": model, "layer": kind, "out": s.out_features, "in": s.in_features,
+                        "tokens": tokens, "frozen_us": round(frozen * 1e6, 3), "update_us": round(forward * 1e6, 3),
+                        "update_backward_us": round(backward * 1e6, 3),
+                        "update_over_frozen": round(forward / frozen, 4),
+                    }  # fmt: skip
+
+
+def mutants() -> Iterator[dict]:
+    """Each mutant under the check that is expected to catch it, on the host emulator."""
+    for mutant in MUTANTS:
+        mode = MODE.get(mutant.check, "plain")
+        with tempfile.TemporaryDirectory() as folder:
+            sources = edited_copy(emulator.KERNELS, Path(folder) / "cuda", (*SMALL, mutant.edit))
+            executable = emulator.build(mode, kernels=sources, ranks=(2,), dtypes=(torch.float32, torch.bfloat16))
+            try:
+                CHECKS[mutant.check](lambda order, skew: emulator.Emulated(executable, order=order, skew=skew))  # noqa: B023
+                report = "NOT CAUGHT"
+            except BaseException as caught:  # pytest's own failures are no Exception
+                if isinstance(caught, KeyboardInterrupt):
+                    raise
+                report = str(caught).strip().split("\n")[0] or type(caught).__name__
+        yield {"mutant": mutant.name, "file": mutant.file, "check": mutant.check, "build": mode, "report": report}
+
+
+PARTS = {"kernels": kernels, "traffic": traffic, "bounds": bounds, "mutants": mutants}
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def span(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def read(part: str) -> list[dict]:
+    path = RESULTS / f"gpu_{part}.csv"
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def page() -> str:
+    """The page from the CSV files."""
+    out = ["# CUDA kernels: evidence without a GPU\n", "Written by `python bench/gpu_evidence.py`. Verified by "
+           "compilation and simulation; not run on a GPU. No time on this page was measured.\n"]  # fmt: skip
+    found = read("kernels")
+    if found:
+        spilled = [r for r in found if int(r["stack_bytes"]) or int(r["local_bytes"]) or int(r["local_accesses"])]
+        out.append(f"## Compiled code\n\n{len(found)} kernels for {', '.join(f'sm_{a}' for a in static.ARCHITECTURES)}: "
+                   f"{len(spilled)} with spills or local memory. Registers over the architectures; 16-byte accesses are "
+                   "the same on all of them: row loads / basis loads / row stores in the code of a thread.\n")  # fmt: skip
+        groups = defaultdict(list)
+        for r in found:
+            groups[r["element"], TILES.index(r["tile"]) if r["tile"] in TILES else 9, r["tile"], int(r["rank"])].append(r)
+        rows = []
+        for (element, _, tile, rank), group in sorted(groups.items()):
+            accesses = {tuple(r[k] for k in ("row_loads_128", "basis_loads_128", "row_stores_128")) for r in group}
+            numbers = {k: span([int(r[k]) for r in group]) for k in ("registers", "shared_bytes", "instructions")}
+            rows.append([element if tile != "dv" else "any", tile, rank, group[0]["threads"], numbers["registers"],
+                         numbers["shared_bytes"], numbers["instructions"], " or ".join(" / ".join(a) for a in accesses)])  # fmt: skip
+        names = ["type", "tile", "r", "threads at most", "registers", "shared bytes", "instructions", "16-byte accesses"]
+        out.append(table(names, rows))
+    found = read("traffic")
+    if found:
+        out.append("## Traffic, counted in simulation\n\nThe PTX for compute_90 on the output widths of the benchmark's "
+                   "models, u = 13. Least: each row read once and written once. Excess sectors 1.00 is perfect "
+                   "coalescing. Basis bytes are served by L1 and L2. A layer is one launch forward, two backward.\n")  # fmt: skip
+        columns = ["element", "columns", "direction", "tile", "row_bytes_moved", "row_bytes_least", "ratio",
+                   "sectors_per_request", "excess_sectors", "basis_bytes_a_row", "launches"]  # fmt: skip
+        out.append(table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in found]))
+    found = [r for r in read("bounds") if r["tokens"] in ("128", "2048")]
+    if found:
+        out.append("## Lower bounds on time (computed, not measured)\n\nbf16, r = 2. Frozen layer: the larger of its "
+                   "operations over the published dense bf16 rate and its bytes over the published bandwidth. Update: its "
+                   "bytes over the bandwidth, all of them from memory; what a cache still holds of the output makes it "
+                   "less. " + "; ".join(f"{c}: {o / 1e12:.0f} TFLOP/s, {b / 1e12:.2f} TB/s" for c, (o, b) in CARDS.items())
+                   + ". All token counts are in gpu_bounds.csv.\n")  # fmt: skip
+        columns = ["card", "model", "layer", "out", "in", "tokens", "frozen_us", "update_us", "update_backward_us",
+                   "update_over_frozen"]  # fmt: skip
+        out.append(table([c.replace("_us", ", us").replace("_", " ") for c in columns],
+                         [[r[c] for c in columns] for r in found]))  # fmt: skip
+    return "\n".join(out)
+
+
+def mutants_page() -> str:
+    rows = [[f"{r['mutant']} (`{r['file']}`)", r["check"], r["build"], r["report"][:110].replace("|", "/")] for r in read("mutants")]
+    missed = sum(r[-1] == "NOT CAUGHT" for r in rows)
+    return (
+        "# Mutants of the CUDA kernels\n\nWritten by `python bench/gpu_evidence.py`. Each is one textual edit of csrc/cuda, "
+        "run on the host emulator under the check that is expected to find it (tests/sim/checks.py; budget: results within "
+        "the error budget against float64; schedule: the same bits in any order of execution; bounds: AddressSanitizer and "
+        f"UndefinedBehaviorSanitizer; races: the race detector). {len(rows)} mutants, {missed} missed.\n\n"
+        + table(["mutant", "caught by", "build", "what it reported"], rows)
+    )
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(PARTS)
+    if unknown := [part for part in wanted if part not in PARTS]:
+        sys.exit(f"gpu_evidence: expected parts out of {', '.join(PARTS)}, found {', '.join(unknown)}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for part in wanted:
+        path, writer = RESULTS / f"gpu_{part}.csv", None
+        with path.open("w", newline="") as stream:
+            for row in PARTS[part]():
+                if writer is None:
+                    writer = csv.DictWriter(stream, row, lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(row)
+        print(f"wrote {path.relative_to(ROOT)}", flush=True)
+    (RESULTS / "gpu_kernels.md").write_text(page())
+    (RESULTS / "gpu_mutants.md").write_text(mutants_page())
+
+
+if __name__ == "__main__":
+    main()
