@@ -2,6 +2,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,8 @@ from tinylora_kernels.ops import native
 ROOT = Path(__file__).resolve().parents[1]
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree beside the tests")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="no c++ and nm on PATH")
-on_x86 = pytest.mark.skipif(
-    not (ROOT / "csrc").is_dir() or "x86_64" not in subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout,
-    reason="instruction sets of x86-64",
-)
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+VARIABLES = ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR")
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def build(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "announce", lambda lines: None)
-    for variable in ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR"):
+    for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     return module
 
@@ -43,7 +42,8 @@ def failing_cmake(build, monkeypatch, fails):
         attempts.append(settings)
         log.write_text("")
         if fails(settings):
-            raise subprocess.CalledProcessError(1, "cmake", "FAILED: x.o\nx.cu(3): error: no such thing\nninja: stopped")
+            output = "FAILED: x.o\nx.cu(3): error: no such thing\nninja: stopped"
+            raise subprocess.CalledProcessError(1, "cmake", output)
         log.with_name(build.LIBRARY).write_bytes(b"library")
 
     monkeypatch.setattr(build, "run_cmake", run_cmake)
@@ -116,6 +116,7 @@ def test_headers_are_found_without_sys_path(build, monkeypatch):
     assert build.torch_directory().samefile(Path(torch.__file__).parent)
 
 
+@needs_sources
 @needs_compiler
 @on_x86
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
@@ -126,9 +127,8 @@ def test_no_wide_instructions_leave_their_file(isa, tmp_path):
     flags += ["-mavx512bf16"] if "bf16" in isa else []
     source, target = ROOT / f"csrc/cpu/{isa}.cpp", tmp_path / "out.o"
     # -O0: nothing is inlined, so every function that could leak is there to be seen.
-    subprocess.run(
-        ["c++", "-std=c++17", "-O0", "-c", "-w", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True
-    )
+    command = ["c++", "-std=c++17", "-O0", "-c", "-w", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
     listing = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
     symbols = [line.split(" ", 2)[1:] for line in listing.stdout.splitlines()]
     external = [name.split("(")[0] for kind, name in symbols if kind not in "tdbr"]
@@ -143,8 +143,8 @@ def test_the_library_needs_no_python_and_no_unstable_torch():
     ).stdout
     symbols = [line.split()[-1] for line in listing.splitlines()]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    unstable = [s for s in symbols if s.startswith(("Py", "_Py", "_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch"))]
-    assert unstable == []
+    unstable = ("Py", "_Py", "_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch")
+    assert [symbol for symbol in symbols if symbol.startswith(unstable)] == []
 
 
 def test_the_version_is_the_same_everywhere():

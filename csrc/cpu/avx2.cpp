@@ -38,42 +38,72 @@ struct Double4Lanes {
 };
 
 struct FloatFormat : Float8Lanes {
-  static Reg load_one(const float* p) { return _mm256_loadu_ps(p); }
-  static void store_one(float* p, Reg x) { _mm256_storeu_ps(p, x); }
+  static void load(const float* p, Reg& low, Reg& high) {
+    low = _mm256_loadu_ps(p);
+    high = _mm256_loadu_ps(p + 8);
+  }
+  static void store(float* p, Reg low, Reg high) {
+    _mm256_storeu_ps(p, low);
+    _mm256_storeu_ps(p + 8, high);
+  }
+  static void load_basis(const float* p, Reg& low, Reg& high) { load(p, low, high); }
 };
 
 struct DoubleFormat : Double4Lanes {
-  static Reg load_one(const double* p) { return _mm256_loadu_pd(p); }
-  static void store_one(double* p, Reg x) { _mm256_storeu_pd(p, x); }
-};
-
-struct BFloat16Format : Float8Lanes {
-  static Reg load_one(const BFloat16* p) {
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(packed), 16));
+  static void load(const double* p, Reg& low, Reg& high) {
+    low = _mm256_loadu_pd(p);
+    high = _mm256_loadu_pd(p + 4);
   }
-  // To nearest, ties to even: add 0x7fff and the last bit that stays. NaN stays NaN.
-  static void store_one(BFloat16* p, Reg x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  static void store(double* p, Reg low, Reg high) {
+    _mm256_storeu_pd(p, low);
+    _mm256_storeu_pd(p + 4, high);
   }
+  static void load_basis(const double* p, Reg& low, Reg& high) { load(p, low, high); }
 };
 
 struct HalfFormat : Float8Lanes {
-  static Reg load_one(const Half* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  static void load(const Half* p, Reg& low, Reg& high) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    low = _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+    high = _mm256_cvtph_ps(_mm256_extracti128_si256(packed, 1));
   }
-  static void store_one(Half* p, Reg x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  static void store(Half* p, Reg low, Reg high) {
+    const __m128i first = _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT);
+    const __m128i second = _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_set_m128i(second, first));
+  }
+  static void load_basis(const float* p, Reg& low, Reg& high) { FloatFormat::load(p, low, high); }
+};
+
+// Even and odd lanes, as in avx512.inl.
+struct BFloat16Format : Float8Lanes {
+  static void load(const BFloat16* p, Reg& even, Reg& odd) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(packed, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(packed, _mm256_set1_epi32(0xffff0000)));
+  }
+  // To nearest, ties to even: add 0x7fff and the last bit that stays. NaN stays NaN.
+  static __m256i round(Reg x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+  }
+  static void store(BFloat16* p, Reg even, Reg odd) {
+    const __m256i packed = _mm256_blend_epi16(_mm256_srli_epi32(round(even), 16), round(odd), 0xaa);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
+  static Reg across(Reg x) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8)); }
+  static void load_basis(const float* p, Reg& even, Reg& odd) {
+    Reg low, high;
+    FloatFormat::load(p, low, high);
+    even = across(_mm256_shuffle_ps(low, high, 0x88));
+    odd = across(_mm256_shuffle_ps(low, high, 0xdd));
   }
 };
 
-#include "cpu/lanes_by_one.inl"
+#include "cpu/parts_by_buffer.inl"
 #include "cpu/rows.inl"
 
 }  // namespace

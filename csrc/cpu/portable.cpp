@@ -21,12 +21,15 @@ struct VectorLanes {
     for (int i = 1; i < Width; ++i) total += a[i];
     return total;
   }
-  static Reg load_one(const T* p) {
-    Reg x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return x;
+  static void load(const T* p, Reg& low, Reg& high) {
+    __builtin_memcpy(&low, p, sizeof low);
+    __builtin_memcpy(&high, p + Width, sizeof high);
   }
-  static void store_one(T* p, Reg x) { __builtin_memcpy(p, &x, sizeof x); }
+  static void store(T* p, Reg low, Reg high) {
+    __builtin_memcpy(p, &low, sizeof low);
+    __builtin_memcpy(p + Width, &high, sizeof high);
+  }
+  static void load_basis(const T* p, Reg& low, Reg& high) { load(p, low, high); }
 };
 
 using FloatFormat = VectorLanes<float, 4>;
@@ -44,14 +47,6 @@ uint32_t bits_of_float(float x) {
   return bits;
 }
 
-float widen(BFloat16 x) { return float_from_bits(uint32_t(x.bits) << 16); }
-
-// To nearest, ties to even: add 0x7fff and the last bit that stays. NaN stays NaN.
-void narrow(float x, BFloat16& out) {
-  const uint32_t bits = bits_of_float(x);
-  out.bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 // Half: 1 sign, 5 exponent (bias 15), 10 fraction bits. Scaling by 2^112 moves the bias from 15 to 127 and normalises
 // subnormal numbers; exponent 31 (infinity, NaN) is set to 255 by hand.
 float widen(Half x) {
@@ -61,7 +56,7 @@ float widen(Half x) {
   return float_from_bits(sign | ((x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : scaled));
 }
 
-void narrow(float x, Half& out) {
+Half narrow(float x) {
   const uint32_t sign = (bits_of_float(x) >> 16) & 0x8000;
   const uint32_t magnitude = bits_of_float(x) & 0x7fffffff;
   uint32_t half;
@@ -75,25 +70,50 @@ void narrow(float x, Half& out) {
   } else {
     half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   }
-  out.bits = sign | half;
+  return Half{static_cast<uint16_t>(sign | half)};
 }
 
-template <class T>
-struct NarrowFormat : FloatFormat {
-  static Reg load_one(const T* p) {
-    Reg x;
-    for (int i = 0; i < kWidth; ++i) x[i] = widen(p[i]);
-    return x;
+struct HalfFormat : FloatFormat {
+  static void load(const Half* p, Reg& low, Reg& high) {
+    low = Reg{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+    high = Reg{widen(p[4]), widen(p[5]), widen(p[6]), widen(p[7])};
   }
-  static void store_one(T* p, Reg x) {
-    for (int i = 0; i < kWidth; ++i) narrow(x[i], p[i]);
+  static void store(Half* p, Reg low, Reg high) {
+    for (int i = 0; i < kWidth; ++i) {
+      p[i] = narrow(low[i]);
+      p[kWidth + i] = narrow(high[i]);
+    }
   }
 };
 
-using BFloat16Format = NarrowFormat<BFloat16>;
-using HalfFormat = NarrowFormat<Half>;
+// Even and odd lanes, as in avx512.inl.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even lane is taken from the lower half of a word");
+struct BFloat16Format : FloatFormat {
+  typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+  static void load(const BFloat16* p, Reg& even, Reg& odd) {
+    Words packed;
+    __builtin_memcpy(&packed, p, sizeof packed);
+    even = (Reg)(packed << 16);
+    odd = (Reg)(packed & 0xffff0000);
+  }
+  // To nearest, ties to even: add 0x7fff and the last bit that stays. NaN stays NaN.
+  static Words round(Reg x) {
+    const Words bits = (Words)x, nan = (Words)(x != x);
+    return (~nan & (bits + 0x7fff + ((bits >> 16) & 1))) | (nan & 0x7fc00000);
+  }
+  static void store(BFloat16* p, Reg even, Reg odd) {
+    const Words packed = (round(even) >> 16) | (round(odd) & 0xffff0000);
+    __builtin_memcpy(p, &packed, sizeof packed);
+  }
+  static void load_basis(const float* p, Reg& even, Reg& odd) {
+    Reg low, high;
+    FloatFormat::load(p, low, high);
+    even = Reg{low[0], low[2], high[0], high[2]};
+    odd = Reg{low[1], low[3], high[1], high[3]};
+  }
+};
 
-#include "cpu/lanes_by_one.inl"
+#include "cpu/parts_by_buffer.inl"
 #include "cpu/rows.inl"
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The row kernel, included once by the translation unit of each instruction set, inside an anonymous namespace: internal
-// linkage, so that the linker cannot hand a version built with AVX-512 to everybody.
+// The row kernel, included once by the translation unit of each instruction set, inside an anonymous namespace:
+// internal linkage, so that the linker cannot hand a version built with AVX-512 to everybody.
 //
 // The includer defines, for T in float, BFloat16, Half, double:
 //     Lanes<T>::Acc, Reg (a register of Acc), kWidth (its lanes), and moves of 2 * kWidth elements
@@ -9,44 +9,61 @@
 // and for Reg: fill(Acc) -> Reg, multiply, add, multiply_add(a, b, c) = a b + c, sum(Reg) -> Acc;
 // and kAccumulators, how many registers of sums fit beside the operands.
 
+// Registers of sums for one row and column of U: two hide the latency of the multiply-add where columns are few.
+template <int R>
+constexpr int kSums = R < 4 ? 2 : 1;
+
 // Rows handled together, so that a register of the basis is loaded once for all of them.
 template <int R>
-constexpr int kRowsTogether = kAccumulators / (2 * R) > 0 ? kAccumulators / (2 * R) : 1;
+constexpr int kRowsTogether = kAccumulators / (kSums<R> * R) > 0 ? kAccumulators / (kSums<R> * R) : 1;
 
-// s = x U for NR rows. Two sums per row and column of U hide the latency of the multiply-add.
+// Loops over rows and ranks are over registers: unrolled whole, or the arrays would live in memory.
+#define TINYLORA_UNROLL _Pragma("GCC unroll 16")
+
+// s = x U for NR rows.
 template <class T, int R, int NR>
 inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* basis, int64_t width,
                     typename Lanes<T>::Acc (&s)[NR][R]) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
-  Reg low[NR][R], high[NR][R];
+  Reg sums[NR][R][kSums<R>];
+  TINYLORA_UNROLL
   for (int n = 0; n < NR; ++n) {
-    for (int k = 0; k < R; ++k) low[n][k] = high[n][k] = L::fill(0);
-  }
-  const auto step = [&](const Reg (&u_low)[R], const Reg (&u_high)[R], int n, Reg x_low, Reg x_high) {
+    TINYLORA_UNROLL
     for (int k = 0; k < R; ++k) {
-      low[n][k] = L::multiply_add(x_low, u_low[k], low[n][k]);
-      high[n][k] = L::multiply_add(x_high, u_high[k], high[n][k]);
+      for (Reg& sum : sums[n][k]) sum = L::fill(0);
+    }
+  }
+  const auto step = [&](const auto& load_rows, const auto& load_basis) {
+    Reg x_low[NR], x_high[NR], u_low, u_high;
+    TINYLORA_UNROLL
+    for (int n = 0; n < NR; ++n) load_rows(n, x_low[n], x_high[n]);
+    TINYLORA_UNROLL
+    for (int k = 0; k < R; ++k) {
+      load_basis(k, u_low, u_high);
+      TINYLORA_UNROLL
+      for (int n = 0; n < NR; ++n) {
+        Reg &low = sums[n][k][0], &high = sums[n][k][kSums<R> - 1];
+        low = L::multiply_add(x_low[n], u_low, low);
+        high = L::multiply_add(x_high[n], u_high, high);
+      }
     }
   };
-  Reg u_low[R], u_high[R], x_low, x_high;
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
-    for (int k = 0; k < R; ++k) L::load_basis(basis + k * width + d, u_low[k], u_high[k]);
-    for (int n = 0; n < NR; ++n) {
-      L::load(x + n * stride + d, x_low, x_high);
-      step(u_low, u_high, n, x_low, x_high);
-    }
+    step([&](int n, Reg& a, Reg& b) { L::load(x + n * stride + d, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis(basis + k * width + d, a, b); });
   }
   if (d < width) {
-    for (int k = 0; k < R; ++k) L::load_basis_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
-    for (int n = 0; n < NR; ++n) {
-      L::load_part(x + n * stride + d, width - d, x_low, x_high);
-      step(u_low, u_high, n, x_low, x_high);
-    }
+    step([&](int n, Reg& a, Reg& b) { L::load_part(x + n * stride + d, width - d, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis_part(basis + k * width + d, width - d, a, b); });
   }
+  TINYLORA_UNROLL
   for (int n = 0; n < NR; ++n) {
-    for (int k = 0; k < R; ++k) s[n][k] = L::sum(L::add(low[n][k], high[n][k]));
+    TINYLORA_UNROLL
+    for (int k = 0; k < R; ++k) {
+      s[n][k] = L::sum(kSums<R> == 1 ? sums[n][k][0] : L::add(sums[n][k][0], sums[n][k][kSums<R> - 1]));
+    }
   }
 }
 
@@ -56,37 +73,49 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
                        int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
-  Reg weight[NR][R];
-  for (int n = 0; n < NR; ++n) {
-    for (int k = 0; k < R; ++k) weight[n][k] = L::fill(z[n][k]);
-  }
   // Where rows have the precision of the sums, the small terms are added up first: x is rounded once. 16-bit rows are
   // rounded on the way out, so there the terms go straight onto x, one instruction less.
-  const auto updated = [&](const Reg (&u)[R], int n, Reg value) {
-    if constexpr (sizeof(T) == sizeof(typename L::Acc)) {
-      Reg delta = L::multiply(weight[n][0], u[0]);
-      for (int k = 1; k < R; ++k) delta = L::multiply_add(weight[n][k], u[k], delta);
-      return L::add(value, delta);
-    } else {
-      for (int k = 0; k < R; ++k) value = L::multiply_add(weight[n][k], u[k], value);
-      return value;
+  constexpr bool kTermsFirst = sizeof(T) == sizeof(typename L::Acc);
+  Reg weight[NR][R];
+  TINYLORA_UNROLL
+  for (int n = 0; n < NR; ++n) {
+    TINYLORA_UNROLL
+    for (int k = 0; k < R; ++k) weight[n][k] = L::fill(z[n][k]);
+  }
+  const auto step = [&](const auto& load_rows, const auto& load_basis, const auto& store_rows) {
+    Reg low[NR], high[NR], u_low, u_high, x_low, x_high;
+    TINYLORA_UNROLL
+    for (int n = 0; n < NR && !kTermsFirst; ++n) load_rows(n, low[n], high[n]);
+    TINYLORA_UNROLL
+    for (int k = 0; k < R; ++k) {
+      load_basis(k, u_low, u_high);
+      TINYLORA_UNROLL
+      for (int n = 0; n < NR; ++n) {
+        const bool first = kTermsFirst && k == 0;
+        low[n] = first ? L::multiply(weight[n][k], u_low) : L::multiply_add(weight[n][k], u_low, low[n]);
+        high[n] = first ? L::multiply(weight[n][k], u_high) : L::multiply_add(weight[n][k], u_high, high[n]);
+      }
+    }
+    TINYLORA_UNROLL
+    for (int n = 0; n < NR; ++n) {
+      if constexpr (kTermsFirst) {
+        load_rows(n, x_low, x_high);
+        low[n] = L::add(x_low, low[n]);
+        high[n] = L::add(x_high, high[n]);
+      }
+      store_rows(n, low[n], high[n]);
     }
   };
-  Reg u_low[R], u_high[R], x_low, x_high;
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
-    for (int k = 0; k < R; ++k) L::load_basis(basis + k * width + d, u_low[k], u_high[k]);
-    for (int n = 0; n < NR; ++n) {
-      L::load(x + n * x_stride + d, x_low, x_high);
-      L::store(y + n * y_stride + d, updated(u_low, n, x_low), updated(u_high, n, x_high));
-    }
+    step([&](int n, Reg& a, Reg& b) { L::load(x + n * x_stride + d, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis(basis + k * width + d, a, b); },
+         [&](int n, Reg a, Reg b) { L::store(y + n * y_stride + d, a, b); });
   }
-  if (d < width) {
-    for (int k = 0; k < R; ++k) L::load_basis_part(basis + k * width + d, width - d, u_low[k], u_high[k]);
-    for (int n = 0; n < NR; ++n) {
-      L::load_part(x + n * x_stride + d, width - d, x_low, x_high);
-      L::store_part(y + n * y_stride + d, width - d, updated(u_low, n, x_low), updated(u_high, n, x_high));
-    }
+  if (const int64_t part = width - d; part > 0) {
+    step([&](int n, Reg& a, Reg& b) { L::load_part(x + n * x_stride + d, part, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis_part(basis + k * width + d, part, a, b); },
+         [&](int n, Reg a, Reg b) { L::store_part(y + n * y_stride + d, part, a, b); });
   }
 }
 

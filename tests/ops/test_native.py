@@ -138,7 +138,8 @@ def test_shapes_and_strides(isa, dtype):
     g = call["y"][:1].expand(12, 40)
     rest = (call["basis"], call["v"], call["projection"])
     found = native.update_backward(g, *rest, None, None, True)[0]
-    assert found.is_contiguous() and torch.equal(found, native.update_backward(g.contiguous(), *rest, None, None, True)[0])
+    expected = native.update_backward(g.contiguous(), *rest, None, None, True)[0]
+    assert found.is_contiguous() and torch.equal(found, expected)
 
 
 def test_a_bare_row_keeps_its_bits(isa):
@@ -163,8 +164,14 @@ def test_only_what_is_asked_for(isa, need_input_grad, need_v_grad):
 
 
 ERRORS = {
-    "y dtype": (lambda c: c | {"y": c["y"].int()}, r"y: expected dtype float32, bfloat16, float16 or float64, found int32"),
-    "y width": (lambda c: c | {"y": c["y"][:, 1:]}, r"y: expected last dimension 40 as in basis \(2, 40\), found \(5, 39\)"),
+    "y dtype": (
+        lambda c: c | {"y": c["y"].int()},
+        r"y: expected dtype float32, bfloat16, float16 or float64, found int32",
+    ),
+    "y width": (
+        lambda c: c | {"y": c["y"][:, 1:]},
+        r"y: expected last dimension 40 as in basis \(2, 40\), found \(5, 39\)",
+    ),
     "y scalar": (lambda c: c | {"y": torch.tensor(1.0)}, r"y: expected \[\.\.\., D\], found a scalar"),
     "y columns": (lambda c: c | {"y": torch.randn(40, 5).T}, r"y: expected last stride 1, found 5"),
     "y strides": (
@@ -184,7 +191,10 @@ ERRORS = {
         lambda c: c | {"projection": torch.randn(3, 2, 3)},
         r"projection: expected \[u, 2, 2\] or \[2, 2\] for a basis of rank 2, found \(3, 2, 3\)",
     ),
-    "lora-xs": (lambda c: c | {"projection": torch.randn(2, 2)}, r"v: expected \[4\], at least one number, found \(3\)"),
+    "lora-xs": (
+        lambda c: c | {"projection": torch.randn(2, 2)},
+        r"v: expected \[4\], at least one number, found \(3\)",
+    ),
     "offset": (lambda c: c | {"offset": torch.randn(3)}, r"offset: expected shape \(2\), found \(3\)"),
     "ids dtype": (
         lambda c: c | {"v": torch.randn(2, 3), "adapter_ids": torch.zeros(5)},
@@ -233,8 +243,8 @@ def test_backward_errors():
 def test_empty_batch_with_empty_ids():
     call = simple(rows=0, v=torch.randn(2, 3), adapter_ids=torch.zeros(0).long())
     assert native.update(**call).shape == (0, 2)
-    t = torch.zeros(0, 2)
-    g0, dv = native.update_backward(call["y"], call["basis"], call["v"], call["projection"], t, call["adapter_ids"], True)
+    rest = (call["basis"], call["v"], call["projection"], torch.zeros(0, 2), call["adapter_ids"])
+    g0, dv = native.update_backward(call["y"], *rest, True)
     assert g0.shape == (0, 40) and dv.shape == (2, 3) and not dv.any()
 
 
