@@ -38,7 +38,9 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 
 build: $(VENV)/.package
 
-# Threads cost a scheduling quantum a region on a busy machine; the tests are about results, not speed.
+# Two processes of one thread each: threads cost a scheduling quantum a region on a busy machine, and the tests are about
+# results, not speed. A file stays in one process, for what it compiles once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
