@@ -36,13 +36,13 @@ def _ratios(times: list[dict], path: Path) -> None:
             if points:
                 style = {"color": "black", "lw": 2.5} if name == OURS else {"color": f"C{color}", "lw": 1.2, "ls": "--"}
                 axis.plot(*zip(*points), marker="o", ms=4, label=name, **style)
+                axis.legend(fontsize=8)
         axis.axhline(1, color="grey", lw=0.8)
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="tokens", xticks=TOKENS, xticklabels=TOKENS)
         axis.set_yticks([1, 1.1, 1.25, 1.5, 2, 3, 5, 10], labels=["1", "1.1", "1.25", "1.5", "2", "3", "5", "10"])
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("time / frozen nn.Linear, forward + backward with dx")
-    axes[1].legend(fontsize=8)
     figure.suptitle(_caption(times), fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)

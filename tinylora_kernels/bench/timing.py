@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-TURN_SECONDS = 300e-6  # a turn repeats a short step until it lasts this long
+TURN_SECONDS = 1e-3  # a turn repeats a short step until it lasts this long
 MOST_REPEATS = 10
+SHORT_STEP = 5e-3  # seconds; such a step runs once unrecorded in each turn: in a model, too, its code was used just now
 LONG_STEP = 0.2  # seconds; one call warms up such a step
 
 
@@ -74,7 +75,7 @@ def interleave(
     """
     longest = 4 * seconds if longest is None else longest
     order = list(steps)
-    repeats = {}
+    repeats, short = {}, set()
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in order}
     shuffle = random.Random(seed)
     with no_collector():
@@ -83,6 +84,8 @@ def interleave(
             if duration < LONG_STEP:
                 duration = min(sum(step().values()) for _ in range(2))
             repeats[name] = max(1, min(MOST_REPEATS, math.ceil(TURN_SECONDS / max(duration, 1e-9))))
+            if duration < SHORT_STEP:
+                short.add(name)
         begun = time.perf_counter()
         for done in range(most):
             elapsed = time.perf_counter() - begun
@@ -90,6 +93,8 @@ def interleave(
                 break
             shuffle.shuffle(order)
             for name in order:
+                if name in short:
+                    steps[name]()
                 turn = [steps[name]() for _ in range(repeats[name])]
                 for phase in turn[0]:
                     mean = sum(phases[phase] for phases in turn) / len(turn)
