@@ -2,6 +2,7 @@
 #   make test                 build, install, run every test
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
+#   make gpu                  on a machine with a GPU: all tests on the card, then its benchmark grid
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -9,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench clean
+.PHONY: help build test demo bench gpu clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +50,20 @@ test: $(VENV)/.test
 demo: $(VENV)/.demo
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} \
 	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m tinylora_kernels demo
+
+# On a machine with a GPU and nvcc: everything that runs elsewhere in simulation, on the card itself; then the grid.
+# The virtual environment sees the system's packages, so that a CUDA torch that is there already is the one tested.
+gpu:
+	test -d $(VENV) || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available()" || \
+	  { echo "make gpu: this python's torch sees no GPU: $(BIN)/python -m pip install torch, then again"; exit 1; }
+	$(BIN)/python -m pip install -q setuptools wheel ninja "cmake<4" pybind11 numpy
+	TINYLORA_CUDA_ARCHITECTURES=native $(BIN)/python -m pip install -q --no-build-isolation -e .[test,bench]
+	$(BIN)/python -m tinylora_kernels info
+	TINYLORA_REPEATS=1000 $(BIN)/python -m pytest tests/ops tests/test_layer.py tests/test_model.py tests/test_bank.py
+	! command -v compute-sanitizer || TINYLORA_REPEATS=1 compute-sanitizer --error-exitcode 1 \
+	  $(BIN)/python -m pytest -q tests/ops/test_backends.py -k "budget or autograd"
+	$(BIN)/python -m tinylora_kernels.bench.gpu $(if $(QUICK),--quick)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tinylora_kernels bench $(if $(QUICK),--quick)

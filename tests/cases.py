@@ -85,6 +85,11 @@ class Inputs:
                 move[name] = _keep_rows(tensor, tensor.to(dtype if name in ("y", "g") else accumulate))
         return Inputs(**move)
 
+    def on(self, device: torch.device | str) -> Inputs:
+        """The same inputs on a device, strides kept."""
+        move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Inputs(**{k: None if t is None else _keep_rows(t, t.to(device)) for k, t in move.items()})
+
     def clone_y(self) -> Tensor:
         return _keep_rows(self.y, self.y)
 
@@ -93,7 +98,8 @@ def _keep_rows(like: Tensor, values: Tensor) -> Tensor:
     """A copy of values with the row stride of like."""
     if like.dim() != 2 or like.stride(0) == like.shape[1]:
         return values.clone()
-    out = torch.full((like.shape[0], like.stride(0)), float("nan"), dtype=values.dtype)[:, : like.shape[1]]
+    shape = like.shape[0], like.stride(0)
+    out = torch.full(shape, float("nan"), dtype=values.dtype, device=values.device)[:, : like.shape[1]]
     return out.copy_(values)
 
 
@@ -126,6 +132,9 @@ class Outputs:
     t: Tensor
     g0: Tensor
     dv: Tensor
+
+    def cpu(self) -> Outputs:
+        return Outputs(self.y.cpu(), self.t.cpu(), self.g0.cpu(), self.dv.cpu())
 
 
 def run_ops(backend, inputs: Inputs) -> Outputs:
