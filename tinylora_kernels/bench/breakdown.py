@@ -14,7 +14,7 @@ The sum is set beside the difference that whole_model measured between adapted a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ..layer import TinyLoRALayer
 from . import environment, table
 from .contenders import our_layer, make_problem
 from .layers import ENVIRONMENT
-from .shapes import DTYPES, Case, Shape
+from .shapes import Case, Shape
 from .timing import no_collector, quantile
 from .whole_model import BATCH, LENGTH, NUMBERS
 
@@ -40,10 +40,10 @@ LAYERS = {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1}
 WORKLOADS = {"training step": BATCH * LENGTH, "generation, batch 1": 1}
 
 
-def run(out: Path, *, quick: bool = False) -> None:
+def run(out: Path, *, dtypes: Sequence[torch.dtype], quick: bool = False) -> None:
     facts = environment.describe()
     done = {(row["dtype"], row["threads"], row["code"]) for row in table.read(out / FILE)}
-    for dtype in tqdm(DTYPES[1:] if quick else DTYPES, unit="dtype", desc="breakdown", dynamic_ncols=True):
+    for dtype in tqdm(dtypes[:1] if quick else dtypes, unit="dtype", desc="breakdown", dynamic_ncols=True):
         dtype_name = str(dtype).removeprefix("torch.")
         if (dtype_name, facts["threads"], facts["code"]) in done:
             continue

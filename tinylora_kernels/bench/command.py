@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from . import breakdown, environment, layers, report, shapes, whole_model
+from . import adapters, breakdown, environment, layers, report, shapes, whole_model
 
-SUITES = ("layers", "model", "breakdown", "report")
-QUICK_SECONDS, FULL_SECONDS = 1.2, 4.0  # of rounds for each case
+SUITES = ("layers", "model", "breakdown", "adapters", "report")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+QUICK_SECONDS, FULL_SECONDS = 1.2, 4.0  # of rounds for each case; ten times that for a whole model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         out = out / "quick"
     if options.restart:
-        for name in (layers.TIMES_FILE, layers.MEMORY_FILE, whole_model.FILE, breakdown.FILE):
+        for name in (layers.TIMES_FILE, layers.MEMORY_FILE, whole_model.FILE, breakdown.FILE, adapters.FILE):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     begun, left = time.perf_counter(), 0
@@ -35,9 +36,12 @@ def main(argv: list[str] | None = None) -> int:
             max_seconds=options.max_seconds, compiled=not options.no_compile,
         )  # fmt: skip
     if "model" in options.suite:
-        whole_model.run(out, quick=options.quick)
+        seconds = 10 * (options.seconds or FULL_SECONDS)
+        whole_model.run(out, dtypes=_dtypes(options), quick=options.quick, seconds=seconds)
     if "breakdown" in options.suite:
-        breakdown.run(out, quick=options.quick)
+        breakdown.run(out, dtypes=_dtypes(options), quick=options.quick)
+    if "adapters" in options.suite:
+        adapters.run(out, quick=options.quick)
     report.write(out)
     rest = f"; {left} cases left, run again" if left else ""
     print(f"{time.perf_counter() - begun:.0f} s; results in {out}{rest}")
@@ -54,13 +58,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, help=f"of rounds for each case (default: {FULL_SECONDS:g})")
     p.add_argument("--tokens", nargs="+", type=int, choices=shapes.TOKENS, help="only these token counts")
     p.add_argument("--models", nargs="+", choices=list(shapes.MODELS), help="only layers of these models")
+    p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="only these dtypes")
     p.add_argument("--no-compile", action="store_true", help="leave out the contenders under torch.compile")
     p.add_argument("--restart", action="store_true", help="forget the results there are instead of adding to them")
     return p
 
 
+def _dtypes(options: argparse.Namespace) -> list[torch.dtype]:
+    return [DTYPES[name] for name in options.dtypes or DTYPES]
+
+
 def _wanted(case: shapes.Case, options: argparse.Namespace) -> bool:
-    return case.tokens in (options.tokens or shapes.TOKENS) and case.shape.model in (options.models or shapes.MODELS)
+    return (
+        case.tokens in (options.tokens or shapes.TOKENS)
+        and case.shape.model in (options.models or shapes.MODELS)
+        and case.dtype in _dtypes(options)
+    )
 
 
 if __name__ == "__main__":

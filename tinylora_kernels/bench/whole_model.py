@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +27,7 @@ from .contenders import planted_weight
 from .gate import WrongResult
 from .layers import ENVIRONMENT, QUANTILES
 from .memory import saved_by
-from .shapes import DTYPES, RANK, Shape
+from .shapes import RANK, Shape
 from .timing import interleave
 
 FILE = "model.csv"
@@ -224,12 +224,12 @@ def make_tokens() -> Tensor:
     return torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def run(out: Path, *, quick: bool = False, seconds: float = 40.0) -> None:
-    """Measure both dtypes (quick: bf16 alone, a few rounds) and add the rows to model.csv."""
+def run(out: Path, *, dtypes: Sequence[torch.dtype], quick: bool = False, seconds: float = 40.0) -> None:
+    """Measure each dtype (quick: the first alone, a few rounds) and add the rows to model.csv."""
     facts = environment.describe()
     done = {(row["dtype"], row["threads"], row["code"]) for row in table.read(out / FILE)}
     seconds = 3.0 if quick else seconds
-    bar = tqdm(DTYPES[1:] if quick else DTYPES, unit="dtype", dynamic_ncols=True)
+    bar = tqdm(dtypes[:1] if quick else dtypes, unit="dtype", dynamic_ncols=True)
     for dtype in bar:
         dtype_name = str(dtype).removeprefix("torch.")
         if (dtype_name, facts["threads"], facts["code"]) in done:
