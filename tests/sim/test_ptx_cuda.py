@@ -1,8 +1,9 @@
-"""The CUDA kernels, executed from nvcc's PTX: results against float64, every finding of the interpreter, and exact
-traffic.
+"""The CUDA kernels, executed from nvcc's PTX: results against float64, findings of the interpreter, exact traffic.
 
 The launchers of csrc/cuda choose kernel, grid and block, so what runs here is what a GPU would be given.
 """
+from pathlib import Path
+
 import pytest
 import torch
 
