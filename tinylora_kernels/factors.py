@@ -164,7 +164,7 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str 
     return Factors(
         basis=canonical_signs(triplets.left[:rank].cpu()).to(dtype).contiguous(),
         sigma=(sigma[:rank].cpu() / scale).to(dtype),
-        degenerate=not triplets.resolved or bool((gaps < DEGENERATE_GAP).any()),
+        degenerate=bool((gaps < DEGENERATE_GAP).any()),
         residual=triplets.residual[:rank].max().item(),
         fingerprint=fingerprint,
     )
@@ -182,15 +182,16 @@ def _threshold(weight: Tensor) -> float:
 
 
 def _triplets(weight: Tensor, rank: int, tol: float, scale: float) -> Triplets:
-    """By block Lanczos, or in full where that is quicker or where Lanczos did not reach tol."""
+    """By block Lanczos, or in full where that is quicker or where Lanczos ran out of steps."""
     if min(weight.shape) <= max(DIRECT_SIZE, 4 * (rank + OVERSAMPLING)):
         return _direct(weight, scale)
     search = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with one_thread_each() as run, torch.autocast(weight.device.type, enabled=False):
         triplets = leading_triplets(weight, rank, tol, search, scale, run)
     sigma, residual = triplets.sigma[:rank], triplets.residual[:rank]
-    absent = (sigma <= _threshold(weight) * sigma[0]) & triplets.resolved  # refused by the caller
-    return triplets if bool(((residual < tol) | absent).all()) else _direct(weight, scale)
+    absent = sigma <= _threshold(weight) * sigma[0]  # refused by the caller
+    found = triplets.resolved and bool(((residual < tol) | absent).all())
+    return triplets if found else _direct(weight, scale)
 
 
 def _direct(weight: Tensor, scale: float) -> Triplets:

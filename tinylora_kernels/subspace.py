@@ -34,7 +34,7 @@ class Triplets:
     left      [b, m] rows u_i, orthonormal, fp64
     sigma     [b] fp64
     residual  [b] ||W^T u_i - sigma_i v_i|| / sigma_i
-    resolved  whether the first `rank` vectors are within ANGLE_TOL of the true ones (False: no vectors of their own)
+    resolved  whether the first `rank` are good enough; False: the steps ran out
     """
 
     left: Tensor
@@ -46,7 +46,7 @@ class Triplets:
 def leading_triplets(
     weight: Tensor, rank: int, tol: float, search_dtype: torch.dtype, scale: float = 1.0, run: Run = serial
 ) -> Triplets:
-    """Triplets of scale * weight [m, n] on cpu or cuda; the first `rank` have residual < tol unless MAX_STEPS ran out.
+    """Triplets of scale * weight [m, n] on cpu or cuda; the first `rank` good enough unless MAX_STEPS ran out.
 
     run  maps a function over pieces of the weight, perhaps on several threads.
     """
@@ -125,7 +125,9 @@ class _Space:
         return ritz
 
     def extend(self, fresh: Tensor, dtype: torch.dtype) -> None:
-        """Add orthonormal rows [p, n], multiplied by W and A in the given precision."""
+        """Add orthonormal rows [p, n], multiplied by W and A in the given precision; make room for them first."""
+        if self.size + len(fresh) > self.capacity:
+            self._compress()
         old, new = self.size, self.size + len(fresh)
         self.right[old:new] = fresh
         multiply(self, fresh, dtype, self.left[old:new], self.image[old:new])
@@ -143,8 +145,6 @@ class _Space:
 
     def next_directions(self, ritz: _Ritz) -> Tensor:
         """Orthonormal rows [p, n] along the residuals, orthogonal to the space; none when the space is exhausted."""
-        if self.size + self.block > self.capacity:
-            self._compress()
         norms = ritz.rows.norm(dim=1, keepdim=True)
         alive = norms.squeeze(1) > 1e-15 * ritz.theta[0]
         rows = self._project_out(ritz.rows[alive] / norms[alive])
@@ -152,7 +152,6 @@ class _Space:
             return rows
         _, strength, directions = torch.linalg.svd(rows, full_matrices=False)
         rows = self._project_out(directions[strength > 1e-10])
-        rows = rows[: self.capacity - self.size]
         return torch.linalg.qr(rows.T).Q.T if len(rows) else rows
 
     def restart(self, ritz: _Ritz) -> Tensor:
@@ -162,6 +161,7 @@ class _Space:
         return torch.linalg.qr(best.T).Q.T
 
     def _compress(self) -> None:
+        """Keep the best three blocks: the vectors wanted, and enough company for the convergence to go on."""
         k, keep = self.size, min(3 * self.block, self.size)
         theta, mix = torch.linalg.eigh(self.gram[:k, :k])
         theta, mix = theta.flip(0)[:keep], mix.flip(1)[:, :keep]
