@@ -97,5 +97,5 @@ def quick_grid() -> Iterator[Case]:
     """A dozen cases in which every family is seen: narrow and wide layers, few and many tokens, both dtypes."""
     for model, kind, numbers in (("SmolLM2-135M", "q", 1), ("Qwen2.5-0.5B", "gate", 13), ("Qwen2.5-1.5B", "o", 1)):
         for dtype in DTYPES:
-            for tokens in (1, 128, 512):
+            for tokens in (1, 512):
                 yield Case(layer(model, kind), tokens, dtype, numbers)
