@@ -20,7 +20,6 @@ from .checks import check_arguments
 
 RANKS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STREAM_BLOCK = 8192  # most columns at a time of a row that no tile holds: such a row is read twice
 MAX_PROGRAMS = 2048  # bounds the first stage's partial sums and the number of times M is contracted
 INT32_LIMIT = 2**31
 
@@ -51,8 +50,8 @@ _TILES = {
 def launch_parameters(features: int, rank: int) -> LaunchParameters:
     """The smallest tile of the table that holds a row; the streaming block where none does."""
     column = {1: 1, 2: 1, 4: 2, 8: 3}[rank]
-    blocks = [block for block, tile in _TILES.items() if tile[column]]
-    block = next((block for block in blocks if block >= features), min(blocks[-1], STREAM_BLOCK))
+    tiles = (block for block, tile in _TILES.items() if block >= features and tile[column])
+    block = next(tiles, 8192 if rank < 8 else 2048)
     return LaunchParameters(_TILES[block][0], block, _TILES[block][column])
 
 
