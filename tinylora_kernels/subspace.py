@@ -155,7 +155,7 @@ class _Space:
         return torch.linalg.qr(rows.T).Q.T if len(rows) else rows
 
     def restart(self, ritz: _Ritz) -> Tensor:
-        """Empty the space and return orthonormal rows [b, n] along A x for its best vectors x: a power step for free."""
+        """Empty the space; return orthonormal rows [b, n] along A x for its best vectors x: a power step for free."""
         best = ritz.mix.T @ self.image[: self.size] / ritz.theta.unsqueeze(1)
         self.size = 0
         return torch.linalg.qr(best.T).Q.T
