@@ -45,7 +45,7 @@ def test_mcnemar_needs_the_same_problems():
 
 def test_evaluate_scores_each_reply_against_its_own_problem():
     model = load_model("tiny")
-    prompts = [f"{a}{b}______=" for a in range(10) for b in range(7)]  # more than one batch
+    prompts = [f"{a}{b:02}_____=" for a in range(10) for b in range(13)]  # more than one batch
     greedy = evaluate(model, [Problem(prompt, lambda reply: 0.0) for prompt in prompts], 1.0, 12).replies
     assert len(set(greedy)) > 1
 

@@ -110,8 +110,8 @@ def plot(rows: Sequence[Row], control: RandomControl | None, title: str, path: P
     if control is not None:
         level = control.mean("sampled")
         axes.axhline(level, color="0.4", linestyle=":", label="random v, same norm: mean (held out)")
-    axes.set(xlabel="optimizer step", ylabel="mean reward of the sampled batch", ylim=(0, 1), title=title)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set(xlabel="optimizer step", ylabel="mean reward of the sampled batch", ylim=(0, 1.05), title=title)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)

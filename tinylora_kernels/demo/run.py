@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
     rows = [base, frozen, trained, *others]
     print("\n" + report.table(rows, control, settings.temperature))
+    print(f"{len(problems.held_out)} problems never trained on; bytes as float32; time: of training, else of scoring")
     print(f"\n{trained.label} beside its controls, exact McNemar test on the same problems:")
     print(report.verdict(trained.evaluation, frozen.evaluation, "lr 0"))
     print(report.verdict(trained.evaluation, control.best(), f"the best of {options.draws} random v"))
