@@ -1,7 +1,7 @@
 """Evidence about the CUDA kernels that needs no GPU: compiled code, counted traffic, physical bounds, caught mutants.
 
     python bench/gpu_evidence.py                all of it, into bench/results/gpu_*.csv and .md
-    python bench/gpu_evidence.py traffic        one part: kernels, traffic, bounds or mutants; then the page is rewritten
+    python bench/gpu_evidence.py traffic        one part: kernels, traffic, bounds or mutants; the pages are rewritten
 
 kernels   nvcc for every architecture, element type and rank: registers, shared memory, spills, 16-byte accesses.
 traffic   the kernels executed from their PTX on the layers of real models: bytes and sectors, counted, not estimated.
@@ -11,12 +11,14 @@ mutants   deliberate bugs in the kernels, each with the check that caught it and
 from __future__ import annotations
 
 import csv
+import re
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +74,9 @@ def traffic() -> Iterator[dict]:
             run_ops(gpu, inputs)
             forward, backward, vector = gpu.launches
             size = dtype.itemsize
-            for direction, launch, source, target in (("forward", forward, "y", "y"), ("backward", backward, "g", "g0")):
+            for direction, launch, source, target in (
+                ("forward", forward, "y", "y"), ("backward", backward, "g", "g0"),
+            ):  # fmt: skip
                 seen, least = launch.traffic, rows * features * size
                 moved = seen.bytes_read(source) + seen.bytes_written(target)
                 yield {
@@ -117,11 +121,9 @@ def mutants() -> Iterator[dict]:
             sources = edited_copy(emulator.KERNELS, Path(folder) / "cuda", (*SMALL, mutant.edit))
             executable = emulator.build(mode, kernels=sources, ranks=(2,), dtypes=(torch.float32, torch.bfloat16))
             try:
-                CHECKS[mutant.check](lambda order, skew: emulator.Emulated(executable, order=order, skew=skew))  # noqa: B023
+                CHECKS[mutant.check](lambda order, skew, run=executable: emulator.Emulated(run, order=order, skew=skew))
                 report = "NOT CAUGHT"
-            except BaseException as caught:  # pytest's own failures are no Exception
-                if isinstance(caught, KeyboardInterrupt):
-                    raise
+            except (emulator.Fault, AssertionError, pytest.fail.Exception) as caught:
                 report = str(caught).strip().split("\n")[0] or type(caught).__name__
         yield {"mutant": mutant.name, "file": mutant.file, "check": mutant.check, "build": mode, "report": report}
 
@@ -143,59 +145,86 @@ def read(part: str) -> list[dict]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
+INTRODUCTION = """# CUDA kernels: evidence without a GPU
+
+Written by `python bench/gpu_evidence.py`. Verified by compilation and simulation; not run on a GPU. No time on this
+page was measured.
+"""
+COMPILED = """## Compiled code
+
+{kernels} kernels for {architectures}; with spills or local memory: {spilled}. Ranges are over the architectures. The
+16-byte accesses are row loads / basis loads / row stores in the code of one thread, the same on every architecture.
+"""
+TRAFFIC = """## Traffic, counted in simulation
+
+The PTX for compute_90 on the output widths of the benchmark's models, u = 13. Least: each row read once and written
+once. Excess sectors 1.0 is perfect coalescing. Basis bytes are served by L1 and L2. A layer is one launch forward and
+two backward.
+"""
+BOUNDS = """## Lower bounds on time (computed, not measured)
+
+bf16, r = 2. Frozen layer: the larger of its operations over the published dense bf16 rate and its bytes over the
+published bandwidth. Update: its bytes over the bandwidth, all of them from memory; what a cache still holds of the
+output makes it less. {cards}. Every token count is in gpu_bounds.csv.
+"""
+MUTANTS_INTRODUCTION = """# Mutants of the CUDA kernels
+
+Written by `python bench/gpu_evidence.py`. Each is one textual edit of csrc/cuda, run on the host emulator under the
+check that is expected to find it (tests/sim/checks.py). budget: results within the error budget against float64.
+schedule: the same bits in any order of execution. bounds, alignment: AddressSanitizer and UndefinedBehaviorSanitizer.
+races: the race detector. {count} mutants, {missed} missed.
+"""
+
+
+def kernels_table(found: list[dict]) -> str:
+    groups = defaultdict(list)
+    for r in found:
+        place = TILES.index(r["tile"]) if r["tile"] in TILES else len(TILES)
+        groups["any" if r["tile"] == "dv" else r["element"], place, r["tile"], int(r["rank"])].append(r)
+    rows = []
+    for (element, _, tile, rank), group in sorted(groups.items()):
+        spans = [span([int(r[k]) for r in group]) for k in ("registers", "shared_bytes", "instructions")]
+        accesses = {" / ".join(r[f"{k}_128"] for k in ("row_loads", "basis_loads", "row_stores")) for r in group}
+        rows.append([element, tile, rank, group[0]["threads"], *spans, " or ".join(sorted(accesses))])
+    header = ["type", "tile", "r", "most threads", "registers", "shared bytes", "instructions", "16-byte accesses"]
+    return table(header, rows)
+
+
+def columns_table(found: list[dict], columns: list[str]) -> str:
+    header = [c.replace("_us", ", us").replace("_", " ") for c in columns]
+    return table(header, [[r[c] for c in columns] for r in found])
+
+
 def page() -> str:
-    """The page from the CSV files."""
-    out = ["# CUDA kernels: evidence without a GPU\n", "Written by `python bench/gpu_evidence.py`. Verified by "
-           "compilation and simulation; not run on a GPU. No time on this page was measured.\n"]  # fmt: skip
-    found = read("kernels")
-    if found:
-        spilled = [r for r in found if int(r["stack_bytes"]) or int(r["local_bytes"]) or int(r["local_accesses"])]
-        out.append(f"## Compiled code\n\n{len(found)} kernels for {', '.join(f'sm_{a}' for a in static.ARCHITECTURES)}: "
-                   f"{len(spilled)} with spills or local memory. Registers over the architectures; 16-byte accesses are "
-                   "the same on all of them: row loads / basis loads / row stores in the code of a thread.\n")  # fmt: skip
-        groups = defaultdict(list)
-        for r in found:
-            groups[r["element"], TILES.index(r["tile"]) if r["tile"] in TILES else 9, r["tile"], int(r["rank"])].append(r)
-        rows = []
-        for (element, _, tile, rank), group in sorted(groups.items()):
-            accesses = {tuple(r[k] for k in ("row_loads_128", "basis_loads_128", "row_stores_128")) for r in group}
-            numbers = {k: span([int(r[k]) for r in group]) for k in ("registers", "shared_bytes", "instructions")}
-            rows.append([element if tile != "dv" else "any", tile, rank, group[0]["threads"], numbers["registers"],
-                         numbers["shared_bytes"], numbers["instructions"], " or ".join(" / ".join(a) for a in accesses)])  # fmt: skip
-        names = ["type", "tile", "r", "threads at most", "registers", "shared bytes", "instructions", "16-byte accesses"]
-        out.append(table(names, rows))
-    found = read("traffic")
-    if found:
-        out.append("## Traffic, counted in simulation\n\nThe PTX for compute_90 on the output widths of the benchmark's "
-                   "models, u = 13. Least: each row read once and written once. Excess sectors 1.00 is perfect "
-                   "coalescing. Basis bytes are served by L1 and L2. A layer is one launch forward, two backward.\n")  # fmt: skip
+    """The page from the CSV files that exist."""
+    out = [INTRODUCTION]
+    if found := read("kernels"):
+        spilled = sum(any(int(r[k]) for k in ("stack_bytes", "local_bytes", "local_accesses")) for r in found)
+        architectures = ", ".join(sorted({r["architecture"] for r in found}, key=lambda a: int(a[3:])))
+        out += [COMPILED.format(kernels=len(found), architectures=architectures, spilled=spilled), kernels_table(found)]
+    if found := read("traffic"):
         columns = ["element", "columns", "direction", "tile", "row_bytes_moved", "row_bytes_least", "ratio",
                    "sectors_per_request", "excess_sectors", "basis_bytes_a_row", "launches"]  # fmt: skip
-        out.append(table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in found]))
-    found = [r for r in read("bounds") if r["tokens"] in ("128", "2048")]
-    if found:
-        out.append("## Lower bounds on time (computed, not measured)\n\nbf16, r = 2. Frozen layer: the larger of its "
-                   "operations over the published dense bf16 rate and its bytes over the published bandwidth. Update: its "
-                   "bytes over the bandwidth, all of them from memory; what a cache still holds of the output makes it "
-                   "less. " + "; ".join(f"{c}: {o / 1e12:.0f} TFLOP/s, {b / 1e12:.2f} TB/s" for c, (o, b) in CARDS.items())
-                   + ". All token counts are in gpu_bounds.csv.\n")  # fmt: skip
+        out += [TRAFFIC, columns_table(found, columns)]
+    if found := [r for r in read("bounds") if r["tokens"] in ("128", "2048")]:
+        cards = "; ".join(f"{c}: {ops / 1e12:.0f} TFLOP/s, {rate / 1e12:.2f} TB/s" for c, (ops, rate) in CARDS.items())
         columns = ["card", "model", "layer", "out", "in", "tokens", "frozen_us", "update_us", "update_backward_us",
                    "update_over_frozen"]  # fmt: skip
-        out.append(table([c.replace("_us", ", us").replace("_", " ") for c in columns],
-                         [[r[c] for c in columns] for r in found]))  # fmt: skip
+        out += [BOUNDS.format(cards=cards), columns_table(found, columns)]
     return "\n".join(out)
 
 
 def mutants_page() -> str:
-    rows = [[f"{r['mutant']} (`{r['file']}`)", r["check"], r["build"], r["report"][:110].replace("|", "/")] for r in read("mutants")]
-    missed = sum(r[-1] == "NOT CAUGHT" for r in rows)
-    return (
-        "# Mutants of the CUDA kernels\n\nWritten by `python bench/gpu_evidence.py`. Each is one textual edit of csrc/cuda, "
-        "run on the host emulator under the check that is expected to find it (tests/sim/checks.py; budget: results within "
-        "the error budget against float64; schedule: the same bits in any order of execution; bounds: AddressSanitizer and "
-        f"UndefinedBehaviorSanitizer; races: the race detector). {len(rows)} mutants, {missed} missed.\n\n"
-        + table(["mutant", "caught by", "build", "what it reported"], rows)
-    )
+    found = read("mutants")
+    rows = [[f"{r['mutant']} (`{r['file']}`)", r["check"], r["build"], report(r)] for r in found]
+    introduction = MUTANTS_INTRODUCTION.format(count=len(rows), missed=sum(r["report"] == "NOT CAUGHT" for r in found))
+    return introduction + "\n" + table(["mutant", "caught by", "build", "what it reported"], rows)
+
+
+def report(row: dict) -> str:
+    """The first line of what a check said, without addresses and process numbers."""
+    text = re.sub(r"==\d+==|\S*/(?=tests/|csrc/|cuda/)| on address 0x.*| \(at \w+\)", "", row["report"])
+    return text.replace("|", "/")[:110]
 
 
 def main() -> None:

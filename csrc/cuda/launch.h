@@ -22,8 +22,8 @@ int64_t workspace_words(int rank, int64_t rows, int64_t adapters);
 // One launch. `arguments` without tiles_per_block, which the plan decides.
 void run_update(Element element, int rank, RowsArguments arguments, cudaStream_t stream);
 
-// One launch, and a second one for dv unless that is null. `arguments` without coefficients and tickets, which lie in the
-// workspace; target is null where no input gradient is wanted.
+// One launch, and a second one for dv unless that is null. `arguments` without coefficients and tickets, which lie in
+// the workspace; target is null where no input gradient is wanted.
 void run_update_backward(Element element, int rank, RowsArguments arguments, const float* t, float* dv, void* workspace,
                          cudaStream_t stream);
 

@@ -12,15 +12,16 @@ __device__ __forceinline__ int64_t adapter_of(const Mixing& m, int row) {
   return m.wide_ids ? static_cast<const int64_t*>(m.ids)[i] : static_cast<const int*>(m.ids)[i];
 }
 
-// One of `warps` warps sums its share of M = sum_i v_i P'_i and returns it: lane l holds entries l + 32 q of M, and every
-// R * R lanes repeat the same ones. The flat projection [u * R * R] is read once, in order; since R * R divides 32, or 32
-// divides it, a lane always meets the same entries.
+// The entries of M [R, R] that a lane holds: lane l those numbered l + 32 q; where M is smaller than a warp, every
+// R * R lanes repeat them.
 template <int R>
 struct Entries {
   static constexpr int count = (R * R + kWarp - 1) / kWarp;
   float value[count];
 };
 
+// One of `warps` warps sums its share of M = sum_i v_i P'_i. The flat projection [u * R * R] is read once, in order;
+// since R * R divides 32, or 32 divides it, a lane always meets the same entries.
 template <int R, int UNROLL>
 __device__ __forceinline__ Entries<R> contract(const Mixing& m, const float* v, int warp, int warps) {
   constexpr int count = Entries<R>::count;

@@ -1,4 +1,4 @@
-// The CUDA entry points of the two ops: arguments checked, results allocated by torch, kernels put on the caller's stream.
+// The CUDA entry points of the two ops: arguments checked, results allocated by torch, kernels on the caller's stream.
 #include <optional>
 #include <stdexcept>
 #include <string>

@@ -9,7 +9,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxResident = 32768;            // columns of the longest row that is held in registers
 constexpr int kMaxTeams = 4;                   // teams of one warp that share a block
 constexpr int kMaxBlocks = 2048;               // about four waves of resident blocks on the largest GPUs
-constexpr int64_t kMaxExtent = 1 << 30;        // rows and columns are counted in 32 bits, with room to step past the end
+constexpr int64_t kMaxExtent = 1 << 30;        // of rows and columns, counted in 32 bits with room to step past the end
 constexpr int kRowsPerChunk = 4096;            // rows that one block of the dv kernel sums
 constexpr int kVectorGradThreads = 256;
 
@@ -55,7 +55,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // aligned: every row and the basis start on 16 bytes, and rows are whole packets.
 inline Plan plan_rows(int64_t rows, int64_t columns, int element_bytes, bool aligned) {
-  const auto fits = [&](Tile t) { return columns <= kMaxResident && columns <= tile_shape(t, element_bytes).columns(); };
+  const auto fits = [&](Tile tile) {
+    return columns <= kMaxResident && columns <= tile_shape(tile, element_bytes).columns();
+  };
   const Tile tile = !aligned ? (fits(Tile::Scalar) ? Tile::Scalar : Tile::StreamScalar)
                     : fits(Tile::Short) ? Tile::Short
                     : fits(Tile::Medium) ? Tile::Medium

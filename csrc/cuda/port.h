@@ -1,4 +1,4 @@
-// The two ways these kernels are compiled: by nvcc for a GPU, and by a host compiler for the emulator of tests/sim/host.
+// The two ways these kernels are compiled: by nvcc for a GPU, by a host compiler for the emulator of tests/sim/host.
 // Everything else in this folder is plain CUDA C++ that both accept.
 #pragma once
 #ifdef TINYLORA_EMULATE

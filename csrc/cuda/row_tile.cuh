@@ -30,7 +30,7 @@ __device__ __forceinline__ int hidden(int stride) {
   return stride;
 }
 
-// rows x vectors packets of one thread. From column `start` on a warp covers vectors * 32 consecutive packets of each row,
+// rows x vectors packets of one thread. From column `start` on a warp covers vectors * 32 consecutive packets of a row,
 // and lane l holds packet l of each 32: its packets lie a constant step apart, so one address serves them all.
 template <class T, int R, Tile TILE>
 struct RowTile {

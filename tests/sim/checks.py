@@ -1,8 +1,8 @@
 """What a simulated backend has to pass, on shapes small enough to simulate. Each check raises on the first failure.
 
-A check takes `make(order, skew)`, which gives a backend for an order of execution ("forward", "reverse" or "random") and
-for rows that begin `skew` elements past a 16-byte boundary. "bounds" and "races" run the very calls of "schedule": the
-simulator they are given reports what it is built to report.
+A check takes `make(order, skew)`, which gives a backend for an order of execution ("forward", "reverse" or "random")
+and for rows that begin `skew` elements past a 16-byte boundary. "bounds" and "races" run the very calls of "schedule":
+the simulator they are given reports what it is built to report.
 """
 from __future__ import annotations
 

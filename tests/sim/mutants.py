@@ -1,4 +1,4 @@
-"""Small edits of the CUDA sources: deliberate bugs that the checks must find, and constants made small for the simulators.
+"""Small edits of the CUDA sources: deliberate bugs that the checks must find, and constants made small to simulate.
 
 Plain data and one function, shared by the host emulator and the PTX interpreter.
 """
@@ -33,7 +33,7 @@ class Mutant:
         return Edit(self.file, self.old, self.new)
 
 
-# Few blocks and short chunks: a handful of rows then takes several tiles of a block and several blocks of the dv kernel.
+# Few blocks and short chunks: a handful of rows then takes several tiles of a block and several blocks for dv.
 SMALL = (
     Edit("plan.h", "kMaxBlocks = 2048;", "kMaxBlocks = 3;"),
     Edit("plan.h", "kRowsPerChunk = 4096;", "kRowsPerChunk = 40;"),
@@ -126,7 +126,8 @@ MUTANTS = (
     Mutant("half a warp left out of the sums", "reduce.cuh",
            "for (int step = C; step < kWarp; step *= 2)", "for (int step = C; step < kWarp / 2; step *= 2)", "budget"),
     Mutant("lanes give what they should keep", "reduce.cuh",
-           "const float keep = upper ? x[c + HALF] : x[c];", "const float keep = upper ? x[c] : x[c + HALF];", "budget"),
+           "const float keep = upper ? x[c + HALF] : x[c];", "const float keep = upper ? x[c] : x[c + HALF];",
+           "budget"),
     Mutant("bfloat16 truncated instead of rounded", "element.cuh",
            "bits_as<unsigned>(__floats2bfloat162_rn(x[0], x[1]))",
            "(bits_as<unsigned>(x[0]) >> 16 | (bits_as<unsigned>(x[1]) & 0xffff0000u))", "rounding"),

@@ -1,6 +1,6 @@
-"""The CUDA kernels, compiled for the host and run thread by thread, against float64; and the proof that this would tell.
+"""The CUDA kernels, compiled for the host and run thread by thread, against float64; and the proof that it would tell.
 
-Three builds of the same sources: plain, with AddressSanitizer and UndefinedBehaviorSanitizer, and with the race detector.
+Three builds of the same sources: plain, with AddressSanitizer and UndefinedBehaviorSanitizer, with the race detector.
 """
 
 import pytest

@@ -1,6 +1,6 @@
-"""What can be read off the compiled CUDA kernels: no spills, registers and shared memory in budget, exact access counts.
+"""What can be read off the compiled CUDA kernels: no spills, registers and shared memory in budget, access counts.
 
-Here bfloat16 with r = 2 and 8 for every architecture, and the PTX of every type; bench/gpu_evidence.py tabulates them all.
+Here bfloat16 with r = 2 and 8 for every architecture, and the PTX of every type; bench/gpu_evidence.py tabulates all.
 """
 import pytest
 
@@ -69,15 +69,14 @@ def test_shapes_reach_the_lengths_they_are_named_for():
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("size", [2, 4])
 def test_plans_cover_every_row_and_column_and_no_more_blocks_than_needed(size, aligned):
-    lengths = [1, 7, 64, 576, 1000, 1536, 2048, 2056, 4096, 8192, 8200, 14336, 16384, 18944, 32768, 32776, 152064, 2**30]
+    lengths = [1, 7, 64, 576, 1000, 2048, 2056, 4096, 8192, 8200, 14336, 16384, 18944, 32768, 32776, 152064, 2**30]
     for columns in lengths:
         for rows in (1, 2, 5, 16, 17, 1000, 8192, 2**20, 2**30):
             plan = plan_rows(rows, columns, size, aligned)
             s = shape(plan.tile, size)
-            assert plan.team % 32 == 0 and 32 <= plan.team <= s.threads and plan.team * plan.teams <= max(s.threads, 128)
+            assert plan.team % 32 == 0 and 32 <= plan.team and plan.team * plan.teams <= s.threads
             assert plan.team * s.vectors * s.width >= columns or not s.resident
             assert s.resident == (columns <= (32768 if aligned else 16384))
-            tile_rows = plan.teams * s.rows
-            assert plan.blocks <= 2048
-            assert (plan.blocks - 1) * plan.tiles_per_block * tile_rows < rows <= plan.blocks * plan.tiles_per_block * tile_rows
+            block_rows = plan.tiles_per_block * plan.teams * s.rows
+            assert (plan.blocks - 1) * block_rows < rows <= plan.blocks * block_rows and plan.blocks <= 2048
             assert (s.width > 1) == aligned

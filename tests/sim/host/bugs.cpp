@@ -10,8 +10,8 @@ namespace {
 
 enum Bug : int {
   kNone, kReadPastEnd, kWritePastEnd, kSharedPastEnd, kNoBarrier, kNoBarrierBeforeReuse, kDivergentBarrier,
-  kDivergentShuffle, kShuffleAfterExit, kMisaligned, kUnorderedSum, kNoFence, kUninitialised, kNoSyncWarp, kIndexOverflow,
-  kWrongLane, kTwoBarriers
+  kDivergentShuffle, kShuffleAfterExit, kMisaligned, kUnorderedSum, kNoFence, kUninitialised, kNoSyncWarp,
+  kIndexOverflow, kWrongLane, kTwoBarriers
 };
 
 constexpr int kThreads = 64, kColumns = 100;

@@ -1,7 +1,7 @@
 // CUDA C++ compiled by g++ and run on the CPU, one fiber per CUDA thread: the vocabulary that the kernels use.
 //
 // A barrier or a warp operation suspends the fiber until the threads it waits for have arrived; between two of them a
-// thread runs alone. Shared memory is poisoned with NaN and has its exact size, so that AddressSanitizer sees its edges.
+// thread runs alone. Shared memory is poisoned with NaN and has its exact size: AddressSanitizer sees its edges.
 // What the kernels need beyond plain C++ is here; what they do not use is not.
 #pragma once
 #include <cuda_bf16.h>  // the toolkit's own headers: vector types, 16-bit types, host API declarations
@@ -84,7 +84,8 @@ inline unsigned lane() {
 #define TL_SHARED(T, name, count)      \
   static const char name##_identity = 0; \
   T* const name = static_cast<T*>(emulator::shared(&name##_identity, sizeof(T) * (count)))
-#define TL_LAUNCH(kernel, grid, block, stream, ...) (static_cast<void>(stream), emulator::launch(kernel, grid, block, __VA_ARGS__))
+#define TL_LAUNCH(kernel, grid, block, stream, ...) \
+  (static_cast<void>(stream), emulator::launch(kernel, grid, block, __VA_ARGS__))
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { emulator::sync_warp(mask, line); }

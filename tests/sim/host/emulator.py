@@ -145,7 +145,7 @@ def build(mode: str, *, kernels: Path = KERNELS, ranks=RANKS, dtypes=tuple(ELEME
 
 def run(executable: Path, stdin: bytes = b"", arguments: tuple[str, ...] = (), timeout: float = 300) -> bytes:
     """Run it; Fault with the first telling line if it does not end well."""
-    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     done = subprocess.run([executable, *arguments], input=stdin, capture_output=True, timeout=timeout, env=environment)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").splitlines()

@@ -162,7 +162,8 @@ void fence() {
   ThreadClock& self = block.threads[d.thread];
   self.last_fence = ++d.now;
   self.fence_phase = block.phase;
-  if (self.atomic_address) block.collected.push_back({self.atomic_address, d.thread, block.phase, d.now, self.atomic_time});
+  if (self.atomic_address)
+    block.collected.push_back({self.atomic_address, d.thread, block.phase, d.now, self.atomic_time});
   self.atomic_address = nullptr;
 }
 

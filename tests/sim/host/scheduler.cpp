@@ -204,7 +204,8 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane, int line)
   Warp& warp = m.warps[self.warp];
   if (!(mask >> self.lane & 1)) fail("line %d: thread %u is not in its own mask %08x", line, self.number, mask);
   if (mask & warp.exited) fail("line %d: the mask %08x of thread %u names lanes that left", line, mask, self.number);
-  if (!(mask >> source_lane & 1)) fail("line %d: thread %u reads lane %u outside its mask", line, self.number, source_lane);
+  if (!(mask >> source_lane & 1))
+    fail("line %d: thread %u reads lane %u outside its mask", line, self.number, source_lane);
   if (warp.arrived && (warp.mask != mask || warp.line != line))
     fail("lanes of one warp meet in different operations (lines %d and %d)", warp.line, line);
   uint64_t* const slot = warp.slot[self.generation++ % 2];
