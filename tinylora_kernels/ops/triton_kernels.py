@@ -10,7 +10,7 @@ cannot be raised here without waiting for the GPU.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -57,14 +57,16 @@ def launch_parameters(features: int, rank: int) -> LaunchParameters:
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
     """None where this backend can serve the request, else the reason in one line, with the fix."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
     if device_type not in _device_types():
         return f"triton kernels run on GPU tensors, not on {device_type!r}: move the tensors to a GPU"
     if dtype not in DTYPES:
         return f"triton kernels take float32, bfloat16 and float16, not {dtype}: use the reference backend"
     if rank not in RANKS:
         return f"triton kernels are built for rank 1, 2, 4 and 8, not {rank}: use the reference backend"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
     return None
 
 
@@ -226,16 +228,18 @@ def _device_code():
 
 
 def _device_types() -> tuple[str, ...]:
-    """GPUs ("cuda" is also PyTorch's name for AMD's); under TRITON_INTERPRET=1 the CPU as well."""
-    import triton
+    """GPUs ("cuda" is also PyTorch's name for AMD's); under Triton's interpreter the CPU as well."""
+    return ("cuda", "cpu") if _interpreted() else ("cuda",)
 
-    return ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @functools.cache
 def _warp_size() -> int:
+    if _interpreted():
+        return 32
     import triton
 
-    if triton.knobs.runtime.interpret:
-        return 32
     return triton.runtime.driver.active.get_current_target().warp_size
