@@ -246,7 +246,7 @@ def _operands(**changes):
     "changes, message",
     [
         (dict(y=torch.zeros(6, 32, dtype=torch.float64)), "float64|basis: expected"),
-        (dict(basis=torch.zeros(3, 32), projection=torch.zeros(3, 3, 3)), "rank 1, 2, 4 and 8, not 3"),
+        (dict(basis=torch.zeros(3, 32), projection=torch.zeros(3, 3, 3), offset=None), "rank 1, 2, 4 and 8, not 3"),
         (dict(v=torch.zeros(0), projection=torch.zeros(0, 2, 2)), "v: expected"),
         (dict(y=torch.zeros(32, 6).T), "last stride 1"),
         (dict(y=torch.zeros(4, 3, 64).transpose(0, 1)[..., :32]), "one row stride"),
