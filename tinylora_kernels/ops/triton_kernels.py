@@ -33,7 +33,7 @@ class LaunchParameters(NamedTuple):
 
 
 # block: (rows, then threads for r <= 2, r = 4 and r = 8; 0: too long, r rows of the basis beside it would spill).
-# 32 fp32 numbers a thread at r <= 2, fewer where the basis wants registers too and where 1024 threads have 64 each.
+# Up to 32 fp32 numbers a thread: fewer lead ptxas to aim at 64 registers, where r > 2 spills a pair on some targets.
 _TILES = {
     64: (32, 64, 128, 128),
     128: (16, 64, 128, 128),
@@ -41,8 +41,8 @@ _TILES = {
     512: (4, 64, 128, 128),
     1024: (2, 64, 128, 128),
     2048: (1, 64, 128, 128),
-    4096: (1, 128, 256, 512),
-    8192: (1, 256, 512, 0),
+    4096: (1, 128, 128, 512),
+    8192: (1, 256, 256, 0),
     16384: (1, 1024, 0, 0),
 }
 
