@@ -33,7 +33,8 @@ class LaunchParameters(NamedTuple):
 
 
 # block: (rows, then threads for r <= 2, r = 4 and r = 8; 0: too long, r rows of the basis beside it would spill).
-# Up to 32 fp32 numbers a thread: fewer lead ptxas to aim at 64 registers, where r > 2 spills a pair on some targets.
+# 32 fp32 numbers a thread where they fit: at 16, ptxas aims at 64 registers and for r = 4 and 8 spills a pair on some
+# targets (sm_80, sm_100).
 _TILES = {
     64: (32, 64, 128, 128),
     128: (16, 64, 128, 128),
