@@ -71,7 +71,7 @@ def _roofline(times: list[dict], path: Path) -> None:
         axis.set(xscale="log", yscale="log", title=phase, xlabel="limit, us")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("added to the frozen layer, us (below the line: y was still in a cache)")
+    axes[0].set_ylabel("added to the frozen layer, us (at 0.1: nothing above noise)")
     bar = figure.colorbar(dots, ax=axes, ticks=TOKENS, label="tokens")
     bar.ax.set_yticklabels(TOKENS)
     figure.suptitle(_caption(times), fontsize=9)
