@@ -153,7 +153,8 @@ page was measured.
 COMPILED = """## Compiled code
 
 {kernels} kernels for {architectures}; with spills or local memory: {spilled}. Ranges are over the architectures. The
-16-byte accesses are row loads / basis loads / row stores in the code of one thread, the same on every architecture.
+16-byte accesses are row loads / basis loads / row stores in the code of one thread, the same on every architecture but
+where a streaming loop was unrolled on some: then both counts are given.
 """
 TRAFFIC = """## Traffic, counted in simulation
 
