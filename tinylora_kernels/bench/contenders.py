@@ -14,8 +14,8 @@
 
 A = sqrt(S) V^T and B = U sqrt(S), PEFT's split; ours is the same function with M = sqrt(S) R sqrt(S)^-1.
 
-torch.compile runs with symbolic shapes and sees weights as arguments: one compilation serves the whole grid (the
-matrix products are calls to the same GEMM library either way; measured against static shapes, see README).
+torch.compile runs with symbolic shapes and sees weights as arguments: one compilation serves the whole grid. The matrix
+products are calls to the same GEMM library either way.
 """
 from __future__ import annotations
 
