@@ -113,6 +113,12 @@ def bounds() -> Iterator[dict]:
                     }  # fmt: skip
 
 
+def repeatable(text: str) -> str:
+    """What a check said, without addresses, process numbers and folders."""
+    text = re.sub(r"==\d+==|\S*/(?=tests/|csrc/|cuda/)|( on)? address 0x.*| \(at \w+\)", "", text)
+    return text.replace("|", "/")[:110]
+
+
 def mutants() -> Iterator[dict]:
     """Each mutant under the check that is expected to catch it, on the host emulator."""
     for mutant in MUTANTS:
@@ -125,7 +131,7 @@ def mutants() -> Iterator[dict]:
                 report = "NOT CAUGHT"
             except (emulator.Fault, AssertionError, pytest.fail.Exception) as caught:
                 report = str(caught).strip().split("\n")[0] or type(caught).__name__
-        yield {"mutant": mutant.name, "file": mutant.file, "check": mutant.check, "build": mode, "report": report}
+        yield {"mutant": mutant.name, "file": mutant.file, "check": mutant.check, "build": mode, "report": repeatable(report)}
 
 
 PARTS = {"kernels": kernels, "traffic": traffic, "bounds": bounds, "mutants": mutants}
@@ -217,15 +223,9 @@ def page() -> str:
 
 def mutants_page() -> str:
     found = read("mutants")
-    rows = [[f"{r['mutant']} (`{r['file']}`)", r["check"], r["build"], report(r)] for r in found]
+    rows = [[f"{r['mutant']} (`{r['file']}`)", r["check"], r["build"], r["report"]] for r in found]
     introduction = MUTANTS_INTRODUCTION.format(count=len(rows), missed=sum(r["report"] == "NOT CAUGHT" for r in found))
     return introduction + "\n" + table(["mutant", "caught by", "build", "what it reported"], rows)
-
-
-def report(row: dict) -> str:
-    """The first line of what a check said, without addresses and process numbers."""
-    text = re.sub(r"==\d+==|\S*/(?=tests/|csrc/|cuda/)| on address 0x.*| \(at \w+\)", "", row["report"])
-    return text.replace("|", "/")[:110]
 
 
 def main() -> None:
