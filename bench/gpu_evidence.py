@@ -131,7 +131,8 @@ def mutants() -> Iterator[dict]:
                 report = "NOT CAUGHT"
             except (emulator.Fault, AssertionError, pytest.fail.Exception) as caught:
                 report = str(caught).strip().split("\n")[0] or type(caught).__name__
-        yield {"mutant": mutant.name, "file": mutant.file, "check": mutant.check, "build": mode, "report": repeatable(report)}
+        found = {"mutant": mutant.name, "file": mutant.file, "check": mutant.check, "build": mode}
+        yield found | {"report": repeatable(report)}
 
 
 PARTS = {"kernels": kernels, "traffic": traffic, "bounds": bounds, "mutants": mutants}
