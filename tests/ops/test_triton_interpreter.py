@@ -32,7 +32,8 @@ def _run(dtype_name: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     cases = [case for case in CASES if case.rank in triton_kernels.RANKS]
     for case in cases:
-        inputs = [make_case(case, getattr(torch, dtype_name), draw) for draw in range(2 if case.rows < 100 else 1)]
+        count = 6 if case.rows * case.features < 20_000 else 2  # errors of a single number need several draws
+        inputs = [make_case(case, getattr(torch, dtype_name), draw) for draw in range(count)]
         try:
             assert_within_budget([run_ops(triton_kernels, i) for i in inputs], inputs)
         except AssertionError as error:
