@@ -52,7 +52,7 @@ def launch_parameters(features: int, rank: int) -> LaunchParameters:
     """The smallest tile of the table that holds a row; the streaming block where none does."""
     column = {1: 1, 2: 1, 4: 2, 8: 3}[rank]
     tiles = (block for block, tile in _TILES.items() if block >= features and tile[column])
-    block = next(tiles, 8192 if rank < 8 else 2048)
+    block = next(tiles, 8192 if rank < 8 else 1024)
     return LaunchParameters(_TILES[block][0], block, _TILES[block][column])
 
 
