@@ -17,7 +17,6 @@ import csv
 import os
 import pathlib
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -182,11 +181,17 @@ def memory_child() -> None:
     truncated_svd(torch.randn(600, 700), RANK, cache=False)  # libraries and their pools
     weight = noise((FFN, HIDDEN))
     add_head(weight, 0, out=weight)
-    # from what is resident now to the most there ever was: an upper bound, making the weight included
-    now = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    # From what is resident now to the most there ever was: an upper bound, making the weight included. VmHWM belongs to
+    # this process alone; getrusage's maximum starts at that of the process that started this one.
+    now = memory("VmRSS")
     truncated_svd(weight, RANK)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    print(f"{(peak - now) / (weight.numel() * weight.element_size()):.2f}")
+    print(f"{(memory('VmHWM') - now) / (weight.numel() * weight.element_size()):.2f}")
+
+
+def memory(name: str) -> int:
+    """A line of Linux's /proc/self/status, in bytes."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def row(item, shape, matrices, clock, scale, basis=None) -> dict:
