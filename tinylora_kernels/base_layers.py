@@ -5,7 +5,7 @@ the basis; where the `out` features lie in its output; and how a matrix [out, in
 merging. Everything else (SVD, files, merging, export, per-row adapters) works on the matrix.
 
 A new kind of layer is a new row of KINDS. A new way to hold the numbers of a weight (quantised, sharded) goes into
-`dense_weight`, which every reader of a weight comes through.
+frozen.py, which every reader of a weight comes through.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .experts import ExpertSlice
+from .experts import ExpertSlice, why_not_experts
+from .frozen import dense
 
 # Read through an adapted layer to its base, as the code of models expects of the layer that stood there.
 FORWARDED = frozenset((
@@ -108,10 +109,11 @@ EMBEDDING = Kind(
 )  # fmt: skip
 EXPERT = Kind(
     "experts", lambda module: isinstance(module, ExpertSlice) and not module.transposed, lambda weight: weight, _as_is,
+    why_not=lambda module: why_not_experts(module.experts),
 )  # fmt: skip
 EXPERT_TRANSPOSED = Kind(
     "experts", lambda module: isinstance(module, ExpertSlice) and module.transposed, lambda weight: weight.T,
-    _transposed,
+    _transposed, why_not=lambda module: why_not_experts(module.experts),
 )  # fmt: skip
 
 KINDS = (LINEAR, CONV1D, CONVOLUTION, EMBEDDING, EXPERT, EXPERT_TRANSPOSED)
@@ -143,8 +145,8 @@ def has_fresh_output(module: nn.Module) -> bool:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The frozen weight as it is stored, in floating point: the place where a quantised one is dequantised."""
-    return module.weight.detach()
+    """The frozen weight as it is stored, in floating point, whole; see frozen.py."""
+    return dense(module.weight.detach())
 
 
 def weight_matrix(module: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .frozen import dense, is_sharded
 from .functional import tiny_lora_update
 from .ops.reference import contract
 
@@ -22,7 +23,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The frozen weight as [out, in], a view without a copy."""
-    weight = module.weight.detach()
+    weight = dense(module.weight.detach())
     return weight.T if _is_conv1d(module) else weight
 
 
@@ -71,7 +72,7 @@ class TinyLoRALayer(nn.Module):
         self.register_buffer("projection", projection.to(self.basis).contiguous(), persistent=False)
         # c = b U, so that t = y U - c is the projection of W x alone
         bias = getattr(base, "bias", None)
-        offset = None if bias is None else (self.basis @ bias.detach().to(self.basis.dtype))
+        offset = None if bias is None else (self.basis @ dense(bias.detach()).to(self.basis.dtype))
         self.register_buffer("offset", offset, persistent=False)
         if isinstance(v, TinyLoRALayer):
             self._owner = (v,)  # in a tuple, or nn.Module would register the owner as a child
