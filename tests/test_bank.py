@@ -1,5 +1,7 @@
 """Many adapters in one batch: each row exactly as it would be alone, forward and gradient, whatever other threads do."""
+import contextlib
 import copy
+import sys
 import threading
 
 import pytest
@@ -8,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.cases import error
 from tests.models import TARGETS, tiny_decoder
-from tinylora_kernels import AdapterError, TinyLoRAConfig, apply_tiny_lora, load_adapter, trainable_vectors
+from tinylora_kernels import AdapterError, LoRAXSConfig, TinyLoRAConfig, apply_lora_xs, apply_tiny_lora
+from tinylora_kernels import load_adapter, save_adapter, trainable_vectors
 from tinylora_kernels.bank import AdapterBank
 
 
@@ -127,6 +130,7 @@ def test_add_set_remove_and_reuse():
     (lambda b: b.add(3), ValueError, "integers are ids"),
     (lambda b: b.add("x", torch.zeros(1, 3)), ValueError, r"expected vectors \[groups, u\] = \(3, 3\), found \(1, 3\)"),
     (lambda b: b.add("x", torch.full((3, 3), float("nan"))), ValueError, "NaN"),
+    (lambda b: b.add("x", seed=1), ValueError, r"'x': expected seed 0, .*, found 1; AdapterBank\(..., own_seeds=True"),
     (lambda b: b.remove("x"), KeyError, "not in the bank"),
     (lambda b: b.use([7]).__enter__(), IndexError, "adapter id 7: it is not in the bank of 6"),
     (lambda b: b.use([-2]).__enter__(), IndexError, "adapter id -2"),
@@ -173,12 +177,89 @@ def test_files_come_and_go_and_those_of_another_base_are_refused(tmp_path):
     other = apply_tiny_lora(tiny_decoder(seed=1, bias=True), model.layers[0].q_proj.config)
     with pytest.raises(AdapterError, match="trained on other base weights"):
         AdapterBank(other, 2).load("x", tmp_path / "a1.safetensors")
-    with pytest.raises(AdapterError, match="seed is 0 there and 1"):
+    with pytest.raises(AdapterError, match=r"seed is 0 there and 1 .*own_seeds=True\) holds adapters of any seed"):
         AdapterBank(adapted(seed=1), 2).load("x", tmp_path / "a1.safetensors")
     (tmp_path / "cut").write_bytes((tmp_path / "a1.safetensors").read_bytes()[:-1])
     with pytest.raises(AdapterError):
         bank.load("cut", tmp_path / "cut")
     assert len(bank) == 7
+
+
+def filled_with_seeds(model, seeds, **options):
+    bank, vectors = AdapterBank(model, 8, own_seeds=True, **options), {}
+    generator = torch.Generator().manual_seed(7)
+    for seed in seeds:
+        vectors[f"s{seed}"] = 0.2 * torch.randn(3, 3, generator=generator)
+        bank.add(f"s{seed}", vectors[f"s{seed}"], seed=seed)
+    return bank, vectors
+
+
+def with_vectors(model, vectors):
+    with torch.no_grad():
+        for v, value in zip(trainable_vectors(model), vectors):
+            v.copy_(value)
+    return model
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_adapters_of_different_seeds_share_a_batch(trainable):
+    model = adapted()
+    bank, vectors = filled_with_seeds(model, (0, 1, 2**63), trainable=trainable)
+    assert [bank.seed(name) for name in bank.names()] == [0, 1, 2**63]
+    tokens = torch.randint(0, 17, (5, 4))
+    batch = ["s1", None, f"s{2**63}", "s1", "s0"]
+    with torch.no_grad(), bank.use(batch):
+        together = model(tokens)
+    for row, name in enumerate(batch):
+        seed, value = (0, torch.zeros(3, 3)) if name is None else (bank.seed(name), vectors[name])
+        expected = with_vectors(adapted(seed=seed), value)(tokens[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-5, atol=1e-6)
+    assert error(together[0], adapted()(tokens)[0].detach()) > 1e-2
+    with torch.no_grad(), bank.use(["s1"]):
+        bank.set("s1", 2 * vectors["s1"])  # the open block keeps what it began with
+        assert torch.equal(model(tokens[:1]), together[:1])
+    assert bank.seed("s1") == 1
+    with torch.no_grad(), bank.use(["s1"]):
+        expected = with_vectors(adapted(seed=1), 2 * vectors["s1"])(tokens[:1])
+        torch.testing.assert_close(model(tokens[:1]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "checkpointed"])
+def test_gradients_of_adapters_of_different_seeds(recompute):
+    model = adapted()
+    bank, vectors = filled_with_seeds(model, (0, 5), trainable=True)
+    tokens = torch.randint(0, 17, (4, 4))
+    run = (lambda t: checkpoint(model, t, use_reentrant=False)) if recompute else model
+    with bank.use(["s5", "s0", None, "s5"]):
+        run(tokens).square().sum().backward()
+    for name, rows in (("s0", [1]), ("s5", [0, 3])):
+        twin = with_vectors(adapted(seed=bank.seed(name)), vectors[name])
+        twin(tokens[rows]).square().sum().backward()
+        for table, v in zip(bank.parameters(), trainable_vectors(twin)):
+            assert error(table.grad[bank.slot(name)], v.grad) < 1e-5
+
+
+def test_files_of_any_seed_come_and_go_where_seeds_are_their_own(tmp_path):
+    tokens = torch.randint(0, 17, (1, 4))
+    numbers = 0.2 * torch.randn(3, 3)
+    expected = with_vectors(adapted(seed=9), numbers)
+    save_adapter(expected, tmp_path / "nine")
+    bank, _ = filled_with_seeds(adapted(), (0,))
+    bank.load("nine", tmp_path / "nine")
+    assert bank.seed("nine") == 9
+    with torch.no_grad(), bank.use(["nine"]):
+        torch.testing.assert_close(bank.model(tokens), expected(tokens), rtol=1e-5, atol=1e-6)
+    bank.save("nine", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "nine").read_bytes()
+    save_adapter(with_vectors(adapted(seed=9, alpha=2.0), numbers), tmp_path / "alpha")
+    with pytest.raises(AdapterError, match="alpha is 2.0 there and 1.0"):
+        bank.load("x", tmp_path / "alpha")
+
+
+def test_seeds_of_their_own_need_a_random_projection():
+    model = apply_lora_xs(tiny_decoder(), LoRAXSConfig(rank=2, target_modules=TARGETS, cache=False))
+    with pytest.raises(ValueError, match="own_seeds: expected a model of apply_tiny_lora, .* found a LoRAXSConfig"):
+        AdapterBank(model, 2, own_seeds=True)
 
 
 def test_a_million_adapters_weigh_52_megabytes():
@@ -217,48 +298,89 @@ def test_generate_with_a_cache_and_with_beams_runs_each_prompt_with_its_adapter(
 
 
 def test_threads_that_add_remove_and_switch_never_cross():
-    """Four threads run batches of random adapters, bad ids among them, while two others change the bank."""
+    """Four threads run batches of random adapters, bad ids among them, and three more change the bank all the time.
+
+    A bank of few slots: one that a running batch still uses is handed to somebody else at once. Threads take turns
+    every few microseconds, not every 5 ms.
+    """
     model = adapted(n_tie=100, trainable_dim=1)
-    bank = AdapterBank(model, 64)
+    bank = AdapterBank(model, 24)
     values = {f"s{i}": torch.full((1, 1), 0.02 * (i + 1)) for i in range(16)}
     for name, value in values.items():
         bank.add(name, value)
-    tokens = torch.randint(0, 17, (1, 3))
+    names, tokens = list(values), torch.randint(0, 17, (1, 3))
     expected = {name: alone(model, value, tokens)[0] for name, value in values.items()}
     failures, refused, stop = [], [], threading.Event()
 
+    def use_once_there(batch):
+        while True:
+            try:
+                block = contextlib.ExitStack()
+                block.enter_context(bank.use(batch))
+                return block
+            except KeyError:  # one of them is on the move
+                continue
+
     def serve(seed):
         generator = torch.Generator().manual_seed(seed)
-        names = list(values)
-        for _ in range(40):
-            pick = [names[int(i)] for i in torch.randint(0, 16, (8,), generator=generator)]
-            if int(torch.randint(0, 4, (), generator=generator)) == 0:
-                try:
-                    with bank.use([*pick, 10_000]):
-                        failures.append("a bad id ran")
-                except IndexError:
-                    refused.append(1)
-            with torch.no_grad(), bank.use(pick):
-                out = model(tokens.expand(8, -1))
-            for row, name in enumerate(pick):
+
+        def number(end):
+            return int(torch.randint(0, end, (), generator=generator))
+
+        for turn in range(40):
+            pick = [names[number(16)] for _ in range(8)]
+            bad = (10_000, 24, -2, 2**40, f"gone{seed}.{turn - 1}")[number(5)]
+            with pytest.raises((IndexError, KeyError)):
+                with bank.use([*pick[: number(8)], bad, *pick]):
+                    failures.append(f"{bad} ran")
+            refused.append(bad)
+            passing = f"gone{seed}.{turn}"
+            bank.add(passing, values[pick[0]])
+            with torch.no_grad(), use_once_there([*pick, passing]):
+                bank.remove(passing)  # its slot is anybody's from here on, while this batch still runs it
+                out = model(tokens.expand(9, -1))
+            for row, name in enumerate([*pick, pick[0]]):
                 if not torch.allclose(out[row], expected[name], rtol=1e-5, atol=1e-6):
                     failures.append(name)
 
     def churn(label):
         turn = 0
         while not stop.is_set():
-            name = f"{label}{turn % 20}"
-            bank.add(name, torch.full((1, 1), -1.0))
+            name, value = f"{label}{turn}", torch.full((1, 1), -0.01 * (turn % 50))
+            bank.add(name, -value)
+            bank.set(name, value)
+            if not torch.equal(bank.vectors(name), value):
+                failures.append(name)
             bank.remove(name)
             turn += 1
 
-    workers = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
-    churners = [threading.Thread(target=churn, args=(label,)) for label in ("x", "y")]
-    for thread in (*workers, *churners):
-        thread.start()
-    for thread in workers:
-        thread.join()
-    stop.set()
-    for thread in churners:
-        thread.join()
-    assert not failures and refused and sorted(bank.names()) == sorted(values)
+    def move():
+        """The first four adapters leave and come back all the time, to whatever slot is free."""
+        generator = torch.Generator().manual_seed(99)
+        while not stop.is_set():
+            name = names[int(torch.randint(0, 4, (), generator=generator))]
+            bank.remove(name)
+            bank.add(name, values[name])
+
+    def guarded(work, *arguments):
+        try:
+            work(*arguments)
+        except BaseException as problem:  # pytest sees only the main thread
+            failures.append(repr(problem))
+
+    workers = [threading.Thread(target=guarded, args=(serve, i)) for i in range(4)]
+    churners = [threading.Thread(target=guarded, args=args) for args in ((churn, "x"), (churn, "y"), (move,))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    try:
+        for thread in (*workers, *churners):
+            thread.start()
+        for thread in workers:
+            thread.join()
+        stop.set()
+        for thread in churners:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures and len(refused) == 4 * 40 and sorted(bank.names()) == sorted(names)
+    assert all(torch.equal(bank.vectors(name), value) for name, value in values.items())

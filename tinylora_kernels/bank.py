@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import heapq
 import os
 import threading
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from .adapter import check_fits, describe_model, inspect_adapter
 from .adapter_format import AdapterError, encode, write_atomically
+from .bank_seeds import OwnProjections
+from .config import check_seed
 from .layer import TinyLoRALayer
 from .model import adapted_layers
 
@@ -42,9 +45,11 @@ class AdapterBank:
         trainable: the tables require gradients (``parameters()``); a block then reads the live table, so that
             optimizer steps show at once. Needs float32.
         names: give the adapters these names and zero vectors at once.
+        own_seeds: every adapter brings the seed of its random P; otherwise all share the model's. Costs 4 r r bytes for
+            each adapter and layer, and u times as much in a trainable bank. For models of apply_tiny_lora.
 
     Raises:
-        ValueError: the model has no adapter, or it has a bank already.
+        ValueError: the model has no adapter, or it has a bank already, or an argument does not fit.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class AdapterBank:
         dtype: torch.dtype = torch.float32,
         trainable: bool = False,
         names: Sequence[Hashable] = (),
+        own_seeds: bool = False,
     ):
         layers = adapted_layers(model)
         if not layers:
@@ -80,6 +86,7 @@ class AdapterBank:
         self._lock = threading.Lock()
         self._selection: contextvars.ContextVar[Selection | None] = contextvars.ContextVar("selection", default=None)
         self._layers = list(layers.values())
+        self.own_projections = OwnProjections(self._layers, capacity, trainable) if own_seeds else None
         for layer in self._layers:
             layer.bank = self
         for name in names:
@@ -113,8 +120,12 @@ class AdapterBank:
     def vectors(self, name: Hashable) -> Tensor:
         """A copy of an adapter's numbers, [groups, u]."""
         with self._lock:
-            slot = self.slot(name)
-            return torch.stack([self.tables[group].detach()[slot].cpu() for group in self._groups])
+            return self._vectors(self.slot(name))
+
+    def seed(self, name: Hashable) -> int:
+        """The seed of an adapter's random P."""
+        with self._lock:
+            return self._seed(self.slot(name))
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable tables [K, u], one for each tie group."""
@@ -122,36 +133,40 @@ class AdapterBank:
 
     # Changing what it holds
 
-    def add(self, name: Hashable, vectors: Tensor | None = None) -> int:
+    def add(self, name: Hashable, vectors: Tensor | None = None, *, seed: int | None = None) -> int:
         """Add an adapter; returns its id.
 
         Args:
             name: anything hashable but None and integers, which stand for the bare base and for ids.
             vectors: [groups, u]; zeros (the base model) by default.
+            seed: of its random P; the model's by default. Another one needs a bank with own_seeds=True.
 
         Raises:
-            ValueError: the name is taken or not allowed, the shape does not fit, a number is not finite.
+            ValueError: the name is taken or not allowed, the shape does not fit, a number is not finite, the seed is not
+                the bank's.
             RuntimeError: the bank is full.
         """
         if name is None or isinstance(name, int):
             raise ValueError(f"adapter name: expected a name, found {name!r}; integers are ids and None is the bare base")
         vectors = self._check_vectors(name, vectors)
+        seed = self._check_seed(name, seed)
         with self._lock:
             if name in self._slots:
                 raise ValueError(f"adapter {name!r}: it is in the bank already; set() changes it")
             if not self._free:
                 raise RuntimeError(f"adapter {name!r}: the bank is full ({self.capacity}); remove one first")
             slot = heapq.heappop(self._free)
-            self._write(slot, vectors)
+            self._write(slot, vectors, seed)
             self._slots[name] = slot
             self._live[slot] = True
         return slot
 
     def set(self, name: Hashable, vectors: Tensor) -> None:
-        """Replace an adapter's numbers, [groups, u]; blocks already open keep the old ones."""
+        """Replace an adapter's numbers, [groups, u], not its seed; blocks already open keep the old ones."""
         vectors = self._check_vectors(name, vectors)
         with self._lock:
-            self._write(self.slot(name), vectors)
+            slot = self.slot(name)
+            self._write(slot, vectors, self._seed(slot))
 
     def remove(self, name: Hashable) -> None:
         """Take an adapter out; blocks already open keep it, later ones refuse it."""
@@ -165,28 +180,68 @@ class AdapterBank:
         """Add an adapter from a file of save_adapter; returns its id.
 
         Raises:
-            AdapterError: the file is damaged, was trained on another base or with another config, or carries bases of
-                its own (a bank shares one basis a layer). The bank is as it was.
+            AdapterError: the file is damaged, was trained on another base or with another config (another seed is fine
+                where own_seeds=True), or carries bases of its own (a bank shares one basis a layer). The bank is as it
+                was.
         """
         adapter = inspect_adapter(path)
         layers = {layer.name: layer for layer in self._layers}
+        seed, shared = adapter.config.seed, self._model_seed()
+        if self.own_projections is not None:
+            adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, seed=shared))
         try:
             check_fits(layers, adapter)
         except AdapterError as error:
-            raise AdapterError(f"{os.fspath(path)}: {error}") from None
+            if seed == shared or self.own_projections is not None:
+                raise AdapterError(f"{os.fspath(path)}: {error}") from None
+            raise AdapterError(
+                f"{os.fspath(path)}: {error}; AdapterBank(..., own_seeds=True) holds adapters of any seed"
+            ) from None
         for module in adapter.modules:
             if module.basis is not None and not torch.equal(module.basis, layers[module.name].basis.cpu()):
                 raise AdapterError(f"{os.fspath(path)}: {module.name} has a basis of its own; a bank shares the model's")
-        return self.add(name, adapter.v)
+        return self.add(name, adapter.v, seed=None if self.own_projections is None else seed)
 
     def save(self, name: Hashable, path: str | os.PathLike) -> None:
         """Write one adapter as save_adapter does; load_adapter and load() read it."""
-        write_atomically(path, encode(describe_model(self.model, v=self.vectors(name))))
+        with self._lock:  # numbers and seed of one moment
+            slot = self.slot(name)
+            vectors, seed = self._vectors(slot), self._seed(slot)
+        described = describe_model(self.model, v=vectors)
+        config = dataclasses.replace(described.config, seed=seed)
+        write_atomically(path, encode(dataclasses.replace(described, config=config)))
 
     @torch.no_grad()
-    def _write(self, slot: int, vectors: Tensor) -> None:
+    def _write(self, slot: int, vectors: Tensor, seed: int | None) -> None:
         for row, group in enumerate(self._groups):
             self.tables[group][slot] = vectors[row].to(self.tables[group])
+        if self.own_projections is not None:
+            stored = {group: table.detach()[slot].cpu() for group, table in self.tables.items()}
+            self.own_projections.write(slot, stored, seed)
+
+    def _vectors(self, slot: int) -> Tensor:
+        return torch.stack([self.tables[group].detach()[slot].cpu() for group in self._groups])
+
+    def _seed(self, slot: int) -> int | None:
+        return self._model_seed() if self.own_projections is None else self.own_projections.seeds[slot]
+
+    def _model_seed(self) -> int | None:
+        return getattr(self._layers[0].config, "seed", None)
+
+    def _check_seed(self, name: Hashable, seed: int | None) -> int | None:
+        """The adapter's seed; its projections are made here, outside the lock."""
+        shared = self._model_seed()
+        if seed is None:
+            seed = shared
+        if self.own_projections is not None:
+            check_seed(seed)
+            self.own_projections.of_seed(seed)
+        elif seed != shared:
+            raise ValueError(
+                f"adapter {name!r}: expected seed {shared}, whose projections this bank shares, found {seed}; "
+                "AdapterBank(..., own_seeds=True) holds adapters of any seed"
+            )
+        return seed
 
     def _check_vectors(self, name: Hashable, vectors: Tensor | None) -> Tensor:
         shape = (len(self._groups), next(iter(self.tables.values())).shape[1])
@@ -270,16 +325,23 @@ class Selection:
         self._copies = {
             group: table.detach()[rows.to(table.device)].float() for group, table in bank.tables.items()
         }  # [used, u]
+        self._mixing: dict[TinyLoRALayer, Tensor] | None = None
+        if bank.own_projections is not None:
+            self._mixing = dict(zip(bank.own_projections.position, bank.own_projections.mixing(rows, self._copies)))
 
-    def of(self, layer: TinyLoRALayer, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(vectors [K, u], ids [B]) for a layer's rows."""
-        table = self._bank.tables[layer.group]
-        if table.requires_grad and torch.is_grad_enabled():
-            return table.to(device), self._move("_ids", device)
-        copy = self._copies[layer.group]
-        if copy.device != device:
-            copy = self._copies[layer.group] = copy.to(device)
-        return copy, self._move("_compact", device)
+    def of(self, layer: TinyLoRALayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(vectors [K, u], projection, ids [B]) for a layer's rows; vectors [K, r * r] where M is given as it is."""
+        table, own = self._bank.tables[layer.group], self._bank.own_projections
+        live = table.requires_grad and torch.is_grad_enabled()
+        ids = self._move("_ids" if live else "_compact", device)
+        projection = layer._buffers["projection"] if own is None else own.ones.to(device)
+        if live:
+            table = table.to(device)
+            return table if own is None else own.live_mixing(layer, table), projection, ids
+        copies, key = (self._copies, layer.group) if own is None else (self._mixing, layer)
+        if copies[key].device != device:
+            copies[key] = copies[key].to(device)
+        return copies[key], projection, ids
 
     def _move(self, name: str, device: torch.device) -> Tensor:
         ids = getattr(self, name)

@@ -88,13 +88,13 @@ class TinyLoRALayer(nn.Module):
         y = base(*args, **kwargs)
         if not self.enabled:
             return y
-        v, adapter_ids = self._owner[0]._parameters["v"], None
+        v, projection, adapter_ids = self._owner[0]._parameters["v"], buffers["projection"], None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
-            v, adapter_ids = selection.of(self, y.device)
+            v, projection, adapter_ids = selection.of(self, y.device)
         if v.device != y.device:
             v = v.to(y.device)  # a tie group that spans devices
         return tiny_lora_update(
-            y, buffers["basis"], v, buffers["projection"], buffers["offset"], adapter_ids,
+            y, buffers["basis"], v, projection, buffers["offset"], adapter_ids,
             inplace=self._fresh_output and not is_watched(base), backend=self.backend,
         )  # fmt: skip
 
