@@ -115,6 +115,77 @@ def test_an_unknown_base_is_updated_out_of_place(kind):
         assert error(base.kept.detach(), nn.functional.linear(x, base.weight, base.bias).detach()) < 1e-6
 
 
+def general(layer: TinyLoRALayer) -> TinyLoRALayer:
+    """The same layer with a hook on its base that does nothing: linear and update are two nodes, out of place."""
+    twin = copy.deepcopy(layer)
+    twin.base.register_forward_hook(lambda module, args, out: None)
+    return twin
+
+
+def gradients(layer: TinyLoRALayer, x: torch.Tensor) -> list[torch.Tensor]:
+    x, layer.v.grad = x.detach().requires_grad_(), None
+    out = layer(x)
+    out = out.mul_(2).relu_()  # in place on the output: nothing may have saved it, and it may be no view
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return [out.detach(), x.grad, layer.v.grad]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (0, 16), (2, 1, 3, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_linear_and_update_as_one_node_give_the_bits_of_two(bias, shape, dtype):
+    layer, x = linear(bias, dtype), torch.randn(shape).to(dtype)
+    assert "TinyLoRALinear" in layer(x).grad_fn.name() and "TinyLoRAUpdate" in general(layer)(x).grad_fn.name()
+    for one, two in zip(gradients(layer, x), gradients(general(layer), x), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_one_node_takes_inputs_of_any_layout():
+    layer, x = linear(), torch.randn(16, 3, 5)
+    for view in (x.permute(2, 1, 0), x.permute(1, 2, 0), x[:, 0].T[::2], torch.randn(1, 16).expand(4, 16)):
+        for one, two in zip(gradients(layer, view), gradients(general(layer), view), strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_one_node_notices_a_weight_rewritten_before_backward():
+    layer, x = linear(), torch.randn(3, 16, requires_grad=True)
+    out = layer(x)
+    with torch.no_grad():
+        layer.base.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_second_derivatives_are_an_error(watched):
+    layer, x = linear(), torch.randn(3, 16, requires_grad=True)
+    out = (general(layer) if watched else layer)(x)
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_a_base_in_training_gets_its_gradient():
+    layer, x = linear(), torch.randn(3, 16)
+    layer.base.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.base.weight.grad.any() and layer.base.bias.grad.any() and layer.v.grad.any()
+
+
+def test_autocast_reaches_the_base():
+    layer, x = linear(), torch.randn(3, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and x.grad.dtype == torch.float32 and layer.v.grad.any()
+
+
+def test_a_hook_before_the_base_may_change_its_input():
+    layer, x = linear(), torch.randn(3, 16)
+    layer.base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert error(layer(x).detach(), dense(layer, 2 * x)) < 1e-6
+
+
 @pytest.mark.parametrize("hook", ["forward", "full_backward", "full_backward_pre"])
 def test_a_hook_on_the_base_sees_the_bare_output(hook):
     layer, x, seen = linear(), torch.randn(3, 16, requires_grad=True), []

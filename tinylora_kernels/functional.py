@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import BACKENDS, TinyLoRAUpdate, choose
+from .ops import BACKENDS, TinyLoRALinear, TinyLoRAUpdate, choose, frozen_linear
 from .ops.schema import accumulation_dtype
 
 
@@ -43,13 +43,7 @@ def tiny_lora_update(
         ValueError, IndexError: an argument's shape, dtype, device or id is wrong; y is left untouched.
         RuntimeError: the backend asked for cannot run here.
     """
-    accumulate = accumulation_dtype(y.dtype)
-    if basis.dtype is not accumulate:
-        basis, projection = basis.to(accumulate), projection.to(accumulate)
-        offset = None if offset is None else offset.to(accumulate)
-    if v.dtype is not accumulate:
-        v = v.to(accumulate)
-
+    basis, v, projection, offset = _as_accumulated(y.dtype, basis, v, projection, offset)
     if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
         y = y.contiguous()  # a fresh copy, rows in one stride
     elif not inplace or torch.compiler.is_compiling():
@@ -63,3 +57,47 @@ def tiny_lora_update(
         return TinyLoRAUpdate.apply(y, basis, v, projection, offset, adapter_ids, chosen)
     BACKENDS[chosen].update(y, basis, v, projection, offset, adapter_ids)
     return y
+
+
+def tiny_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear layer and its update, tiny_lora_update(x W^T + b, ...), as one node of autograd.
+
+    Args:
+        x: [..., in], dtype of the weight.
+        weight: [out, in] W, frozen: it gets no gradient.
+        bias: [out] b, frozen, or None.
+        basis, v, projection, offset, adapter_ids, backend: as in tiny_lora_update, with D = out.
+
+    Returns:
+        [..., out]. Gradients flow into x and v only. Second derivatives are not defined.
+
+    Raises:
+        ValueError, IndexError, RuntimeError: as tiny_lora_update.
+    """
+    basis, v, projection, offset = _as_accumulated(weight.dtype, basis, v, projection, offset)
+    chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
+    if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
+        return TinyLoRALinear.apply(x, weight, bias, basis, v, projection, offset, adapter_ids, chosen)
+    y = frozen_linear(x, weight, bias)
+    chosen.update(y, basis, v, projection, offset, adapter_ids)
+    return y
+
+
+def _as_accumulated(dtype: torch.dtype, basis, v, projection, offset):
+    """The small tensors in the accumulation dtype of these activations."""
+    accumulate = accumulation_dtype(dtype)
+    if basis.dtype is not accumulate:
+        basis, projection = basis.to(accumulate), projection.to(accumulate)
+        offset = None if offset is None else offset.to(accumulate)
+    return basis, v if v.dtype is accumulate else v.to(accumulate), projection, offset

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from .frozen import dense, is_sharded
-from .functional import tiny_lora_update
+from .functional import tiny_lora_linear, tiny_lora_update
 from .ops.reference import contract
 
 FORWARDED = ("weight", "bias", "in_features", "out_features")  # read through to the base, as callers of nn.Linear expect
@@ -85,17 +85,28 @@ class TinyLoRALayer(nn.Module):
     def forward(self, *args, **kwargs) -> Tensor:
         # Straight from the dicts: through nn.Module.__getattr__ each name costs most of a microsecond, at every token.
         base, buffers = self._modules["base"], self._buffers
-        y = base(*args, **kwargs)
         if not self.enabled:
-            return y
-        v, projection, adapter_ids = self._owner[0]._parameters["v"], buffers["projection"], None
+            return base(*args, **kwargs)
+        basis, projection = buffers["basis"], buffers["projection"]
+        v, adapter_ids = self._owner[0]._parameters["v"], None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
-            v, projection, adapter_ids = selection.of(self, y.device)
-        if v.device != y.device:
-            v = v.to(y.device)  # a tie group that spans devices
+            v, projection, adapter_ids = selection.of(self, basis.device)
+        if v.device != basis.device:
+            v = v.to(basis.device)  # a tie group that spans devices
+        fresh = self._fresh_output and not has_hooks(base)
+        if fresh and len(args) == 1 and not kwargs and is_plain_linear(base, args[0]):
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+            return tiny_lora_linear(
+                args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids,
+                backend=self.backend,
+            )  # fmt: skip
+        if is_sharded(base._parameters.get("weight")):
+            from .distributed import sharded_forward  # loads torch.distributed: only where it is in use
+
+            return sharded_forward(self, v, adapter_ids, args, kwargs)
         return tiny_lora_update(
-            y, buffers["basis"], v, projection, buffers["offset"], adapter_ids,
-            inplace=self._fresh_output and not is_watched(base), backend=self.backend,
+            base(*args, **kwargs), basis, v, projection, buffers["offset"], adapter_ids,
+            inplace=fresh, backend=self.backend,
         )  # fmt: skip
 
     def __getstate__(self) -> dict:
@@ -152,14 +163,36 @@ class TinyLoRALayer(nn.Module):
         return super()._apply(keep_dtype, recurse=False)
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook may hold the module's output, or stands between it and autograd."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook may hold the module's output, change its input, or stand between it and autograd."""
     hooks = nn.modules.module
     return bool(
         module._forward_hooks
+        or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
+
+
+def is_plain_linear(base: nn.Module, x: Tensor) -> bool:
+    """Whether base(x), hooks aside, is x W^T + b on frozen tensors, with nothing that wants to see the call.
+
+    Not so with tensor subclasses (quantised or sharded weights), under autocast, while tracing, where a library has
+    put its own ``forward`` on the module (offloading), or where the base is being trained.
+    """
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or torch.compiler.is_compiling():
+        return False
+    parameters = base._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    return (
+        type(x) in PLAIN and type(weight) in PLAIN and x.dtype is weight.dtype and not weight.requires_grad
+        and (bias is None or (type(bias) in PLAIN and not bias.requires_grad))
+        and not torch.is_autocast_enabled(x.device.type)
+    )  # fmt: skip
+
+
+PLAIN = (Tensor, nn.Parameter)

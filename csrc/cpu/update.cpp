@@ -6,6 +6,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/isa.h"
@@ -44,6 +48,18 @@ void for_chunks(const Arguments& call, const Body& body) {
   }
 }
 
+// A fresh block this large comes from the system a page at a time, each page an interrupt and zeroed as it is first
+// written: several times the cost of the update. In pages of 2 MB it is a fraction of that. A wish, not a need: whatever
+// the system answers, the result is the same.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t least = size_t{4} << 20, page = size_t{1} << 12;
+  if (bytes < least) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 template <class Acc>
 void update_as(const Arguments& call, void* t) {
@@ -125,6 +141,8 @@ void update(const Arguments& call, void* t) {
 }
 
 void update_backward(const Arguments& call, void* g0, void* dv) {
+  constexpr size_t bytes_of[] = {4, 2, 2, 8};  // by Dtype
+  if (g0) prefer_huge_pages(g0, call.count * call.width * bytes_of[static_cast<int>(call.dtype)]);
   call.dtype == Dtype::float64 ? update_backward_as<double>(call, g0, dv) : update_backward_as<float>(call, g0, dv);
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..functional import tiny_lora_update
-from ..layer import is_linear_like, is_watched, weight_matrix
+from ..layer import is_linear_like, has_hooks, weight_matrix
 from .peft_adapters import from_peft, to_peft
 from .peft_factors import FitError, output_side
 
@@ -88,7 +88,7 @@ class _Accelerated:
                 )
             # [K, sum u], row k holds v_k in its own columns: P' of the others meets zeros
             v, ids = torch.block_diag(*vectors), ids.to(y.device)
-        inplace = not is_watched(self.base_layer)  # its output is fresh: _why_not_layer lets no other kind through
+        inplace = not has_hooks(self.base_layer)  # its output is fresh: _why_not_layer lets no other kind through
         return tiny_lora_update(y, stacked.basis, v, stacked.projection, stacked.offset, ids, inplace=inplace)
 
     def _why_not(self, name: str) -> str | None:

@@ -1,5 +1,15 @@
 """The two ops, their backends and the choice between them."""
-from .autograd import TinyLoRAUpdate
+from .autograd import TinyLoRALinear, TinyLoRAUpdate, frozen_linear
 from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table
 
-__all__ = ["BACKENDS", "Backend", "TinyLoRAUpdate", "choose", "requested_backend", "set_backend", "table"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "TinyLoRALinear",
+    "TinyLoRAUpdate",
+    "choose",
+    "frozen_linear",
+    "requested_backend",
+    "set_backend",
+    "table",
+]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import native, reference, triton_kernels
 from .checks import check_arguments
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, Backend
 from .schema import accumulation_dtype, library
 
 # The library fills the CPU key and, if built for it, the CUDA key. Whatever is left falls to Triton or the reference.
@@ -56,19 +56,54 @@ class TinyLoRAUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled():  # create_graph=True
-            return _backward_once(ctx, g)
-        return _backward(ctx, g)
+        return _UPDATE_BACKWARD_ONCE(ctx, g) if torch.is_grad_enabled() else _update_backward(ctx, g)
 
 
-def _backward(ctx, g):
+def _update_backward(ctx, g):
     basis, projection, adapter_ids, update_backward = ctx.frozen
     t, v = ctx.saved_tensors
     need_input_grad = ctx.needs_input_grad[0]
-    if g.stride(-1) != 1 or not g.is_contiguous():
-        g = g.contiguous()  # expanded gradients (sum, mean) have stride 0
-    g0, dv = update_backward(g, basis, v, projection, t, adapter_ids, need_input_grad)
-    return (g0 if need_input_grad else None), None, (dv if t is not None else None), None, None, None, None
+    # Expanded gradients (sum, mean) have stride 0.
+    g0, dv = update_backward(g.contiguous(), basis, v, projection, t, adapter_ids, need_input_grad)
+    return (g0 if need_input_grad else None), None, (None if t is None else dv), None, None, None, None
 
 
-_backward_once = torch.autograd.function.once_differentiable(_backward)
+class TinyLoRALinear(torch.autograd.Function):
+    """y = x W^T + b and its update, W and b frozen, as one node: gradients into x and v. Saves t, and refers to W.
+
+    Against the update behind torch's own linear this spares one node each way, which a small batch feels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, basis, v, projection, offset, adapter_ids, backend: Backend):
+        y = frozen_linear(x, weight, bias)
+        t = backend.update(y, basis, v, projection, offset, adapter_ids)
+        ctx.frozen = basis, projection, adapter_ids, backend.update_backward
+        ctx.save_for_backward(t if v.requires_grad else None, v, weight)  # a W changed since is an error
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return _LINEAR_BACKWARD_ONCE(ctx, g) if torch.is_grad_enabled() else _linear_backward(ctx, g)
+
+
+def _linear_backward(ctx, g):
+    basis, projection, adapter_ids, update_backward = ctx.frozen
+    t, v, weight = ctx.saved_tensors
+    need_input_grad = ctx.needs_input_grad[0]
+    g0, dv = update_backward(g.contiguous(), basis, v, projection, t, adapter_ids, need_input_grad)
+    # dx = g0 W
+    dx = torch.matmul(g0, weight) if need_input_grad else None
+    return dx, None, None, None, (None if t is None else dv), None, None, None, None
+
+
+# create_graph=True: second derivatives are an error, not zero.
+_UPDATE_BACKWARD_ONCE = torch.autograd.function.once_differentiable(_update_backward)
+_LINEAR_BACKWARD_ONCE = torch.autograd.function.once_differentiable(_linear_backward)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b as a fresh contiguous tensor that is no view of another."""
+    y = torch.nn.functional.linear(x, weight, bias).contiguous()
+    # With a bias and more than two dimensions y is a view of its matmul, which autograd would have to track.
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y

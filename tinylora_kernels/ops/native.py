@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
-from . import schema  # noqa: F401  the library implements the ops that schema defines
+from .._version import __version__
+from . import (
+    cuda_driver,
+    library_file,
+    schema,  # noqa: F401  the library implements the ops that schema defines
+)
 
-PACKAGE = Path(__file__).resolve().parents[1]
-LIBRARY = PACKAGE / "libtinylora.so"
-RECORD = PACKAGE / "_build_record.json"
-REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+LIBRARY = library_file.PACKAGE / "libtinylora.so"
+RECORD = library_file.PACKAGE / "_build_record.json"
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CUDA_RANKS = (1, 2, 4, 8)
@@ -47,18 +50,27 @@ def load() -> Status:
     record = _build_record()
     if not LIBRARY.is_file():
         reason = record.get("reason") or "the package was copied here without being built"
-        return Status(LIBRARY, f"not built: {reason}. To change that: {record.get('fix') or REINSTALL}", record=record)
+        return _unusable(f"not built: {reason}", record.get("fix"), record)
+    if damage := library_file.damage(LIBRARY):
+        return _unusable(f"{LIBRARY.name} does not load: {damage}", None, record)
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
-        return Status(LIBRARY, f"{LIBRARY.name} does not load: {error}. To change that: {REINSTALL}", record=record)
-    for function in (library.tinylora_build_info, library.tinylora_isa):
-        function.restype = ctypes.c_char_p
+        for function in (library.tinylora_build_info, library.tinylora_isa):
+            function.restype = ctypes.c_char_p
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason, fix = library_file.explain(str(error))
+        return _unusable(f"{LIBRARY.name} does not load: {reason}", fix, record)
     build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
+    if build["version"] != __version__:
+        return _unusable(f"{LIBRARY.name} is of version {build['version']}, the package of {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     error = isa.removeprefix("error: ") if isa.startswith("error: ") else None
     return Status(LIBRARY, error, bool(build["cuda"]), None if error else isa, build, record)
+
+
+def _unusable(reason: str, fix: str | None, record: dict) -> Status:
+    return Status(LIBRARY, f"{reason}. To change that: {fix or library_file.reinstall_command()}", record=record)
 
 
 def _build_record() -> dict:
@@ -102,12 +114,13 @@ def why_not_cuda(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
     if status.error:
         return status.error
     if not status.has_cuda:
-        return f"built without CUDA: {status.record.get('cuda_reason') or 'no nvcc'}. To change that: {REINSTALL}"
+        reason = status.record.get("cuda_reason") or "no nvcc"
+        return f"built without CUDA: {reason}. To change that: {library_file.reinstall_command()}"
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, this torch is for AMD"
     if rank not in CUDA_RANKS:
         return f"rank {rank}: the CUDA kernels exist for ranks {', '.join(map(str, CUDA_RANKS))}"
-    return _why_not_dtype(dtype)
+    return _why_not_dtype(dtype) or cuda_driver.why_not(status.build.get("cuda_toolkit", "0"), status.build["cuda"])
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
