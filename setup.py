@@ -10,7 +10,12 @@ Environment:
     TINYLORA_CUDA_ARCHITECTURES     CMake's CUDA_ARCHITECTURES, e.g. "80-real;90" (default: this machine's GPUs, or a
                                     short list where there is none)
     TINYLORA_TORCH_DIR              the installed torch package to build against (default: this environment's)
+    TINYLORA_CUDART_DIR             where libcudart_static.a is, instead of the toolkit's own folder
+    TINYLORA_BUILD_DIR              keep the objects there, so that the next build compiles only what changed
+    TINYLORA_LOCAL_VERSION          "cu130" makes the version 0.1.0+cu130
     MAX_JOBS                        parallel compilations
+
+Wheels for other machines are built, checked and named by release/wheels.py.
 """
 import importlib.util
 import json
@@ -28,6 +33,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "tinylora_kernels"
@@ -115,8 +121,9 @@ def cuda_architectures() -> str:
 
 
 def run_cmake(cmake: str, settings: dict[str, str], log: Path) -> Path:
-    """Configure and build in a fresh directory; the path of the library, or CalledProcessError."""
-    directory = Path(tempfile.mkdtemp(prefix="tinylora-build-"))
+    """Configure and build, in a fresh directory unless one is to be kept; the library's path, or CalledProcessError."""
+    kept = os.environ.get("TINYLORA_BUILD_DIR")
+    directory = Path(kept or tempfile.mkdtemp(prefix="tinylora-build-"))
     try:
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         configure = [cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
@@ -130,7 +137,8 @@ def run_cmake(cmake: str, settings: dict[str, str], log: Path) -> Path:
         shutil.copy2(directory / LIBRARY, log.with_name(LIBRARY))
         return log.with_name(LIBRARY)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def first_error(output: str) -> str:
@@ -161,6 +169,7 @@ def build_native(destination: Path) -> dict:
         log.unlink(missing_ok=True)
         if nvcc := find_nvcc():
             cuda = {"TINYLORA_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc, "TINYLORA_ARCHITECTURES": cuda_architectures()}
+            cuda["TINYLORA_CUDART_DIR"] = os.environ.get("TINYLORA_CUDART_DIR", "")
             try:
                 run_cmake(cmake, settings | cuda, log)
                 record |= {"cuda": True, "architectures": cuda["TINYLORA_ARCHITECTURES"]}
@@ -216,6 +225,15 @@ class BuildLibrary(build_ext):
         return {}
 
 
+class LabelledMetadata(egg_info):
+    """Adds TINYLORA_LOCAL_VERSION to the version."""
+
+    def finalize_options(self) -> None:
+        if label := os.environ.get("TINYLORA_LOCAL_VERSION"):
+            self.tag_build = f"+{label}"
+        super().finalize_options()
+
+
 class PlatformWheel(bdist_wheel):
     """Tagged py3-none-<platform>: the library depends on the machine and on no Python version."""
 
@@ -231,5 +249,5 @@ class PlatformWheel(bdist_wheel):
 if __name__ == "__main__":  # how build frontends run this file; importing it gives its functions
     setup(
         ext_modules=[Extension(f"{PACKAGE}.libtinylora", sources=[])],
-        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel, "egg_info": LabelledMetadata},
     )

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 
 import torch
 
 from ._version import __version__
-from .ops import dispatch, native
+from .ops import cuda_driver, dispatch, native
 
+PACKAGES = ("numpy", "safetensors", "triton", "transformers", "peft", "trl")  # used, where they are installed
 DTYPES = (torch.float32, torch.bfloat16)  # the ones backends are asked about
 
 
@@ -26,6 +28,8 @@ def collect(rank: int = 2) -> dict:
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": {"torch": torch.version.cuda, "driver": cuda_driver.driver_version()},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "native": {
             "path": str(status.path),
             "error": status.error,
@@ -51,6 +55,14 @@ def backends(device_type: str, rank: int) -> dict[str, str | None]:
     return reasons
 
 
+def version_of(package: str) -> str | None:
+    """The installed version, None without one."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def cpu_name() -> str:
     """The CPU's model name where the system tells."""
     try:
@@ -67,10 +79,14 @@ def report(facts: dict) -> str:
     cuda = library["cuda_architectures"] or "none"
     if not library["cuda_architectures"] and (reason := library["build_record"].get("cuda_reason")):
         cuda += f" ({reason})"
+    driver = "{}.{}".format(*facts["cuda"]["driver"]) if facts["cuda"]["driver"] else "none"
+    packages = ", ".join(f"{name} {version or 'none'}" for name, version in facts["packages"].items())
     lines = [
         f"tinylora_kernels {facts['package']}   python {facts['python']}   torch {facts['torch']}",
         f"machine          {facts['machine']}",
         f"gpu              {facts['gpu'] or 'none'}",
+        f"CUDA             torch's {facts['cuda']['torch'] or 'none'}, the driver's {driver}",
+        f"packages         {packages}",
         f"native library   {state}",
     ]
     if not library["error"]:

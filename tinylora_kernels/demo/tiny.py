@@ -140,6 +140,11 @@ def load_checkpoint(path: Path = CHECKPOINT) -> TinyDecoder:
     """The trained decoder, float32; the file holds its weights in float16."""
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: the tiny decoder is in the sdist and in a checkout, not in a wheel; put the file there, or train "
+            f"it again: python -m tinylora_kernels.demo.pretrain_tiny"
+        )
     model = TinyDecoder()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return model.eval()

@@ -1,0 +1,193 @@
+"""Builds what is released: the sdist, and from it the wheels, checked before they are handed over.
+
+    python release/wheels.py                  sdist, CPU wheel, and a wheel for the CUDA of the nvcc found, into dist/
+    python release/wheels.py cpu cu130        these wheels, and the sdist they are built from
+    CUDACXX=/usr/local/cuda-12.8/bin/nvcc python release/wheels.py cu128
+
+Runs on Linux, x86-64 or aarch64, in an environment that has torch >= 2.10 (any build: its headers are what is used, no
+GPU and no CUDA torch is needed), setuptools, wheel, cmake and ninja, with g++ and binutils on PATH. No container: the
+symbols of a newer glibc and libstdc++ are kept out of the library (csrc/manylinux.cpp, old_glibc.py), and audit.py
+reads the result. Objects stay in build/wheels, so that a second run compiles only what changed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import audit
+import old_glibc
+
+ROOT = Path(__file__).resolve().parents[1]
+PLATFORM = f"manylinux_2_28_{platform.machine()}"
+LIBRARY, RECORD = "tinylora_kernels/libtinylora.so", "tinylora_kernels/_build_record.json"
+MEGABYTE = 10**6
+# Machine code for every generation since Turing; the PTX of the last entry covers those to come.
+ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100-real;120"
+ARCHITECTURES_BEFORE_12_8 = "75-real;80-real;86-real;89-real;90"
+
+
+class Failure(Exception):
+    """Why a wheel cannot be handed over."""
+
+
+class Nvcc(NamedTuple):
+    """A CUDA compiler and its version."""
+
+    path: Path
+    version: tuple[int, int]
+
+    @property
+    def flavour(self) -> str:
+        return "cu{}{}".format(*self.version)
+
+    @property
+    def architectures(self) -> str:
+        return ARCHITECTURES if self.version >= (12, 8) else ARCHITECTURES_BEFORE_12_8
+
+
+def find_nvcc() -> Nvcc | None:
+    """CUDACXX, or the nvcc on PATH, or the one in /usr/local/cuda."""
+    for name in filter(None, (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")):
+        if path := shutil.which(name):
+            text = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
+            major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
+            return Nvcc(Path(path).resolve(), (int(major), int(minor)))
+    return None
+
+
+def run(command: list, cwd: Path, **environment: str) -> None:
+    """Run quietly; what it printed is the error if it fails."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=os.environ | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise Failure(f"{' '.join(map(str, command))} failed:\n{done.stdout[-6000:]}")
+
+
+def build_sdist(out: Path, work: Path) -> Path:
+    """The source archive of this tree, and nothing written into the tree."""
+    folder = work / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run([sys.executable, "setup.py", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder], cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return Path(shutil.copy2(archive, out / archive.name))
+
+
+def unpack(archive: Path, work: Path) -> Path:
+    """The source tree that the wheels are built from: what is not in the archive is not in them either."""
+    source = work / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    with tarfile.open(archive) as files:
+        files.extractall(source, filter="data")
+    (tree,) = source.iterdir()
+    return tree.rename(source / "tinylora-kernels")  # the same path for every version, for the sake of kept objects
+
+
+def portable_cudart(nvcc: Nvcc, work: Path) -> Path:
+    """A folder with the toolkit's static runtime, bound to glibc 2.28 or older."""
+    # Asked of nvcc itself: the program on PATH may be a link or a script.
+    plan = subprocess.run([nvcc.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    home = Path(re.search(r"TOP=(.*)", plan).group(1).strip()).resolve()
+    places = [home / "lib64", home / f"targets/{platform.machine().replace('aarch64', 'sbsa')}-linux/lib", home / "lib"]
+    archive = next((p / "libcudart_static.a" for p in places if (p / "libcudart_static.a").is_file()), None)
+    if archive is None:
+        raise Failure(f"libcudart_static.a: expected under {home}, found none; install the whole CUDA toolkit")
+    folder = work / f"cudart-{nvcc.flavour}"
+    old_glibc.bind_to_old_glibc(archive, folder / archive.name)
+    return folder
+
+
+def build_wheel(flavour: str, nvcc: Nvcc | None, source: Path, out: Path, work: Path) -> Path:
+    """One wheel: the sources of the sdist, the kernels that `flavour` names."""
+    environment = {
+        "TINYLORA_LOCAL_VERSION": flavour,
+        "TINYLORA_BUILD_DIR": str(work / f"objects-{flavour}"),
+        "TINYLORA_BUILD_NATIVE": "1",
+        "TINYLORA_BUILD_CUDA": "0",
+    }
+    if flavour != "cpu":
+        if nvcc is None or nvcc.flavour != flavour:
+            found = f"that of {nvcc.flavour}" if nvcc else "none"
+            raise Failure(f"{flavour}: expected an nvcc of that version in CUDACXX or on PATH, found {found}")
+        environment |= {
+            "TINYLORA_BUILD_CUDA": "1",
+            "CUDACXX": str(nvcc.path),
+            "TINYLORA_CUDA_ARCHITECTURES": nvcc.architectures,
+            "TINYLORA_CUDART_DIR": str(portable_cudart(nvcc, work)),
+        }
+    folder = work / f"wheel-{flavour}"
+    for left in (folder, source / "build"):
+        shutil.rmtree(left, ignore_errors=True)
+    command = [sys.executable, "setup.py", "bdist_wheel", "--plat-name", PLATFORM, "--dist-dir", folder]
+    run(command, cwd=source, **environment)
+    (wheel,) = folder.glob("*.whl")
+    check_wheel(wheel, flavour, work)
+    return Path(shutil.copy2(wheel, out / wheel.name))
+
+
+def check_wheel(wheel: Path, flavour: str, work: Path) -> None:
+    """Refuse a wheel without its kernels, tied to this machine, too large, or misnamed."""
+    problems = []
+    if not wheel.name.endswith(f"+{flavour}-py3-none-{PLATFORM}.whl"):
+        problems.append(f"expected +{flavour}-py3-none-{PLATFORM} in its name")
+    with zipfile.ZipFile(wheel) as files:
+        record = json.loads(files.read(RECORD))
+        if not record["library"] or record["cuda"] != (flavour != "cpu"):
+            raise Failure(f"{wheel.name}: not built: {record['reason'] or record['cuda_reason']}")
+        library = Path(files.extract(LIBRARY, work / "audited"))
+    problems += audit.audit(library)
+    limit, size = (1 if flavour == "cpu" else 5) * MEGABYTE, wheel.stat().st_size
+    if size >= limit:
+        problems.append(f"expected less than {limit / MEGABYTE} MB, found {size / MEGABYTE:.2f}")
+    if problems:
+        raise Failure("\n".join([f"{wheel.name}:", *problems]))
+
+
+def report(paths: list[Path]) -> str:
+    rows = []
+    for path in paths:
+        library = ""
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as files:
+                library = f"   library {files.getinfo(LIBRARY).file_size / MEGABYTE:.2f} MB, audited"
+        rows.append(f"{path.name:<72} {path.stat().st_size / MEGABYTE:5.2f} MB{library}")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("flavours", nargs="*", help="cpu, or cu and the CUDA version without its dot")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the files go (default: dist)")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/wheels", help="where objects stay between runs")
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    flavours = options.flavours or ["cpu", *([nvcc.flavour] if nvcc else [])]
+    work, out = options.work.resolve(), options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        built = [build_sdist(out, work)]
+        source = unpack(built[0], work)
+        for flavour in flavours:
+            print(f"building {flavour}", flush=True)
+            built.append(build_wheel(flavour, nvcc, source, out, work))
+    except Failure as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    print(report(built))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
