@@ -31,6 +31,7 @@ from .adapter_format import (
 )
 from .config import TinyLoRAConfig
 from .factors import Factors, basis_sketch, compare_sketch, factorize_many, weight_fingerprint
+from .frozen import dense
 from .layer import TinyLoRALayer, weight_matrix
 from .lora_xs import LoRAXSConfig, apply_lora_xs, ratio_projection
 from .merge import is_merged, original_weight
@@ -254,7 +255,7 @@ def _set_factors(layer: TinyLoRALayer, basis: Tensor, sigma: Tensor) -> None:
     layer.sigma.copy_(sigma)
     layer.projection.copy_(projection)
     if layer.offset is not None:
-        layer.offset.copy_(layer.basis @ layer.base.bias.to(layer.basis))
+        layer.offset.copy_(layer.basis @ dense(layer.base.bias.detach()).to(layer.basis))
 
 
 @torch.no_grad()

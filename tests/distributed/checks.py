@@ -1,0 +1,158 @@
+"""What the ranks check beside the layouts: shared factorisation, checkpoints between layouts, refusals."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from tests.distributed import layouts
+from tests.distributed.layouts import LAYOUTS, batch, config_of, model_of, parallel_plan, set_vectors
+from tinylora_kernels import AdapterBank, apply_tiny_lora, load_adapter, trainable_vectors
+from tinylora_kernels import distributed as module_under_test
+from tinylora_kernels.distributed import factorize_shared, save_adapter_once
+from tinylora_kernels.factors import truncated_svd
+
+CONFIG = config_of(torch.float32)
+
+
+def sharing(rank: int, world: int) -> dict:
+    """The matrices this rank factorised, from whole weights and from sharded ones, and the factors it ended with."""
+    seen: list[str] = []
+
+    def counted(weight, *args, name, **kwargs):
+        seen.append(name)
+        assert type(weight) is torch.Tensor
+        return truncated_svd(weight, *args, name=name, **kwargs)
+
+    module_under_test.truncated_svd = counted
+    try:
+        whole = factorize_shared(model_of(torch.float32, 2), CONFIG)
+        from_whole = list(seen)
+        seen.clear()
+        sharded = model_of(torch.float32, 2)
+        parallelize_module(sharded, init_device_mesh("cpu", (world,)), parallel_plan(sharded, "", RowwiseParallel()))
+        gathered = factorize_shared(sharded, CONFIG)
+    finally:
+        module_under_test.truncated_svd = truncated_svd
+    same = all(torch.equal(whole[name].basis, gathered[name].basis) for name in whole)
+    return {"whole": from_whole, "sharded": seen, "same": same, "bases": {n: f.basis.numpy() for n, f in whole.items()}}
+
+
+def failing(rank: int, world: int) -> str:
+    """Every rank hears of the one weight that cannot be factorised."""
+    model = model_of(torch.float32, 2)
+    model.layers[1].k_proj.weight.data[3, 2] = float("nan")
+    try:
+        factorize_shared(model, CONFIG)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def write_checkpoints(rank: int, world: int, layout: str, directory: str) -> None:
+    """A distributed checkpoint and an adapter file from this layout."""
+    placed = LAYOUTS[layout](model_of(torch.float32, 2), init_device_mesh("cpu", (world,)), CONFIG)
+    set_vectors(placed.bare)
+    checkpoint.save(placed.bare.state_dict(), checkpoint_id=os.path.join(directory, "dcp"))
+    save_adapter_once(placed.bare, os.path.join(directory, "adapter.safetensors"))
+
+
+def read_checkpoints(rank: int, world: int, layout: str, directory: str) -> list[float]:
+    """Largest deviation of the logits from one process's, with the whole checkpoint and with the adapter file alone."""
+    expected = layouts.one_process(model_of(torch.float32, 2), CONFIG)
+    set_vectors(expected.bare)
+    tokens, _ = batch()
+    truth = expected.forward(tokens).detach()
+    found = []
+    for source in ("dcp", "adapter.safetensors"):
+        bare = model_of(torch.float32, 2)
+        placed = LAYOUTS[layout](bare, init_device_mesh("cpu", (world,)), CONFIG)
+        if source == "dcp":
+            with torch.no_grad():
+                for parameter in bare.parameters():
+                    parameter.zero_()
+            state = bare.state_dict()
+            checkpoint.load(state, checkpoint_id=os.path.join(directory, source))
+            bare.load_state_dict(state)
+        else:
+            load_adapter(bare, Path(directory, source))
+        found.append(layouts.relative(placed.forward(tokens[placed.rows]).detach(), truth[placed.rows]))
+    return found
+
+
+def uneven(rank: int, world: int) -> list[float]:
+    """A column shard of 42 features over 4 ranks is 11, 11, 11 and 9: output, dx and dv beside the whole layer's."""
+
+    def layer() -> nn.Sequential:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(20, 42)).double()
+
+    whole, sharded = layer(), layer()
+    parallelize_module(
+        sharded, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel(output_layouts=Replicate())}
+    )
+    results = []
+    for model in (whole, sharded):
+        apply_tiny_lora(model, config_of_one())
+        set_vectors(model)
+        x = torch.linspace(-1, 1, 5 * 20, dtype=torch.float64).view(5, 20).requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, trainable_vectors(model)[0].grad))
+    return [layouts.relative(found, expected) for expected, found in zip(*results)]
+
+
+def config_of_one():
+    config = config_of(torch.float64)
+    config.target_modules = None
+    return config
+
+
+def refusals(rank: int, world: int) -> list[str]:
+    """What a layout without an update says."""
+    mesh = init_device_mesh("cpu", (world,))
+    model = model_of(torch.float32, 1)
+    parallelize_module(model, mesh, parallel_plan(model, "", RowwiseParallel()))
+    apply_tiny_lora(model, CONFIG, factors=factorize_shared(model, CONFIG))
+    messages = []
+    layer = model.layers[0].o_proj
+    for partial in ("avg", "max"):
+        y = distribute_tensor(torch.ones(3, 24), mesh, [Replicate()])
+        y = y.from_local(y.to_local(), mesh, [Partial(partial)])
+        messages.append(error_of(lambda: module_under_test.update_sharded(y, layer, layer.v, None)))
+    bank = AdapterBank(model, capacity=2)
+    bank.add("a")
+    with bank.use(["a"] * layouts.BATCH):
+        messages.append(error_of(lambda: model(batch()[0])))
+    return messages
+
+
+def error_of(call) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def check_all(rank: int, world: int, directory: str) -> dict:
+    """Everything above, in one start of the processes."""
+    found = {"sharing": sharing(rank, world), "failing": failing(rank, world), "uneven": uneven(rank, world)}
+    found["refusals"] = refusals(rank, world)
+    pairs = {"FSDP2, adapted before": "tensor parallel, adapted after", "tensor parallel, adapted after": "DDP"}
+    found["checkpoints"] = {}
+    for number, (source, target) in enumerate(pairs.items()):
+        place = os.path.join(directory, str(number))
+        if rank == 0:
+            os.mkdir(place)
+        dist.barrier()
+        write_checkpoints(rank, world, source, place)
+        found["checkpoints"][source, target] = read_checkpoints(rank, world, target, place)
+    return found
