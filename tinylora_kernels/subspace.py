@@ -20,7 +20,7 @@ OVERSAMPLING = 6  # vectors in a block beyond the rank
 BLOCKS_KEPT = 12  # blocks in the space before it is compressed
 MAX_STEPS = 400
 PATIENCE = 12  # steps of the search without progress: its products are less exact than fp32 (TF32, bf16)
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}  # entries of W multiplied at a time: what a cache holds
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}  # of W in the product's dtype, multiplied at a time: half a CPU's L2
 CHUNKS_PER_SLAB = 8  # summed in the precision at hand; slabs are summed in fp64, in order, whatever the threads
 ANGLE_TOL = 3e-6  # accepted bound on the error of a singular vector, radians; the error is below a third of it
 ROUNDING = {torch.float32: 5e-7, torch.float64: 4e-15}  # a residual below this share of ||A|| may be rounding
@@ -181,9 +181,9 @@ def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, imag
     """left = X W^T and image = X W^T W for rows X [b, n], in one pass over W [m, n]."""
     weight, scale = space.weight, space.scale
     m, n = weight.shape
-    step = max(32, CHUNK_ELEMENTS[weight.device.type] // n)
-    slab = step * CHUNKS_PER_SLAB
     x = rows.to(dtype)
+    step = max(16, CHUNK_BYTES[weight.device.type] // (n * x.element_size()))
+    slab = step * CHUNKS_PER_SLAB
 
     def multiply_slab(first: int) -> Tensor:
         total = torch.zeros_like(x)
