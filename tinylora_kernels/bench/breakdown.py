@@ -2,14 +2,11 @@
 
 Parts are differences of nested calls. On no rows at all nothing but overhead is left, so that
 
-    kernel        op(N rows) - op(0 rows)                          the update itself, M and dv included
-    dispatch      op(0 rows)                                       torch's dispatcher, argument checks, result tensors
-    autograd      TinyLoRAUpdate.apply(0 rows) - op(0 rows)        the node of the graph; backward: Python and engine
-    functional    tiny_lora_update(0 rows) - apply(0 rows)         choice of backend, dtype checks
-    module        layer(0 rows) - base(0 rows) - update(0 rows)    nn.Module's call and TinyLoRALayer.forward
-    contraction   op(0 rows, u = 13) - op(0 rows, u = 1)           M = sum v_i P'_i, dv_i = <P'_i, dM>; inside dispatch
-
-The sum is set beside the difference that whole_model measured between adapted and frozen steps.
+    kernel        op(N rows) - op(0 rows)                   the update itself
+    dispatch      op(0 rows)                                torch's dispatcher, argument checks, M and dv, result tensors
+    autograd      apply(0 rows) - linear(0 rows) - op(0)    the node in Python instead of torch's own in C++, both ways
+    module        layer(0 rows) - base(0 rows) - the above  TinyLoRALayer.forward: hooks, choice of backend
+    contraction   op(0 rows, u = 13) - op(0 rows, u = 1)    M = sum v_i P'_i, dv_i = <P'_i, dM>; a part of dispatch
 """
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import ops
-from ..functional import tiny_lora_update
 from ..layer import TinyLoRALayer
 from . import environment, table
 from .contenders import our_layer, make_problem
@@ -77,55 +73,48 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     """Part -> seconds a call of one layer."""
     no_x, no_g = x[:, :0].detach().requires_grad_(training), g[:, :0]
     y, no_y = g.clone(), g[:, :0].clone()
-    basis, v, projection = layer.basis, layer.v.detach(), layer.projection
-    one_v, one_projection = v[:1], projection[:1]
+    weight, basis, projection = layer.base.weight, layer.basis, layer.projection
+    v = layer.v.detach() * 1e-6  # every call works on y in place: a small v keeps repeated updates finite
     backend = ops.BACKENDS[ops.choose("cpu", x.dtype, len(basis))]
-    # Every call works on y in place; a small v keeps repeated updates finite.
-    small = v * 1e-6
 
-    def op(rows: Tensor, v: Tensor = small, projection: Tensor = projection) -> Callable:
-        return lambda: backend.update(rows, basis, v, projection, None, None)
+    def op(rows: Tensor, numbers: int) -> Callable:
+        return lambda: backend.update(rows, basis, v[:numbers], projection[:numbers], None, None)
 
-    def op_backward(gradient: Tensor, t: Tensor, v: Tensor = small, projection: Tensor = projection) -> Callable:
-        return lambda: backend.update_backward(gradient, basis, v, projection, t, None, True)
+    def op_backward(gradient: Tensor, t: Tensor, numbers: int) -> Callable:
+        return lambda: backend.update_backward(
+            gradient, basis, v[:numbers], projection[:numbers], t, None, True
+        )  # fmt: skip
 
-    def update(function: Callable) -> Callable:
-        """A function of no rows, fresh as a layer's output: inside the graph, and no view."""
-        unsafe_view = torch.ops.aten._unsafe_view.default
-        return lambda: function(unsafe_view(no_y.detach().requires_grad_(training), no_y.shape))
-
-    trained, apply = layer.v, ops.TinyLoRAUpdate.apply
+    u = len(v)
     calls = {
-        "op": op(y), "op none": op(no_y), "op one": op(no_y, one_v, one_projection),
-        "functional": update(lambda rows: tiny_lora_update(rows, basis, trained, projection, inplace=True)),
-        "apply": update(lambda rows: apply(rows, basis, trained, projection, None, None, backend.name)),
-        "rows": update(lambda rows: rows),
+        "op": op(y, u), "op none": op(no_y, u), "op one": op(no_y, 1),
         "layer": lambda: layer(no_x), "base": lambda: layer.base(no_x),
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(y.shape[1], len(basis)), torch.randn(0, len(basis))
+        node = ops.TinyLoRALinear.apply
         calls |= {
-            "backward": op_backward(g, t), "backward none": op_backward(no_g, no_t),
-            "backward one": op_backward(no_g, no_t, one_v, one_projection),
+            "apply": lambda: node(no_x, weight, None, basis, layer.v, projection, None, None, backend),
+            "linear": lambda: nn.functional.linear(no_x, weight),
+            "backward": op_backward(g, t, u), "backward none": op_backward(no_g, no_t, u),
+            "backward one": op_backward(no_g, no_t, 1),
         }  # fmt: skip
-    else:  # without gradients the node is never made
-        calls["apply"] = update(lambda rows: op(rows)())
     with torch.set_grad_enabled(training):
         s = _medians(calls, rounds)
+    node = s["apply"] - s["linear"] - s["op none"] if training else 0.0
     parts = {
         ("forward", "kernel"): s["op"] - s["op none"],
         ("forward", "dispatch"): s["op none"],
-        ("forward", "functional"): s["functional"] - s["apply"],
-        ("forward", "module"): (s["layer"] - s["base"]) - (s["functional"] - s["rows"]),
+        ("forward", "module"): s["layer"] - s["base"] - s["op none"] - node,
         ("forward", "contraction"): s["op none"] - s["op one"],
-    }  # fmt: skip
+    }
     if training:
-        node = _backward_seconds(layer, no_x, no_g, rounds) - _backward_seconds(layer.base, no_x, no_g, rounds)
+        both = _backward_seconds(layer, no_x, no_g, rounds) - _backward_seconds(layer.base, no_x, no_g, rounds)
         parts |= {
-            ("forward", "autograd"): s["apply"] - s["rows"] - s["op none"],
+            ("forward", "autograd"): node,
             ("backward", "kernel"): s["backward"] - s["backward none"],
             ("backward", "dispatch"): s["backward none"],
-            ("backward", "autograd"): node - s["backward none"],
+            ("backward", "autograd"): both - s["backward none"],
             ("backward", "contraction"): s["backward none"] - s["backward one"],
         }
     return parts

@@ -71,7 +71,7 @@ def code_fingerprint() -> str:
 
     A run is resumed only where this has not changed.
     """
-    package = native.PACKAGE
+    package = native.LIBRARY.parent
     sources = [package / "layer.py", package / "functional.py", *sorted((package / "ops").glob("*.py"))]
     digest = hashlib.sha256()
     for path in [*sources, native.LIBRARY]:
