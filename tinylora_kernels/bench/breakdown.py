@@ -10,6 +10,7 @@ Parts are differences of nested calls. On no rows at all nothing but overhead is
 """
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,13 +78,11 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     v = layer.v.detach() * 1e-6  # every call works on y in place: a small v keeps repeated updates finite
     backend = ops.BACKENDS[ops.choose("cpu", x.dtype, len(basis))]
 
-    def op(rows: Tensor, numbers: int) -> Callable:
-        return lambda: backend.update(rows, basis, v[:numbers], projection[:numbers], None, None)
+    def op(rows: Tensor, u: int) -> Callable:
+        return functools.partial(backend.update, rows, basis, v[:u], projection[:u], None, None)
 
-    def op_backward(gradient: Tensor, t: Tensor, numbers: int) -> Callable:
-        return lambda: backend.update_backward(
-            gradient, basis, v[:numbers], projection[:numbers], t, None, True
-        )  # fmt: skip
+    def op_backward(gradient: Tensor, t: Tensor, u: int) -> Callable:
+        return functools.partial(backend.update_backward, gradient, basis, v[:u], projection[:u], t, None, True)
 
     u = len(v)
     calls = {
