@@ -5,10 +5,13 @@ of it. Both the sampler and the scorer walk that tree: the common beginning is c
 prompt, then the completions, all through one key-value cache. With autograd on, the cache carries the graph, so the
 gradient is that of the whole sequences. For 8 prompts of 46 tokens with 8 samples of 12 each, that is 900 tokens in
 place of 3,700.
+
+Prompts may run different adapters of a bank: then the common beginning is computed once for each adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..bank import AdapterBank
 from ..rl import token_log_probs
 from .models import LanguageModel
 
@@ -36,16 +40,33 @@ class Completions:
         return Completions(self.tokens[rows][:, :width], mask[:, :width], self.samples)
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """The adapter of a bank that each prompt, and each of its replies, runs."""
+
+    bank: AdapterBank
+    ids: Tensor  # [P] as in AdapterBank.use
+
+
 class Prefix:
     """Prompts run through the model: their cache, and the scores of the first new token."""
 
-    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]]):
+    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], adapters: Assignment | None = None):
         self.model = model
         self.cache = model.new_cache()
+        # one number a row, [B]; a model without a bank is one adapter
+        self.bank, self.ids = (adapters.bank, adapters.ids) if adapters else (None, torch.zeros(len(prompts)).long())
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # leave each prompt a token
         if shared:
-            self._forward(torch.tensor([prompts[0][:shared]]), torch.ones(1, shared, dtype=torch.long), keep=1)
-            self.cache.batch_repeat_interleave(len(prompts))
+            of_prompts = self.ids
+            self.ids, row = of_prompts.unique(return_inverse=True)
+            beginning = torch.tensor([prompts[0][:shared]]).expand(len(self.ids), -1)
+            self._forward(beginning, torch.ones_like(beginning), keep=1)
+            if len(self.ids) == 1:
+                self.cache.batch_repeat_interleave(len(prompts))  # its gradient is a plain sum
+            else:
+                self.cache.batch_select_indices(row)
+            self.ids = of_prompts
         # the rest of each prompt, padded on the left: [P, L]
         longest = max(map(len, prompts)) - shared
         rows = [[model.pad_id] * (longest + shared - len(p)) + list(p[shared:]) for p in prompts]
@@ -57,10 +78,11 @@ class Prefix:
         """Every prompt ``times`` in a row, in the cache; the logits stay one row a prompt."""
         self.cache.batch_repeat_interleave(times)
         self.visible = self.visible.repeat_interleave(times, dim=0)
+        self.ids = self.ids.repeat_interleave(times)
 
     def keep_rows(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
-        self.visible = self.visible[rows]
+        self.visible, self.ids = self.visible[rows], self.ids[rows]
 
     def extend(self, tokens: Tensor, keep: int = 0) -> Tensor:
         """Append tokens [B, T]; returns the scores of what follows each, [B, T or keep, V]."""
@@ -69,13 +91,14 @@ class Prefix:
 
     def _forward(self, tokens: Tensor, visible: Tensor, keep: int) -> Tensor:
         positions = (visible.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # padding takes no position
-        output = self.model.module(
-            input_ids=tokens,
-            attention_mask=visible,
-            position_ids=positions,
-            past_key_values=self.cache,
-            logits_to_keep=keep,
-        )
+        with contextlib.nullcontext() if self.bank is None else self.bank.use(self.ids):
+            output = self.model.module(
+                input_ids=tokens,
+                attention_mask=visible,
+                position_ids=positions,
+                past_key_values=self.cache,
+                logits_to_keep=keep,
+            )
         return output.logits
 
 
@@ -86,6 +109,9 @@ def generate(
     temperatures: Sequence[float],
     max_new_tokens: int,
     generator: torch.Generator | None = None,
+    *,
+    uniform: Tensor | None = None,
+    adapters: Assignment | None = None,
 ) -> Completions:
     """One reply for each prompt and each temperature; 0 is greedy.
 
@@ -94,8 +120,11 @@ def generate(
         temperatures: n of them: [0.7] * 8 samples eight replies, [0, 0.7] one greedy and one sampled.
         max_new_tokens: replies end at the model's end token or here.
         generator: of the samples.
+        uniform: [P * n, max_new_tokens] float64 in [0, 1), in place of a generator: what a reply is then does not depend
+            on the other replies of the batch.
+        adapters: of the prompts.
     """
-    prefix = Prefix(model, prompts)
+    prefix = Prefix(model, prompts, adapters)
     samples, total = len(temperatures), len(prompts) * len(temperatures)
     scores = prefix.logits.repeat_interleave(samples, dim=0)  # [B, V]
     prefix.repeat(samples)
@@ -105,7 +134,7 @@ def generate(
     open_ = torch.ones(total, dtype=torch.bool)
     rows = torch.arange(total)  # the replies still in the batch
     for step in range(max_new_tokens):
-        chosen = draw(scores, temperature[rows], generator)  # [B]
+        chosen = draw(scores, temperature[rows], generator, None if uniform is None else uniform[rows, step])  # [B]
         tokens[rows[open_], step] = chosen[open_]
         mask[rows[open_], step] = True
         open_ &= chosen != model.end_id  # [B]
@@ -119,8 +148,10 @@ def generate(
     return Completions(tokens, mask, samples).select_prompts(torch.arange(len(prompts)))
 
 
-def draw(scores: Tensor, temperature: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A token for each row of scores [B, V]; temperature [B, 1], 0 takes the best.
+def draw(
+    scores: Tensor, temperature: Tensor, generator: torch.Generator | None, uniform: Tensor | None = None
+) -> Tensor:
+    """A token for each row of scores [B, V]; temperature [B, 1], 0 takes the best; uniform [B] or a generator.
 
     Sampling inverts the cumulative distribution: one random number a row, where torch.multinomial draws V.
     """
@@ -128,17 +159,25 @@ def draw(scores: Tensor, temperature: Tensor, generator: torch.Generator | None)
     sampled = (temperature > 0).squeeze(1)
     chosen[~sampled] = scores[~sampled].argmax(dim=1)
     cumulative = (scores[sampled].float() / temperature[sampled]).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
-    # uniform in [0, total): the first token whose cumulative probability exceeds it
-    uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
-    chosen[sampled] = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+    if uniform is None:
+        number = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64)
+    else:
+        number = uniform[sampled].unsqueeze(1)
+    # a threshold in [0, total): the first token whose cumulative probability exceeds it
+    threshold = number * cumulative[:, -1:]
+    chosen[sampled] = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
     return chosen
 
 
 def completion_log_probs(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], completions: Completions, temperature: float
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    temperature: float,
+    adapters: Assignment | None = None,
 ) -> Tensor:
     """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values."""
-    prefix = Prefix(model, prompts)
+    prefix = Prefix(model, prompts, adapters)
     tokens, samples = completions.tokens, completions.samples
     first = tokens[:, 0].view(-1, samples)  # [P, n]
     scores = prefix.logits.unsqueeze(1).expand(-1, samples, -1)  # [P, n, V]
