@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
@@ -16,8 +18,15 @@ from tests.distributed import layouts
 from tests.distributed.layouts import LAYOUTS, batch, config_of, model_of, parallel_plan, set_vectors
 from tinylora_kernels import AdapterBank, apply_tiny_lora, load_adapter, trainable_vectors
 from tinylora_kernels import distributed as module_under_test
+from tinylora_kernels.demo import workers
+from tinylora_kernels.demo.generation import generate
+from tinylora_kernels.demo.models import PROJECTIONS, tiny_model
+from tinylora_kernels.demo.recipes import adapter_config
+from tinylora_kernels.demo.tasks import task
+from tinylora_kernels.demo.training import Run, Settings
 from tinylora_kernels.distributed import factorize_shared, save_adapter_once
 from tinylora_kernels.factors import truncated_svd
+from tinylora_kernels.model import target_names
 
 CONFIG = config_of(torch.float32)
 
@@ -134,6 +143,25 @@ def refusals(rank: int, world: int) -> list[str]:
     return messages
 
 
+def demo_step(rank: int, world: int) -> np.ndarray:
+    """The first moments of Adam after one learning step of the demo on four prompts, split over the ranks.
+
+    Replies to the second and the fourth prompt all earn the same, so that a rank of its own for them has no gradient.
+    """
+    model = tiny_model()
+    modules = len(target_names(model.module, PROJECTIONS))
+    workers.adapt(model.module, adapter_config(13, modules))
+    settings = Settings(steps=1, prompts=4, samples=4, lr=0.01, temperature=1.0)
+    run = Run(model, task("digit-sums"), settings)
+    prompts = [model.encode(problem.prompt) for problem in islice(run.problems, 4)]
+    found = generate(model, prompts, [1.0] * 4, 8, torch.Generator().manual_seed(1))
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0] * 4, [1.0, 0.0, 0.0, 0.0], [0.0] * 4])
+    own = torch.arange(rank, 4, world)
+    run._learn([prompts[i] for i in own], found.select_prompts(own), rewards[own].flatten())
+    moments = run.trainer.optimizer.state
+    return torch.cat([moments[v]["exp_avg"] for v in trainable_vectors(model.module)]).numpy()
+
+
 def error_of(call) -> str:
     try:
         call()
@@ -145,7 +173,7 @@ def error_of(call) -> str:
 def check_all(rank: int, world: int, directory: str) -> dict:
     """Everything above, in one start of the processes."""
     found = {"sharing": sharing(rank, world), "failing": failing(rank, world), "uneven": uneven(rank, world)}
-    found["refusals"] = refusals(rank, world)
+    found |= {"refusals": refusals(rank, world), "demo": demo_step(rank, world)}
     pairs = {"FSDP2, adapted before": "tensor parallel, adapted after", "tensor parallel, adapted after": "DDP"}
     found["checkpoints"] = {}
     for number, (source, target) in enumerate(pairs.items()):

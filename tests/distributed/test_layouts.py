@@ -112,3 +112,11 @@ def test_an_adapter_of_a_sharded_model_loads_in_one_process(checked):
         model = layouts.model_of(torch.float32, 2)
         load_adapter(model, checked[1] / str(number) / "adapter.safetensors", cache=False, progress=False)
         assert torch.equal(model(tokens), expected.forward(tokens))
+
+
+def test_the_demo_under_torchrun_learns_what_one_process_learns(checked):
+    expected = checks.demo_step(0, 1)
+    assert np.abs(expected).max() > 0
+    for result in checked[2]:
+        np.testing.assert_array_equal(result["demo"], checked[2][0]["demo"])
+        np.testing.assert_allclose(result["demo"], expected, atol=1e-5 * np.abs(expected).max())

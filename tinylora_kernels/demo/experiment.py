@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model import apply_tiny_lora, remove_adapter, trainable_vectors
+from ..model import remove_adapter, trainable_vectors
+from . import workers
 from .evaluation import Evaluation, evaluate
 from .models import LanguageModel
 from .recipes import adapter_config
@@ -65,7 +66,7 @@ class Experiment:
 
     def _adapt(self, numbers: int, modules: int) -> None:
         remove_adapter(self.model.module)
-        apply_tiny_lora(self.model.module, adapter_config(numbers, modules))
+        workers.adapt(self.model.module, adapter_config(numbers, modules))
 
     def _evaluate(self) -> Evaluation:
         return evaluate(self.model, self.task.held_out, self.settings.temperature, self.task.max_new_tokens)

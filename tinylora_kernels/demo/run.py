@@ -16,7 +16,7 @@ import torch
 from ..adapter import save_adapter
 from ..model import target_names
 from ..ops import choose, native
-from . import report
+from . import report, workers
 from .experiment import Experiment, score_in_fresh_process
 from .models import PROJECTIONS, load_model
 from .profiling import profile_step
@@ -26,9 +26,14 @@ from .training import Run, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """python -m tinylora_kernels demo; the options' defaults come from the environment, as ``make demo`` sets it."""
+    """python -m tinylora_kernels demo; the options' defaults come from the environment, as ``make demo`` sets it.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m tinylora_kernels demo) the prompts of a step are split over the
+    processes; the first one prints and writes.
+    """
     try:
-        run(parse(argv))
+        with workers.joined():
+            run(parse(argv))
     except (ValueError, ImportError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -77,13 +82,17 @@ def run(options: argparse.Namespace) -> None:
     trained = experiment.trained_row(counts[0], modules)
     breakdown = profile_step(Run(model, problems, replace(settings, lr=0.0)))
     adapter = out / f"adapter-{counts[0]}.safetensors"
-    save_adapter(model.module, adapter)
+    if not workers.rank():
+        save_adapter(model.module, adapter)
     control = experiment.random_control(counts[0], options.draws)
     frozen = experiment.lr_zero_row(counts[0], modules, defaults.control_steps)
     others = []
     for count in counts[1:]:
         others.append(experiment.trained_row(count, modules))
-        save_adapter(model.module, out / f"adapter-{count}.safetensors")
+        if not workers.rank():
+            save_adapter(model.module, out / f"adapter-{count}.safetensors")
+    if workers.rank():
+        return
     fresh = score_in_fresh_process(options.model, problems.name, settings.temperature, adapter)
 
     rows = [base, frozen, trained, *others]
@@ -109,7 +118,7 @@ def with_options(settings: Settings, options: argparse.Namespace) -> Settings:
 def introduction(name: str, description: str, settings: Settings, modules: int, dtype: torch.dtype) -> str:
     return (
         f"{name}, frozen; {modules} projections adapted; updates by backend {choose('cpu', dtype, 2)!r} "
-        f"({native.load().isa or 'no native library'}), {torch.get_num_threads()} threads\n"
+        f"({native.load().isa or 'no native library'}), {workers.count()} x {torch.get_num_threads()} threads\n"
         f"task: {description}\n"
         f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.samples} samples "
         f"at T={settings.temperature:g}, lr {settings.lr:g}, seed {settings.seed}"
@@ -122,6 +131,7 @@ def facts(options: argparse.Namespace, settings: Settings, breakdown) -> dict:
         "options": {name: str(value) for name, value in vars(options).items()},
         "settings": vars(settings),
         "torch": torch.__version__,
+        "processes": workers.count(),
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "step_milliseconds": breakdown.total,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..rl import GRPOTrainer
+from . import workers
 from .generation import Completions, completion_log_probs, generate
 from .models import LanguageModel
 from .tasks import Problem, Task
@@ -45,22 +46,25 @@ class Run:
     """GRPO on a task, one step at a time.
 
     Each batch is sampled from the current model and used once, so the old policy is the current one and the probability
-    ratio is 1 when the gradient is taken (GRPOTrainer's ``old_log_probs=None``).
+    ratio is 1 when the gradient is taken (GRPOTrainer's ``old_log_probs=None``). Under torchrun each process takes its
+    share of the prompts.
     """
 
     def __init__(self, model: LanguageModel, task: Task, settings: Settings):
+        if settings.prompts % workers.count():
+            raise ValueError(f"prompts: expected a multiple of the {workers.count()} processes, found {settings.prompts}")
         self.model, self.task, self.settings = model, task, settings
         self.trainer = GRPOTrainer(
             model.module, group_size=settings.samples, lr=settings.lr, betas=(0.9, 0.95), max_grad_norm=1.0
         )
         self.problems = task.training(settings.seed)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed * workers.count() + workers.rank())
         self.history = History()
 
     def step(self) -> float:
         """Sample, check, learn; returns the mean reward."""
         begin = time.perf_counter()
-        problems = list(islice(self.problems, self.settings.prompts))
+        problems = list(islice(self.problems, self.settings.prompts))[workers.rank() :: workers.count()]
         prompts = [self.model.encode(problem.prompt) for problem in problems]
         temperatures = [self.settings.temperature] * self.settings.samples
         found = generate(self.model, prompts, temperatures, self.task.max_new_tokens, self.generator)
@@ -69,7 +73,7 @@ class Run:
         self._learn(prompts, found, rewards)
         self.history.sampling_seconds += sampled - begin
         self.history.learning_seconds += time.perf_counter() - sampled
-        self.history.rewards.append(rewards.mean().item())
+        self.history.rewards.append(workers.total(rewards.mean().item()) / workers.count())
         return self.history.rewards[-1]
 
     def _rewards(self, problems: list[Problem], found: Completions) -> Tensor:
@@ -81,12 +85,20 @@ class Run:
         # are computed, and the loss averages over the others (DAPO, arXiv 2503.14476, section 3.2, without refilling).
         grouped = rewards.view(-1, found.samples)
         mixed = (grouped.amax(dim=1) > grouped.amin(dim=1)).nonzero().squeeze(1)  # [K]
-        if not len(mixed):
+        learning = workers.total(len(mixed))
+        if not learning:
             return
+        # The mean over processes is to be the mean over all these prompts, wherever they are; a process without one
+        # takes part with a gradient of zero.
+        share = len(mixed) * workers.count() / learning
+        if not len(mixed):
+            mixed = torch.zeros(1, dtype=torch.long)
         kept = found.select_prompts(mixed)
         log_probs = completion_log_probs(
             self.model, [prompts[i] for i in mixed.tolist()], kept, self.settings.temperature
         )
+        if share != 1.0:
+            log_probs.register_hook(lambda gradient: gradient * share)
         self.trainer.training_step(log_probs, None, grouped[mixed].flatten(), mask=kept.mask)
 
 
