@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import tinylora_kernels.adapter as adapter_module
 import tinylora_kernels.adapter_format as format_module
+import tinylora_kernels.fused as fused_module
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.adapter import AdapterError, inspect_adapter, load_adapter, main, save_adapter
@@ -288,7 +288,7 @@ def test_stored_bases_need_no_decomposition(tmp_path, monkeypatch):
     def none_allowed(*arguments, **options):
         raise AssertionError("a decomposition was asked for")
 
-    monkeypatch.setattr(adapter_module, "factorize_many", none_allowed)
+    monkeypatch.setattr(fused_module, "factorize_many", none_allowed)
     assert torch.equal(load(tiny_decoder(), tmp_path / "with.safetensors")(TOKENS), model(TOKENS))
 
 
@@ -302,7 +302,7 @@ def test_a_basis_that_came_out_different_is_refused(saved, monkeypatch):
                 factors = Factors(factors.basis * torch.tensor([[1.0], [-1.0]]), factors.sigma, False, 0.0)
             yield name, factors
 
-    monkeypatch.setattr(adapter_module, "factorize_many", other_signs)
+    monkeypatch.setattr(fused_module, "factorize_many", other_signs)
     message = r"singular vectors came out different for 1 of 14 modules, layers.1.k_proj; save it again with"
     assert_refused(tiny_decoder(bias=True), path, message)
     monkeypatch.undo()

@@ -29,13 +29,15 @@ from .adapter_format import (
     read,
     write_atomically,
 )
+from .base_layers import kind_of, weight_matrix
 from .config import TinyLoRAConfig
-from .factors import Factors, basis_sketch, compare_sketch, factorize_many, weight_fingerprint
+from .factors import Factors, basis_sketch, compare_sketch, weight_fingerprint
 from .frozen import dense
-from .layer import TinyLoRALayer, weight_matrix
+from .fused import block_basis, factorize_modules, fused_parts, singular_basis
+from .layer import TinyLoRALayer
 from .lora_xs import LoRAXSConfig, apply_lora_xs, ratio_projection
 from .merge import is_merged, original_weight
-from .model import adapted_layers, apply_tiny_lora, target_names, tiny_lora_projection
+from .model import adapted_layers, apply_tiny_lora, base_module, target_names, tiny_lora_projection
 from .tying import assign_groups, module_kind
 
 # Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to
@@ -44,7 +46,7 @@ BASIS_TOL = 1e-5
 
 # What makes two adapters the same function; the other fields say how modules and groups were chosen, and those are
 # compared as the lists they led to.
-IDENTITY_FIELDS = ("frozen_rank", "rank", "trainable_dim", "alpha", "scaling", "seed", "v_dtype")
+IDENTITY_FIELDS = ("frozen_rank", "rank", "trainable_dim", "alpha", "scaling", "seed", "v_dtype", "fused")
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool = False) -> None:
@@ -173,11 +175,11 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)
-        store = include_basis or layer.degenerate
+        store, basis = include_basis or layer.degenerate, singular_basis(layer)
         modules.append(
             AdaptedModule(
-                name, tuple(weight.shape), layer.group, weight_fingerprint(weight), basis_sketch(layer.basis),
-                layer.basis if store else None, layer.sigma if store else None,
+                name, tuple(weight.shape), layer.group, weight_fingerprint(weight), basis_sketch(basis),
+                basis if store else None, layer.sigma if store else None,
             )  # fmt: skip
         )
         vectors.setdefault(layer.group, layer.v.detach().cpu())
@@ -201,12 +203,17 @@ def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool
         raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
     if groups != [module.group for module in adapter.modules]:
         raise AdapterError("its tie groups do not follow from its config; the file was not written by save_adapter")
-    weights = {name: weight_matrix(model.get_submodule(name)) for name in names}
-    _check_weights(weights, adapter)
+    bases = {name: base_module(model, name) for name in names}
+    _check_weights({name: weight_matrix(base) for name, base in bases.items()}, adapter)
+    try:
+        parts = fused_parts(config, bases)
+    except ValueError as error:
+        raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
 
     stored = {m.name: Factors(m.basis, m.sigma, True, 0.0) for m in adapter.modules if m.basis is not None}
-    wanted = [(name, lambda name=name: weights[name]) for name in names if name not in stored]
-    computed = dict(factorize_many(wanted, config_rank(config), cache=cache, progress=progress)) if wanted else {}
+    wanted = {name: base for name, base in bases.items() if name not in stored}
+    rank = config_rank(config)
+    computed = factorize_modules(wanted, rank, parts, cache=cache, progress=progress) if wanted else {}
     factors = stored | computed
     _check_bases({name: factors[name].basis for name in names}, adapter)
 
@@ -230,7 +237,7 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
             )
     _check_weights({name: layer.weight_matrix() for name, layer in layers.items()}, adapter)
     _check_bases(
-        {m.name: layer.basis if m.basis is None else m.basis for layer, m in zip(layers.values(), adapter.modules)},
+        {m.name: m.basis if m.basis is not None else singular_basis(layers[m.name]) for m in adapter.modules},
         adapter,
     )
 
@@ -247,11 +254,12 @@ def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
 @torch.no_grad()
 def _set_factors(layer: TinyLoRALayer, basis: Tensor, sigma: Tensor) -> None:
     """Give an adapted layer the basis its numbers were trained with: P' and the offset follow from it."""
+    lookup = kind_of(layer.base).lookup
     if isinstance(layer.config, LoRAXSConfig):
-        projection = ratio_projection(layer.config, sigma)
+        projection = ratio_projection(layer.config, sigma, lookup)
     else:
-        projection = tiny_lora_projection(layer.config, layer.index, sigma)
-    layer.basis.copy_(basis)
+        projection = tiny_lora_projection(layer.config, layer.projection_index, sigma, lookup)
+    layer.basis.copy_(block_basis(basis, layer.parts) if layer.parts else basis)
     layer.sigma.copy_(sigma)
     layer.projection.copy_(projection)
     if layer.offset is not None:

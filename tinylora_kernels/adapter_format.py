@@ -5,12 +5,13 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) that a
     v              [groups, u]  the trained numbers, in v_dtype; 13 in float32 are 52 bytes
     basis.<i>      [r, out]     float32 (float64 for float64 weights), only for modules whose singular vectors the
                                 weight does not determine, or on request
-    sigma.<i>      [r]          beside each basis, in its dtype
+    sigma.<i>      [r]          beside each basis, in its dtype; [k, r] of a fused projection in k parts, whose bases
+                                stand side by side (fused.py)
     __metadata__   one entry, "tinylora": a JSON object with exactly the keys of METADATA_KEYS
 
 The object holds columns: names[i], shapes[i] = [out, in], groups[i] (numbered by first appearance), weights[i] (the
 fingerprint of the frozen weight, 32 hex digits) and sketches[i] (base64 of the float32 [r, 4] sketch of its basis) all
-describe adapted module i, in named_modules order.  sha256 is the digest of the whole file with its own 64 digits read
+describe adapted module i, in named_modules order.  The config has a field "fused" only where it is used.  sha256 is the digest of the whole file with its own 64 digits read
 as zeros, so a flipped bit anywhere is seen.
 
 Nothing in a file is trusted: every length, count, type and key is checked before it is used, nothing is allocated by a
@@ -34,15 +35,18 @@ import torch
 from torch import Tensor
 
 from .config import TinyLoRAConfig
+from .fused import part_sizes
 from .lora_xs import LoRAXSConfig
 
 VERSION = 1
 METHODS = {"tiny_lora": TinyLoRAConfig, "lora_xs": LoRAXSConfig}
 METADATA_KEYS = ("version", "sha256", "method", "config", "names", "shapes", "groups", "weights", "sketches")
 RUNTIME_FIELDS = {"backend", "cache"}  # of a config: where it runs, not what it is
+OPTIONAL_FIELDS = {"fused"}  # of a config: written only where they are not None
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 64 << 20  # a hundred thousand modules fit
 MAX_NAME = 512
+MAX_PARTS = 4096
 MAX_DIMENSION = 1 << 31
 SKETCH_WIDTH = 4
 NO_DIGEST = "0" * 64
@@ -54,7 +58,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """One adapted module of a file; ``basis`` [r, out] and ``sigma`` [r] only where the file carries them."""
+    """One adapted module of a file; ``basis`` [r, out] and ``sigma`` [r] or [k, r] only where the file carries them."""
 
     name: str
     shape: tuple[int, int]
@@ -150,7 +154,7 @@ def encode_config(config: TinyLoRAConfig | LoRAXSConfig) -> dict:
         values["tying"] = "map"
     if config.target_modules is not None and not isinstance(config.target_modules, str):
         values["target_modules"] = list(config.target_modules)
-    return values
+    return {name: value for name, value in values.items() if name not in OPTIONAL_FIELDS or value is not None}
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -258,12 +262,13 @@ def _decode(metadata: dict, extents: dict, payload: bytes, size: int) -> Adapter
     v = tensor("v", config.v_dtype, [max(groups) + 1, numbers])
     modules = []
     for i, (name, shape, group) in enumerate(zip(names, shapes, groups)):
-        if rank > min(shape):
-            raise AdapterError(f"{_shown(name)}: rank {rank} above the smaller side of its shape {shape}")
+        parts = _parts(config, name, shape)
+        if rank > min(*shape, *(parts or ())):
+            raise AdapterError(f"{_shown(name)}: rank {rank} above the smaller side of its shape {shape} or of a part")
         stored = extents.get(f"basis.{i}")
         precision = torch.float64 if stored and stored[0] is torch.float64 else torch.float32
         basis = tensor(f"basis.{i}", precision, [rank, shape[0]]) if stored else None
-        sigma = tensor(f"sigma.{i}", precision, [rank]) if stored else None
+        sigma = tensor(f"sigma.{i}", precision, [len(parts), rank] if parts else [rank]) if stored else None
         if sigma is not None and not bool((sigma > 0).all()):
             raise AdapterError(f"tensor sigma.{i}: singular values must be positive")
         sketch = _decode_sketch(metadata["sketches"][i], rank, name)
@@ -271,6 +276,13 @@ def _decode(metadata: dict, extents: dict, payload: bytes, size: int) -> Adapter
     if extents:
         raise AdapterError(f"unknown tensor {_shown(next(iter(extents)))}")
     return AdapterFile(config, v, modules, size)
+
+
+def _parts(config: TinyLoRAConfig | LoRAXSConfig, name: str, shape: list[int]) -> tuple[int, ...] | None:
+    try:
+        return part_sizes(config, name, shape[0])
+    except ValueError as error:
+        raise AdapterError(f"config: {one_line(error)}") from None
 
 
 def _columns(metadata: dict) -> tuple[list[str], list[list[int]], list[int]]:
@@ -300,13 +312,19 @@ def _decode_config(method: object, values: object, names: list[str], groups: lis
     if not isinstance(values, dict):
         raise AdapterError(f"metadata: config must be an object, found {_shown(values)}")
     kind = METHODS[method]
-    _check_keys(values, [f.name for f in dataclasses.fields(kind) if f.name not in RUNTIME_FIELDS], "config")
+    fields = [f.name for f in dataclasses.fields(kind) if f.name not in RUNTIME_FIELDS]
+    _check_keys(values, [name for name in fields if name in values or name not in OPTIONAL_FIELDS], "config")
     values = dict(values)
     targets = values["target_modules"]
     if not (targets is None or isinstance(targets, (str, list))):
         raise AdapterError(f"config: target_modules must be null, a string or a list, found {_shown(targets)}")
     if not all(_is_name(target) for target in ([targets] if isinstance(targets, str) else targets or [])):
         raise AdapterError("config: target_modules holds something that is not a module name")
+    fused = values.get("fused", {})
+    if not isinstance(fused, dict) or not all(
+        _is_name(name) and (_is_count(entry) or _is_counts(entry, MAX_DIMENSION)) for name, entry in fused.items()
+    ):
+        raise AdapterError("config: fused must be an object of module names and their parts")
     for field in ("tying", "scaling", "init", "v_dtype"):
         if not isinstance(values[field], str):
             raise AdapterError(f"config: {field} must be a string, found {_shown(values[field])}")
@@ -380,6 +398,11 @@ def _is_name(value: object) -> bool:
 
 def _is_counts(value: object, below: int) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < below for item in value)
+
+
+def _is_count(value: object) -> bool:
+    """Of parts: a hostile file cannot ask for more than a few."""
+    return type(value) is int and 2 <= value <= MAX_PARTS
 
 
 def _shown(value: object) -> str:

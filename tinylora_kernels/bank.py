@@ -20,6 +20,7 @@ from .adapter import check_fits, describe_model, inspect_adapter
 from .adapter_format import AdapterError, encode, write_atomically
 from .bank_seeds import OwnProjections
 from .config import check_seed
+from .fused import singular_basis
 from .layer import TinyLoRALayer
 from .model import adapted_layers
 
@@ -198,7 +199,7 @@ class AdapterBank:
                 f"{os.fspath(path)}: {error}; AdapterBank(..., own_seeds=True) holds adapters of any seed"
             ) from None
         for module in adapter.modules:
-            if module.basis is not None and not torch.equal(module.basis, layers[module.name].basis.cpu()):
+            if module.basis is not None and not torch.equal(module.basis, singular_basis(layers[module.name]).cpu()):
                 raise AdapterError(f"{os.fspath(path)}: {module.name} has a basis of its own; a bank shares the model's")
         return self.add(name, adapter.v, seed=None if self.own_projections is None else seed)
 

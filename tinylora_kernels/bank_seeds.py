@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .base_layers import kind_of
 from .config import TinyLoRAConfig
 from .layer import TinyLoRALayer
 from .model import tiny_lora_projection
@@ -29,7 +30,8 @@ class OwnProjections:
         trainable: keep P' and derive M where it is asked for.
 
     Raises:
-        ValueError: the layers come from something else than a TinyLoRAConfig, so no seed makes their P.
+        ValueError: the layers come from something else than a TinyLoRAConfig, so no seed makes their P, or are adapted
+            part by part.
     """
 
     def __init__(self, layers: Sequence[TinyLoRALayer], capacity: int, trainable: bool):
@@ -37,6 +39,12 @@ class OwnProjections:
         if not isinstance(config, TinyLoRAConfig):
             found = "no config" if config is None else f"a {type(config).__name__}"
             raise ValueError(f"own_seeds: expected a model of apply_tiny_lora, whose P comes from a seed, found {found}")
+        fused = next((layer.name for layer in layers if layer.parts), None)
+        if fused is not None:
+            raise ValueError(
+                f"own_seeds: expected one rank for all layers, found {fused} adapted part by part; adapt it without "
+                "fused, or share the model's seed"
+            )
         self.position = {layer: position for position, layer in enumerate(layers)}
         self.trainable = trainable
         u, r = config.trainable_dim, config.frozen_rank
@@ -50,7 +58,10 @@ class OwnProjections:
         """P' of every layer, [L, u, r * r] float64."""
         return torch.stack(
             [
-                tiny_lora_projection(dataclasses.replace(layer.config, seed=seed), layer.index, layer.sigma.cpu())
+                tiny_lora_projection(
+                    dataclasses.replace(layer.config, seed=seed), layer.projection_index, layer.sigma.cpu(),
+                    kind_of(layer.base).lookup,
+                )  # fmt: skip
                 for layer in self.position
             ]
         ).flatten(2)

@@ -22,7 +22,8 @@ class TinyLoRAConfig:
         trainable_dim: u, trained numbers in each tie group.
         n_tie: modules that share one v; ceil(modules / n_tie) groups when tiled.
         target_modules: names to adapt: a module matches by its full name, its last component ("q_proj") or a dotted
-            suffix ("self_attn.q_proj"). None or "all-linear": every linear layer but the output head.
+            suffix ("self_attn.q_proj"). None or "all-linear": every linear layer but the output head. Convolutions,
+            embeddings and the experts of mixture models ("experts", "experts.down_proj") are adapted where named.
         tying: "tiled" (consecutive modules), "structured" (within a kind of module), or {module name: group}.
         alpha: scale of the update.
         scaling: "left", R acts between S and V^T (the paper); "sqrt", S is split evenly on both sides of R (as PEFT does).
@@ -31,6 +32,9 @@ class TinyLoRAConfig:
         v_dtype: storage of v; arithmetic is float32 whatever it is.
         backend: "cuda", "triton", "cpu", "reference" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
+        fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2} gives
+            each part an SVD and a P of its own; names match as in target_modules, values are the output rows of each
+            part or the number of equal parts. The layer stays one module with one v. None: one SVD a layer.
     """
 
     frozen_rank: int = 2
@@ -45,6 +49,7 @@ class TinyLoRAConfig:
     v_dtype: torch.dtype = torch.float32
     backend: str | None = None
     cache: bool = True
+    fused: Mapping[str, int | Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         check_positive_int("frozen_rank", self.frozen_rank)
@@ -57,6 +62,7 @@ class TinyLoRAConfig:
         check_seed(self.seed)
         check_choice("init", self.init, INITS)
         check_choice("v_dtype", self.v_dtype, V_DTYPES)
+        self.fused = checked_fused(self.fused)
 
 
 def check_positive_int(name: str, value: object) -> None:
@@ -77,3 +83,23 @@ def check_seed(value: object) -> None:
 def check_choice(name: str, value: object, choices: Sequence) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
+
+
+def checked_fused(fused: object) -> dict[str, int | tuple[int, ...]] | None:
+    """{module name: how many equal parts, or their sizes in order}, sizes as tuples; None for an empty map."""
+    if fused is None:
+        return None
+    if not isinstance(fused, Mapping):
+        raise ValueError(f"fused: expected a map of module names to parts, found {fused!r}")
+    parts: dict[str, int | tuple[int, ...]] = {}
+    for name, entry in fused.items():
+        equal = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 2
+        sizes = tuple(entry) if isinstance(entry, Sequence) and not isinstance(entry, (str, bytes)) else ()
+        listed = len(sizes) >= 2 and all(type(size) is int and size >= 1 for size in sizes)
+        if not isinstance(name, str) or not name or not (equal or listed):
+            raise ValueError(
+                "fused: expected a module name and its number of equal parts (2 or more) or the sizes of two or more "
+                f"parts, found {name!r}: {entry!r}"
+            )
+        parts[name] = entry if equal else sizes
+    return parts or None

@@ -23,13 +23,14 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from .adapter import describe_model
 from .adapter_format import config_rank, encode, write_atomically
+from .base_layers import weight_matrix
 from .config import TinyLoRAConfig
 from .factors import Factors, truncated_svd
 from .frozen import is_sharded
 from .functional import tiny_lora_update
-from .layer import TinyLoRALayer, weight_matrix
+from .layer import TinyLoRALayer
 from .lora_xs import LoRAXSConfig
-from .model import target_names, trainable_vectors
+from .model import base_module, target_names, trainable_vectors
 from .ops.reference import contract, contract_backward
 from .ops.schema import accumulation_dtype
 
@@ -114,7 +115,7 @@ def factorize_shared(
     Raises:
         ValueError: on every rank, what the factorisation of any matrix raised on one.
     """
-    bases = {name: model.get_submodule(name) for name in target_names(model, config.target_modules)}
+    bases = {name: base_module(model, name) for name in target_names(model, config.target_modules)}
     me = dist.get_rank(group)
     shares = deal({name: base.weight.numel() for name, base in bases.items()}, dist.get_world_size(group))
     found, failed = {}, {}

@@ -2,7 +2,9 @@
 
     W' - W = (U M) (U^T W) = lora_B @ lora_A * lora_alpha / rank,   lora_alpha = rank
 
-The two factors are exact whatever the SVD's residual; rows and columns beyond r are zeros.
+The two factors are exact whatever the SVD's residual; rows and columns beyond r are zeros. Layers that are not linear go
+out as PEFT's own LoRA stores them, which few servers load: a convolution's lora_A is a convolution of the same kernel
+and its lora_B one of size 1; an embedding has lora_embedding_A [rank, rows] and lora_embedding_B [out, rank].
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .adapter_format import sync_directory
+from .base_layers import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
+from .experts import ExpertSlice
 from .layer import TinyLoRALayer
 from .merge import delta_factors, is_dense, original_weight
 from .model import adapted_layers
@@ -40,8 +44,8 @@ def export_lora(
         dtype: of the exported factors: torch.float32, bfloat16 or float16.
 
     Raises:
-        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, or a directory with other
-            files in it.  Nothing has been written then.
+        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, adapted experts, or a
+            directory with other files in it.  Nothing has been written then.
         OSError: the directory cannot be written.
     """
     layers = adapted_layers(model)
@@ -52,6 +56,12 @@ def export_lora(
     needed = max(layer.basis.shape[0] for layer in layers.values())
     if rank < needed:
         raise ValueError(f"rank: expected at least the adapter's rank {needed}, found {rank}")
+    expert = next((name for name, layer in layers.items() if isinstance(layer.base, ExpertSlice)), None)
+    if expert is not None:
+        raise ValueError(
+            f"{expert}: LoRA directories have no agreed form for the experts of a stack; write merged weights with "
+            "merged_weights(model) or integrations.transformers.save_pretrained(model, directory, merged=True)"
+        )
     target = os.path.realpath(directory)
     _refuse_foreign_directory(target)
 
@@ -60,8 +70,7 @@ def export_lora(
         lora_a, lora_b = lora_factors(layer, rank, dtype)
         if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
             raise ValueError(f"{name}: its update is not finite in {str(dtype).removeprefix('torch.')}")
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+        tensors |= {f"base_model.model.{name}.{key}": tensor for key, tensor in _as_peft(layer, lora_a, lora_b).items()}
     config = json.dumps(_peft_config(model, layers, rank), indent=2, sort_keys=True) + "\n"
     _write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})))))
 
@@ -82,6 +91,18 @@ def lora_factors(layer: TinyLoRALayer, rank: int, dtype: torch.dtype = torch.flo
     lora_a[: right.shape[0]] = right.cpu()
     lora_b[:, : left.shape[1]] = left.cpu()
     return lora_a, lora_b
+
+
+def _as_peft(layer: TinyLoRALayer, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+    """lora_A [rank, in] and lora_B [out, rank] under the names and in the shapes that PEFT's layer for the base has."""
+    kind = kind_of(layer.base)
+    if kind is EMBEDDING:
+        return {"lora_embedding_A": lora_a, "lora_embedding_B": lora_b}
+    if kind is CONVOLUTION:
+        shape = layer.base.weight.shape  # [out, in, k...]
+        lora_a = lora_a.view(len(lora_a), *shape[1:])
+        lora_b = lora_b.view(*lora_b.shape, *[1] * (len(shape) - 2))
+    return {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
 
 
 @torch.no_grad()
@@ -135,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict:
     config = getattr(model, "config", None)
+    kinds = [kind_of(layer.base) for layer in layers.values()]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
@@ -144,7 +166,7 @@ def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) 
         "lora_dropout": 0.0,
         "bias": "none",
         # transformers' Conv1D stores its weight as [in, out]
-        "fan_in_fan_out": all(not isinstance(layer.base, nn.Linear) for layer in layers.values()),
+        "fan_in_fan_out": CONV1D in kinds and LINEAR not in kinds,
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,

@@ -1,47 +1,33 @@
-"""One adapted layer: a frozen linear-like module and the in-place update of its output."""
+"""One adapted layer: a frozen module whose output is linear in its weight, and the in-place update of that output."""
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor, nn
 
+from .base_layers import FORWARDED, has_fresh_output, kind_of, weight_matrix
+from .channels import update_channels
 from .frozen import dense, is_sharded
 from .functional import tiny_lora_linear, tiny_lora_update
 from .ops.reference import contract
 
-FORWARDED = ("weight", "bias", "in_features", "out_features")  # read through to the base, as callers of nn.Linear expect
-
-
-def is_linear_like(module: nn.Module) -> bool:
-    """Whether the module's output is linear in a 2-D weight whose left singular vectors live on the last dimension."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer that stores its weight as [in, out]. Known by name: no import."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The frozen weight as [out, in], a view without a copy."""
-    weight = dense(module.weight.detach())
-    return weight.T if _is_conv1d(module) else weight
-
-
 class TinyLoRALayer(nn.Module):
     """A frozen layer whose output gets y += ((y U - c) M^T) U^T, M = sum_i v_i P'_i.
 
-    The wrapped layer stays as it is under ``base``; its weight, bias and feature counts are readable through this
-    module. ``v`` is one parameter for each tie group, registered on the group's first layer.
+    The wrapped layer stays as it is under ``base``; its weight, bias and sizes are readable through this module. ``v`` is one parameter for each tie group, registered on the group's first layer.
 
     Args:
-        base: nn.Linear, transformers' Conv1D, or a module with a 2-D weight [out, in] and output [..., out].
-        basis: [r, out] U^T.
-        sigma: [r] singular values.
+        base: any kind of base_layers.KINDS, or a module with a 2-D weight [out, in] and output [..., out].
+        basis: [r, out] U^T; of parts block by block, as fused.block_basis arranges it.
+        sigma: [r] singular values, or [k, r] of k parts.
         projection: [u, r, r] P', or [r, r] for LoRA-XS.
         v: [u] the trained numbers, or the TinyLoRALayer that holds them for this tie group.
         name, index, group: the module's qualified name, its position among the adapted modules, its tie group.
         config: the TinyLoRAConfig or LoRAXSConfig it was built from.
         degenerate: the singular subspace is arbitrary (equal singular values): files must carry the basis.
+        parts: the output rows of each part of a fused projection that is adapted part by part.
+        projection_index: of its P, the first part's if there are several; default index.
     """
 
     def __init__(
@@ -57,11 +43,15 @@ class TinyLoRALayer(nn.Module):
         group: int = 0,
         config=None,
         degenerate: bool = False,
+        parts: tuple[int, ...] | None = None,
+        projection_index: int | None = None,
     ):
         super().__init__()
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
+        self.parts = parts
+        self.projection_index = index if projection_index is None else projection_index
         self.enabled = True  # False: the bare base, e.g. while the update is merged into its weight
         self.saved_weight: Tensor | None = None  # the base weight's own bits while it is merged
         self.bank = None  # the AdapterBank that holds other vectors for rows of a batch
@@ -79,8 +69,10 @@ class TinyLoRALayer(nn.Module):
         else:
             self.register_parameter("v", v)
             self._owner = (self,)
-        # A forward of these types returns a tensor nobody else holds, from a node that saves no output.
-        self._fresh_output = type(base) is nn.Linear or _is_conv1d(base)
+        self._fresh_output = has_fresh_output(base)
+        kind = kind_of(base)
+        channels_first = kind is not None and kind.channels_first
+        self._update = functools.partial(update_channels, 1 - base.weight.dim()) if channels_first else tiny_lora_update
 
     def forward(self, *args, **kwargs) -> Tensor:
         # Straight from the dicts: through nn.Module.__getattr__ each name costs most of a microsecond, at every token.
@@ -104,7 +96,7 @@ class TinyLoRALayer(nn.Module):
             from .distributed import sharded_forward  # loads torch.distributed: only where it is in use
 
             return sharded_forward(self, v, adapter_ids, args, kwargs)
-        return tiny_lora_update(
+        return self._update(
             base(*args, **kwargs), basis, v, projection, buffers["offset"], adapter_ids,
             inplace=fresh, backend=self.backend,
         )  # fmt: skip
@@ -119,7 +111,7 @@ class TinyLoRALayer(nn.Module):
         return self._owner[0]
 
     def weight_matrix(self) -> Tensor:
-        """The frozen weight as [out, in], without a copy."""
+        """The frozen weight as [out, in]; base_layers.weight_matrix."""
         return weight_matrix(self.base)
 
     @torch.no_grad()

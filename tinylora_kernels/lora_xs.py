@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import SCALINGS, V_DTYPES, check_choice, check_positive_int, check_scale, check_seed
 from .factors import Factors
-from .model import attach, scaled_projection, target_names
+from .model import attach, lookup_projection, scaled_projection, target_names
 from .projection import STREAM_VECTOR, philox_normal
 from .tying import assign_groups
 
@@ -75,7 +75,7 @@ def apply_lora_xs(
     """Adapt a model in place with LoRA-XS and freeze everything but the matrices R.
 
     Args:
-        model: any nn.Module; its linear layers (nn.Linear, transformers' Conv1D) may be adapted.
+        model: any nn.Module; its linear layers, convolutions, embeddings and experts may be adapted (docs/layers.md).
         config: see LoRAXSConfig; modules are taken in named_modules order.
         progress: show a bar while the weights are factorised.
         factors: the truncated SVD of every module, by name, where it is known already; nothing is factorised then.
@@ -90,14 +90,20 @@ def apply_lora_xs(
     groups = assign_groups(names, config.n_tie, config.tying)
     return attach(
         model, config, names, groups, config.rank,
-        lambda index, sigma: ratio_projection(config, sigma), lambda group: initial_vector(config, group),
+        lambda index, sigma, lookup: ratio_projection(config, sigma, lookup), lambda group: initial_vector(config, group),
         progress=progress, factors=factors,
     )  # fmt: skip
 
 
-def ratio_projection(config: LoRAXSConfig, sigma: Tensor) -> Tensor:
-    """P' [r, r]: M = P' * R elementwise equals alpha S R S^-1 ("left"), alpha sqrt(S) R sqrt(S)^-1 ("sqrt")."""
-    return scaled_projection(torch.ones(config.rank, config.rank), sigma, config.alpha, config.scaling)
+def ratio_projection(config: LoRAXSConfig, sigma: Tensor, lookup: bool = False) -> Tensor:
+    """P' [r, r]: M = P' * R elementwise equals alpha S R S^-1 ("left"), alpha sqrt(S) R sqrt(S)^-1 ("sqrt").
+
+    For an embedding (lookup) M = alpha R^T or alpha sqrt(S) R^T sqrt(S)^-1, and v holds R^T: an elementwise product
+    cannot transpose, and no function is lost.
+    """
+    ones = torch.ones(config.rank, config.rank)
+    make = lookup_projection if lookup else scaled_projection
+    return make(ones, sigma, config.alpha, config.scaling)
 
 
 def initial_vector(config: LoRAXSConfig, group: int) -> Tensor:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .base_layers import as_stored, write_weight
+from .expert_layers import AdaptedExperts
+from .experts import ExpertSlice
 from .layer import TinyLoRALayer
-from .model import adapted_layers
+from .model import adapted_layers, original_name, wrappers
 from .ops.reference import contract
 from .tying import module_kind
 
@@ -38,13 +41,7 @@ def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tup
             not at the first tensor.
     """
     _mergeable_layers(model)
-    # A layer may be reachable under several names, and the state dict lists them all.
-    prefixes = {
-        name + ".": layer
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, TinyLoRALayer)
-    }
-    return _stream(model, prefixes, only_adapted)
+    return _stream(model, only_adapted)
 
 
 def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Module:
@@ -73,7 +70,7 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
             weight = layer.weight_matrix()
             layer.saved_weight = weight.to(save_to or weight.device, copy=True)
             done.append(layer)
-            weight.copy_(merged_weight(layer))
+            write_weight(layer.base, merged_weight(layer))
             layer.enabled = False
     except BaseException:
         for layer in done:
@@ -104,8 +101,8 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def is_dense(weight: Tensor) -> bool:
-    """Whether the tensor holds the matrix itself, not the packed integers or the shard of one."""
-    return weight.is_floating_point() and weight.dim() == 2 and type(weight) in (nn.Parameter, Tensor)
+    """Whether the tensor holds the weight itself, not the packed integers or the shard of one."""
+    return weight.is_floating_point() and type(weight) in (nn.Parameter, Tensor)
 
 
 def is_merged(layer: TinyLoRALayer) -> bool:
@@ -141,38 +138,36 @@ def _work_dtype(weight: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def _restore(layer: TinyLoRALayer) -> None:
-    layer.weight_matrix().copy_(layer.saved_weight)
+    write_weight(layer.base, layer.saved_weight)
     layer.saved_weight = None
     layer.enabled = True
 
 
-def _stream(model: nn.Module, prefixes: dict[str, TinyLoRALayer], only_adapted: bool) -> Iterator[tuple[str, Tensor]]:
+def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]]:
+    # A module may be reachable under several names, and the state dict lists them all.
+    wrapped = wrappers(model, remove_duplicate=False)
+    vectors = {name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, TinyLoRALayer)}
     for key, tensor in model.state_dict().items():
-        prefix = next((p for p in _dotted_prefixes(key) if p in prefixes), None)
-        if prefix is None:
-            if not only_adapted:
-                yield key, tensor
-            continue
-        layer, own = prefixes[prefix], key.removeprefix(prefix)
-        if own == "base.weight":
-            yield prefix + "weight", tensor if is_merged(layer) else _as_stored(layer, merged_weight(layer))
-        elif own.startswith("base.") and not only_adapted:
-            yield prefix + own.removeprefix("base."), tensor
+        name = original_name(key, wrapped, vectors)
+        owner, _, own = key.rpartition(".base.")
+        wrapper = wrapped.get(owner)
+        if isinstance(wrapper, AdaptedExperts) and own in wrapper._modules:
+            yield name, _merged_stack(wrapper, own, tensor)
+        elif isinstance(wrapper, TinyLoRALayer) and own == "weight":
+            yield name, tensor if is_merged(wrapper) else as_stored(wrapper.base, merged_weight(wrapper))
+        elif name is not None and not only_adapted:
+            yield name, tensor
 
 
-def _dotted_prefixes(key: str) -> Iterator[str]:
-    """ "a.b.base.weight" -> "a.", "a.b.", "a.b.base.": every module the tensor may belong to."""
-    position = key.find(".")
-    while position >= 0:
-        yield key[: position + 1]
-        position = key.find(".", position + 1)
-
-
-def _as_stored(layer: TinyLoRALayer, weight: Tensor) -> Tensor:
-    """[out, in] in the orientation of the base's own weight; transformers' Conv1D stores [in, out]."""
-    ours, stored = layer.weight_matrix(), layer.base.weight
-    transposed = ours.shape != stored.shape or ours.stride() != stored.stride()
-    return weight.T.contiguous() if transposed else weight
+def _merged_stack(experts: AdaptedExperts, stack: str, weight: Tensor) -> Tensor:
+    """The stack [E, ...] with the update of every adapted expert; a fresh tensor unless the model is merged."""
+    layers = experts._modules[stack].values()
+    if all(is_merged(layer) for layer in layers):
+        return weight
+    merged = weight.clone()
+    for layer in layers:
+        merged[layer.base.expert] = as_stored(layer.base, merged_weight(layer))
+    return merged
 
 
 def _mergeable_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
@@ -200,16 +195,23 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -
                 full_name = f"{module_name}.{name}".lstrip(".")
                 storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((full_name, tensor))
     for name, layer in layers.items():
-        weight, own_name = layer.base.weight, f"{name}.base.weight"
+        weight, own_name = layer.base.weight, _parameter_name(name, layer)
         first, last = _extent(weight)
         for other_name, other in storages[weight.untyped_storage().data_ptr()]:
             start, end = _extent(other)
             if other_name != own_name and start < last and first < end:
-                other_name = other_name.replace(".base.weight", ".weight")
+                other_name = other_name.replace(".base.", ".")
                 raise ValueError(
                     f"{name}.weight shares its memory with {other_name}: merging the update of {name} would corrupt "
                     "the other; untie them, leave it out of target_modules, or use export_lora(model, directory)"
                 )
+
+
+def _parameter_name(name: str, layer: TinyLoRALayer) -> str:
+    """The parameter that holds the layer's weight, by its name in the adapted model."""
+    if isinstance(layer.base, ExpertSlice):
+        return f"{name.rsplit('.', 2)[0]}.base.{layer.base.stack}"
+    return f"{name}.base.weight"
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -23,8 +23,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base_layers import is_linear_like, weight_matrix
 from ..functional import tiny_lora_update
-from ..layer import is_linear_like, has_hooks, weight_matrix
+from ..layer import has_hooks
 from .peft_adapters import from_peft, to_peft
 from .peft_factors import FitError, output_side
 

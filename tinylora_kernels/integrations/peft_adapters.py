@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..base_layers import is_linear_like, kind_of, weight_matrix
 from ..factors import Factors
-from ..layer import TinyLoRALayer, is_linear_like, weight_matrix
+from ..layer import TinyLoRALayer
 from ..merge import is_merged
 from ..model import adapted_layers, attach
 from .peft_factors import FitError, output_side
@@ -79,7 +80,7 @@ def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | 
         factors[name] = Factors(side.basis, side.norms.square(), True, 0.0)  # B = U sqrt(S): the norms are sqrt(S)
     return attach(
         model, PeftAdapterConfig(config, tensors["base_model.tinylora_v.0"].dtype, backend), names, groups, config["r"],
-        lambda index, sigma: projections[index], lambda group: tensors[f"base_model.tinylora_v.{group}"],
+        lambda index, sigma, lookup: projections[index], lambda group: tensors[f"base_model.tinylora_v.{group}"],
         progress=False, factors=factors,
     )  # fmt: skip
 
@@ -104,6 +105,12 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
     if any(is_merged(layer) for layer in layers.values()):
         raise ValueError("model: it is merged; call unmerge(model) first")
+    for name, layer in layers.items():
+        if layer.parts or not is_linear_like(layer.base):
+            found = "a fused projection in parts" if layer.parts else kind_of(layer.base).name
+            raise ValueError(
+                f"{name}: PEFT's TinyLoRA has linear layers of one rank, found {found}; use save_adapter or export_lora"
+            )
     groups = [layer.group for layer in layers.values()]
     weight_tying = _weight_tying(groups)
     if weight_tying is None:

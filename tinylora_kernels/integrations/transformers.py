@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from ..adapter import load_adapter, save_adapter
 from ..layer import TinyLoRALayer
 from ..merge import is_merged, merged_weights
-from ..model import adapted_layers
+from ..model import adapted_layers, original_name, wrappers
 
 ADAPTER_FILE = "tinylora_adapter.safetensors"
 
@@ -71,11 +71,6 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model under its names before it was adapted: no copy, no vectors."""
     modules = model.named_modules(remove_duplicate=False)
     layers = {name for name, module in modules if isinstance(module, TinyLoRALayer)}
-    state = {}
-    for key, tensor in model.state_dict().items():
-        owner, _, rest = key.rpartition(".base.")
-        if owner in layers:
-            state[f"{owner}.{rest}"] = tensor
-        elif key.removesuffix(".v") not in layers:
-            state[key] = tensor
-    return state
+    wrapped = wrappers(model, remove_duplicate=False)
+    named = ((original_name(key, wrapped, layers), tensor) for key, tensor in model.state_dict().items())
+    return {name: tensor for name, tensor in named if name is not None}

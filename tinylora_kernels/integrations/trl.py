@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..adapter import load_adapter, save_adapter
 from ..layer import TinyLoRALayer
 from ..merge import merge, merged_weights
-from ..model import adapted_layers, output_head, remove_adapter
+from ..model import adapted_layers, original_name, output_head, remove_adapter, wrappers
 from .peft_adapters import is_from_peft, load_peft_vectors, to_peft
 
 ADAPTER_FILE = "adapter_model.safetensors"  # the name by which transformers' Trainer finds the adapter of a checkpoint
@@ -112,9 +112,9 @@ class AdaptedModel(PeftModel):
         if not self._showing_merged:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
-        layers = adapted_layers(self.base_model)
+        layers, wrapped = adapted_layers(self.base_model), wrappers(self.base_model)
         names = self.base_model.named_parameters(remove_duplicate=remove_duplicate)
-        shown = {_original_name(name, layers) for name, _ in names}
+        shown = {original_name(name, wrapped, layers) for name, _ in names}
         for name, tensor in merged_weights(self.base_model):
             if name in shown:
                 yield f"{prefix}.{name}".lstrip("."), nn.Parameter(tensor, requires_grad=False)
@@ -210,11 +210,3 @@ class AdaptedModel(PeftModel):
                 for v in vectors.values():
                     v.data = v.data.to(fn(v.data).device)  # the vectors keep their dtype, as in the layers
         return self
-
-
-def _original_name(name: str, layers: dict[str, TinyLoRALayer]) -> str | None:
-    """A parameter's name before its layer was adapted; None for a vector."""
-    owner, _, rest = name.rpartition(".base.")
-    if owner in layers:
-        return f"{owner}.{rest}"
-    return None if name.removesuffix(".v") in layers else name
