@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .base_layers import kind_of
 from .config import TinyLoRAConfig
+from .direct_reads import warn_of_direct_reads
 from .expert_layers import AdaptedExperts
 from .experts import ExpertSlice, expert_slices, is_experts
 from .factors import Factors
@@ -182,6 +183,7 @@ def attach(
     for name, base in bases.items():
         if base.weight.is_meta:
             raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
+    warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
     parts = fused_parts(config, bases)
     if factors is None:
         factors = factorize_modules(bases, rank, parts, cache=config.cache, progress=progress)
