@@ -54,15 +54,20 @@ class TinyLoRAConfig:
     def __post_init__(self) -> None:
         check_positive_int("frozen_rank", self.frozen_rank)
         check_positive_int("trainable_dim", self.trainable_dim)
-        check_positive_int("n_tie", self.n_tie)
-        if isinstance(self.tying, str) and self.tying not in ("tiled", "structured"):
-            raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {self.tying!r}")
-        check_scale("alpha", self.alpha)
-        check_choice("scaling", self.scaling, SCALINGS)
-        check_seed(self.seed)
-        check_choice("init", self.init, INITS)
-        check_choice("v_dtype", self.v_dtype, V_DTYPES)
+        check_common_fields(self, INITS)
         self.fused = checked_fused(self.fused)
+
+
+def check_common_fields(config, inits: Sequence[str]) -> None:
+    """What TinyLoRAConfig and LoRAXSConfig have in common; ValueError names the field."""
+    check_positive_int("n_tie", config.n_tie)
+    if isinstance(config.tying, str) and config.tying not in ("tiled", "structured"):
+        raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {config.tying!r}")
+    check_scale("alpha", config.alpha)
+    check_choice("scaling", config.scaling, SCALINGS)
+    check_seed(config.seed)
+    check_choice("init", config.init, inits)
+    check_choice("v_dtype", config.v_dtype, V_DTYPES)
 
 
 def check_positive_int(name: str, value: object) -> None:

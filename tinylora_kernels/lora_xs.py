@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import SCALINGS, V_DTYPES, check_choice, check_positive_int, check_scale, check_seed
+from .config import check_common_fields, check_positive_int
 from .factors import Factors
 from .model import attach, lookup_projection, scaled_projection, target_names
 from .projection import STREAM_VECTOR, philox_normal
@@ -55,14 +55,7 @@ class LoRAXSConfig:
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
-        check_positive_int("n_tie", self.n_tie)
-        if isinstance(self.tying, str) and self.tying not in ("tiled", "structured"):
-            raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {self.tying!r}")
-        check_scale("alpha", self.alpha)
-        check_choice("scaling", self.scaling, SCALINGS)
-        check_seed(self.seed)
-        check_choice("init", self.init, INITS)
-        check_choice("v_dtype", self.v_dtype, V_DTYPES)
+        check_common_fields(self, INITS)
 
 
 def apply_lora_xs(
