@@ -49,7 +49,9 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
 
     The bits of the original weights are kept, one copy of every adapted weight in its own dtype, until ``unmerge``
     writes them back; nothing is ever subtracted, so any number of cycles is exact.  While merged, the vectors get no
-    gradient (a training step says so) and changing them changes nothing until the next merge.
+    gradient (a training step says so) and changing them changes nothing until the next merge.  ``state_dict()`` is then
+    that of the merged weights with the vectors beside them: loaded into an adapted model it would apply the update
+    twice.  To keep a merged model use ``merged_weights``; to keep the adapter, ``save_adapter``, merged or not.
 
     Args:
         save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
