@@ -157,7 +157,8 @@ class _ExpertsUpdate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
         g = g.contiguous()
-        ts, vectors = ctx.saved_tensors[: len(ctx.pieces)], ctx.saved_tensors[len(ctx.pieces) :]
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
+        ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
         need_input_grad = ctx.needs_input_grad[0]
         gradients = [torch.zeros_like(v) if needed else None for v, needed in zip(vectors, ctx.needs_input_grad[2:])]
         g0 = g.clone() if need_input_grad else None

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .base_layers import weight_matrix
+from .base_layers import matrix_shape, weight_matrix
 from .experts import ExpertSlice
-from .factors import Factors, factorize_many
+from .factors import Factors, factorize_many, truncated_svd
 
 if TYPE_CHECKING:
     from .layer import TinyLoRALayer
@@ -64,7 +64,7 @@ def fused_parts(config, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, 
         ValueError: an entry of the config names none of the modules, its sizes do not add up, or a module's rows are
             not in one piece for each part.
     """
-    parts = {name: part_sizes(config, name, weight_matrix(base).shape[0]) for name, base in bases.items()}
+    parts = {name: part_sizes(config, name, matrix_shape(base)[0]) for name, base in bases.items()}
     parts = {name: sizes for name, sizes in parts.items() if sizes is not None}
     for name in parts:
         base = bases[name]
@@ -99,14 +99,28 @@ def factorize_modules(
     """
     items, owners = [], []
     for name, base in bases.items():
-        for rows in _row_slices(parts[name]) if name in parts else [slice(None)]:
-            label = f"{name}[{rows.start}:{rows.stop}]" if name in parts else name
+        for label, rows in _pieces(name, parts):
             items.append((label, lambda base=base, rows=rows: weight_matrix(base)[rows]))
             owners.append(name)
     pieces: dict[str, list[Factors]] = {}
     for owner, (_, factors) in zip(owners, factorize_many(items, rank, cache=cache, progress=progress)):
         pieces.setdefault(owner, []).append(factors)
     return {name: _side_by_side(found) if name in parts else found[0] for name, found in pieces.items()}
+
+
+def factorize_matrix(
+    name: str, matrix: Tensor, rank: int, parts: Mapping[str, Sequence[int]], *, cache: bool = True
+) -> Factors:
+    """factorize_modules for one module, whose weight [out, in] is at hand."""
+    pieces = [truncated_svd(matrix[rows], rank, name=label, cache=cache) for label, rows in _pieces(name, parts)]
+    return _side_by_side(pieces) if name in parts else pieces[0]
+
+
+def _pieces(name: str, parts: Mapping[str, Sequence[int]]) -> list[tuple[str, slice]]:
+    """What messages call each piece of a module's weight, and its rows; a module without parts is one piece."""
+    if name not in parts:
+        return [(name, slice(None))]
+    return [(f"{name}[{rows.start}:{rows.stop}]", rows) for rows in _row_slices(parts[name])]
 
 
 def _row_slices(sizes: Sequence[int]) -> list[slice]:

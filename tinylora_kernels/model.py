@@ -193,6 +193,11 @@ def attach(
     projection_index = 0
     for index, (name, group) in enumerate(zip(names, groups)):
         base, factor, sizes = bases[name], factors[name], parts.get(name)
+        if sizes and factor.sigma.shape != (len(sizes), rank):
+            raise ValueError(
+                f"{name}: expected singular values {[len(sizes), rank]} of its parts, found {list(factor.sigma.shape)}; "
+                "fused.factorize_modules makes them"
+            )
         basis = block_basis(factor.basis, sizes) if sizes else factor.basis
         v = owners.get(group)
         if v is None:
