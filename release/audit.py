@@ -70,13 +70,13 @@ class Library:
     def symbols(self) -> Iterator[Symbol]:
         offset, length, link = self._sections[_DYNSYM]
         text, versions = self._strings(link), self._versions()
-        indices = self._sections[_VERSYM][0]
+        marks = self._sections.get(_VERSYM)  # absent where nothing is versioned
         for number, entry in enumerate(struct.iter_unpack("<IBBHQQ", self._data[offset : offset + length])):
             if number == 0:  # the empty symbol every table begins with
                 continue
             name, info, _, section, _, _ = entry
-            (index,) = struct.unpack_from("<H", self._data, indices + 2 * number)
-            yield Symbol(text(name), versions.get(index & 0x7FFF, ""), info >> 4 == 2, section == 0)
+            index = struct.unpack_from("<H", self._data, marks[0] + 2 * number)[0] & 0x7FFF if marks else 0
+            yield Symbol(text(name), versions.get(index, ""), info >> 4 == 2, section == 0)
 
     @property
     def versions(self) -> set[str]:

@@ -59,7 +59,7 @@ def load() -> Status:
         for function in (library.tinylora_build_info, library.tinylora_isa):
             function.restype = ctypes.c_char_p
     except (OSError, RuntimeError, AttributeError) as error:
-        reason, fix = library_file.explain(str(error))
+        reason, fix = library_file.explain(str(error.__cause__ or error))  # torch wraps what the loader said
         return _unusable(f"{LIBRARY.name} does not load: {reason}", fix, record)
     build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
     if build["version"] != __version__:

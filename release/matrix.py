@@ -1,0 +1,214 @@
+"""The wheels in fresh environments: every Python found here times several versions of torch, the same files in each.
+
+    make matrix                                             prints the table, writes bench/results/matrix.csv
+    python release/matrix.py --torch 2.13.0 --python 3.12   one environment
+    python release/matrix.py --index-url https://download.pytorch.org/whl/cpu    where that index can be reached
+
+In each: import, forward and backward against the float64 reference in three dtypes, an adapter saved and loaded
+(matrix_check.py). torch comes from the registry that pip is set up for. Where that has CUDA builds alone, they are
+installed without NVIDIA's libraries, and import with empty stand-ins for them (standins.py): only their CPU side is
+tried. One environment exists at a time; a download of torch is 0.2 to 0.9 GB and is kept in --cache.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import standins
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results/matrix.csv"
+CHECK = Path(__file__).with_name("matrix_check.py")
+PYTHONS, TORCHES = ("3.10", "3.11", "3.12", "3.13"), ("2.10.0", "2.11.0", "2.13.0", "newest")
+COLUMNS = ("python", "torch", "cuda_libraries", "file", "result", "isa", "float32_error", "date")
+
+
+class Unavailable(Exception):
+    """Why an environment cannot be had, or what failed in it, in one line."""
+
+
+def run(command: list, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    done = subprocess.run(list(map(str, command)), env=env, cwd=cwd, text=True, capture_output=True, timeout=1800)
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"(ERROR|\w*Error)\b", line)] or lines
+        raise Unavailable(errors[-1][:200] if errors else f"exit status {done.returncode}")
+    return done.stdout
+
+
+def find_python(version: str) -> str | None:
+    """An interpreter of that version: on PATH, or made by pyenv or uv."""
+    folders = (f".pyenv/versions/{version}.*", f".local/share/uv/python/*-{version}.*")
+    made = [home / "bin/python" for folder in folders for home in Path.home().glob(folder)]
+    for candidate in (shutil.which(f"python{version}"), *made):
+        works = candidate and subprocess.run([candidate, "-c", "import venv, ensurepip"], capture_output=True)
+        if works and works.returncode == 0:
+            return str(candidate)
+    return None
+
+
+def download_torch(python: str, version: str, cache: Path, index: list[str]) -> Path:
+    """The wheel of that torch for that Python, without anything it depends on."""
+    folder = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        wanted = "torch" if version == "newest" else f"torch=={version}"
+        command = [python, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, wanted]
+        run([*command, "--find-links", cache, *index])
+        (wheel,) = folder.iterdir()
+        return wheel.replace(cache / wheel.name)
+    except Unavailable as reason:
+        raise Unavailable(f"the registry has no such wheel ({reason})") from None
+    finally:
+        shutil.rmtree(folder)
+
+
+class Environment:
+    """A virtual environment with torch and the package's other dependencies."""
+
+    def __init__(self, python: str, torch: Path, requirements: list[str], folder: Path):
+        run([python, "-m", "venv", folder])
+        self.folder, self.python = folder, folder / "bin/python"
+        self.pip = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        run([*self.pip, "--no-deps", torch])
+        listing = "import importlib.metadata, json; print(json.dumps(importlib.metadata.requires('torch')))"
+        needs = [need for need in json.loads(run([self.python, "-c", listing])) if "extra ==" not in need]
+        run([*self.pip, *(n for n in needs if not re.match(r"nvidia|cuda|triton", n)), *requirements])
+        self.variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        for name in ("PYTHONPATH", "TINYLORA_BACKEND", "TINYLORA_CPU_ISA"):
+            self.variables.pop(name, None)
+        self.cuda_libraries = self._complete_torch()
+
+    def _complete_torch(self) -> str:
+        """Make torch importable; what it took."""
+        command = [self.python, "-c", "import torch; print(torch.version.cuda)"]
+        try:
+            return "none needed" if run(command, self.variables).strip() == "None" else "installed"
+        except Unavailable:
+            libraries = next(self.folder.glob("lib/python*/site-packages/torch/lib"))
+            standins.make(libraries, self.folder / "standins")
+            self.variables["LD_LIBRARY_PATH"] = str(self.folder / "standins")
+            run(command, self.variables)
+            return "stand-ins"
+
+    def check(self, file: Path, backend: str = "cpu", **variables: str) -> dict:
+        """Install this file over what is there, and ask what matrix_check.py asks."""
+        run([*self.pip, "--no-deps", "--force-reinstall", file], self.variables | variables, cwd=self.folder)
+        return json.loads(run([self.python, CHECK, backend], self.variables, cwd=self.folder).splitlines()[-1])
+
+
+def requirements_of(wheel: Path) -> list[str]:
+    """What the wheel asks for beside torch, extras aside."""
+    with zipfile.ZipFile(wheel) as files:
+        metadata = next(name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        needs = re.findall(r"^Requires-Dist: (.*)$", files.read(metadata).decode(), re.MULTILINE)
+    return [need for need in needs if "extra ==" not in need and not need.startswith("torch")]
+
+
+def measure(python_version: str, torch_version: str, files: list[Path], sdist: Path | None, cache: Path,
+            index: list[str]) -> Iterator[dict]:  # fmt: skip
+    """One row for each file in one environment; a single row that says why, if there can be no environment."""
+    row = {"date": datetime.date.today().isoformat()}
+    with tempfile.TemporaryDirectory(prefix="tinylora-matrix-") as folder:
+        try:
+            if not (python := find_python(python_version)):
+                raise Unavailable("this Python is not installed here")
+            wheel = download_torch(python, torch_version, cache, index)
+            row |= {"python": python_version, "torch": wheel.name.split("-")[1]}
+            environment = Environment(python, wheel, requirements_of(files[0]), Path(folder) / "environment")
+        except (Unavailable, subprocess.TimeoutExpired) as reason:
+            yield no_environment(python_version, row.get("torch", torch_version), reason)
+            return
+        row["cuda_libraries"] = environment.cuda_libraries
+        tried = [(file, label(file), "cpu", {}) for file in files]
+        if sdist:
+            bare = {"PATH": str(environment.folder / "bin"), "CXX": ""}
+            compiled = {"TINYLORA_BUILD_CUDA": "0"}  # the CUDA kernels are compiled for the wheel; minutes less here
+            tried += [(sdist, "sdist, no compiler", "reference", bare), (sdist, "sdist, g++", "cpu", compiled)]
+        for file, name, backend, variables in tried:
+            try:
+                facts = environment.check(file, backend, **variables)
+                found = {"python": facts["python"], "torch": facts["torch"], "isa": facts["isa"] or "reference"}
+                yield row | found | {"file": name, "result": "ok", "float32_error": f"{facts['error']:.1e}"}
+            except (Unavailable, subprocess.TimeoutExpired) as reason:
+                yield row | {"file": name, "result": f"failed: {reason}"}
+
+
+def no_environment(python: str, torch: str, reason: object) -> dict:
+    today = datetime.date.today().isoformat()
+    return {"python": python, "torch": torch, "file": "all", "result": f"not tried: {reason}", "date": today}
+
+
+def diagonals(pythons: list[str], torches: list[str]) -> list[tuple[str, str]]:
+    """All pairs, in an order in which each Python and each torch soon had its turn."""
+    rounds = range(max(len(pythons), len(torches)))
+    pairs = [(python, torches[(i + shift) % len(torches)]) for shift in rounds for i, python in enumerate(pythons)]
+    return list(dict.fromkeys(pairs))
+
+
+def label(wheel: Path) -> str:
+    return "+" + wheel.name.split("-")[1].partition("+")[2]
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each environment, a column for each file; reasons below."""
+    files = list(dict.fromkeys(row["file"] for row in rows if row["file"] != "all"))
+    lines, notes = [["python", "torch", "CUDA libraries", *files]], []
+    for key in dict.fromkeys((row["python"], row["torch"]) for row in rows):
+        group = {row["file"]: row for row in rows if (row["python"], row["torch"]) == key}
+        cells = [group.get(name) or group.get("all") for name in files]
+        words = [cell["result"].partition(":")[0] if cell else "" for cell in cells]
+        lines.append([*key, next(iter(group.values())).get("cuda_libraries", ""), *words])
+        notes += [f"{key[0]}, torch {key[1]}, {n}: {r['result']}" for n, r in group.items() if r["result"] != "ok"]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([*text, *notes])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="folder of the wheels and the sdist")
+    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.X")
+    parser.add_argument("--torch", nargs="+", default=TORCHES, metavar="VERSION", help='versions, or "newest"')
+    parser.add_argument("--cache", type=Path, default=ROOT / "build/torch", help="where downloads of torch are kept")
+    parser.add_argument("--index-url", help="the registry that torch is taken from (default: pip's)")
+    parser.add_argument("--minutes", type=float, default=240, help="begin no further environment after that long")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    files, sdists = sorted(options.dist.glob("*.whl")), sorted(options.dist.glob("*.tar.gz"))
+    if not files or len(sdists) != 1:
+        print(f"{options.dist}: expected wheels and one sdist, found {len(files)} and {len(sdists)}: make wheels")
+        return 2
+    options.cache.mkdir(parents=True, exist_ok=True)
+    index = ["--index-url", options.index_url] if options.index_url else []
+    environments, rows, end = diagonals(options.python, options.torch), [], time.monotonic() + 60 * options.minutes
+    for number, (python, torch) in enumerate(environments):
+        if time.monotonic() > end:
+            rows.append(no_environment(python, torch, f"the {options.minutes} minutes of --minutes were over"))
+            continue
+        sdist = sdists[0].resolve() if number == 0 else None  # it compiles: minutes, so in one of them
+        for row in measure(python, torch, [f.resolve() for f in files], sdist, options.cache.resolve(), index):
+            print(f"{row['python']:<8} {row['torch']:<14} {row['file']:<20} {row['result']}", flush=True)
+            rows.append(row)
+    rows.sort(key=lambda row: [int(n) for text in (row["python"], row["torch"]) for n in re.findall(r"\d+", text)[:2]])
+    with options.out.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n" + table(rows))
+    return any(row["result"].startswith("failed") for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What the native library asks of a machine, and that the auditor sees what it must not ask."""
+import ctypes
+import platform
+import re
+import subprocess
+
+import pytest
+
+from tinylora_kernels.ops import native
+
+STATUS = native.load()
+needs_library = pytest.mark.skipif(STATUS.error is not None, reason=f"native library: {STATUS.error}")
+on_linux = pytest.mark.skipif(platform.system() != "Linux", reason="the audit reads ELF files")
+GLIBC = tuple(map(int, re.findall(r"\d+", platform.libc_ver()[1])[:2]))
+pytestmark = on_linux
+
+
+@needs_library
+def test_the_library_needs_stable_shims_and_system_libraries_alone(script):
+    audit = script("audit")
+    library = audit.Library(native.LIBRARY)
+    assert audit.foreign_libraries(library) == []
+    assert audit.foreign_symbols(library) == []
+    assert audit.exports(library) == []
+    used = {symbol.name for symbol in library.symbols if symbol.undefined}
+    assert {"torch_library_impl", "aoti_torch_get_dtype", "memcpy"} <= used  # the reader reads
+    assert "libtorch_cpu.so" in library.needed
+    assert not [name for name in library.needed if re.match(r"libtorch_python|libcuda", name)]
+
+
+@needs_library
+def test_the_cpu_library_runs_on_manylinux_2_28(script):
+    """A wheel with CUDA is bound to an old glibc by release/wheels.py, which audits it too; a local build is not."""
+    compiler = re.fullmatch(r"gcc (\d+).*", STATUS.build["compiler"])
+    if STATUS.has_cuda or not compiler or int(compiler.group(1)) > 12:
+        pytest.skip(f"wheels are built with gcc 12 or older; this one: {STATUS.build}")
+    audit = script("audit")
+    assert audit.too_new(audit.Library(native.LIBRARY)) == []
+
+
+def test_the_audit_sees_what_is_foreign(script, shared_library):
+    audit = script("audit")
+    cudart = shared_library("libcudart.so.13", "int cudaGetDeviceCount() {}", "-Wl,-soname,libcudart.so.13")
+    source = """
+        extern int _ZN2at5emptyEv(), PyLong_FromLong(), aoti_torch_get_current_cuda_stream(), aoti_torch_get_dtype();
+        extern int cudaGetDeviceCount(int*);
+        __attribute__((weak)) extern int aoti_torch_cuda_weak();
+        int tinylora_all() { int n; return _ZN2at5emptyEv() + PyLong_FromLong() + aoti_torch_get_current_cuda_stream()
+                                          + aoti_torch_get_dtype() + cudaGetDeviceCount(&n) + aoti_torch_cuda_weak(); }
+        int stray() { return 0; }
+    """
+    path = shared_library("bad.so", source, cudart)
+    found = "\n".join(audit.audit(path))
+    for name in ("_ZN2at5emptyEv", "PyLong_FromLong", "cudaGetDeviceCount"):
+        assert f"{name}: not a stable shim" in found
+    assert "aoti_torch_get_current_cuda_stream: must be weak" in found
+    assert "stray: exported" in found and "libcudart.so.13: not among the libraries allowed" in found
+    assert "aoti_torch_get_dtype" not in found and "aoti_torch_cuda_weak" not in found
+
+
+def test_the_audit_refuses_what_is_no_library(script, tmp_path):
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(ValueError, match="text.so: expected a 64-bit little-endian ELF file, found it to begin b'no "):
+        script("audit").Library(tmp_path / "text.so")
+
+
+@pytest.mark.skipif(GLIBC < (2, 34), reason=f"glibc {GLIBC}: needs 2.34, whose pthread_create is too new")
+def test_a_static_library_is_bound_to_old_glibc(script, shared_library, tmp_path):
+    audit, old_glibc = script("audit"), script("old_glibc")
+    code = tmp_path / "f.c"
+    code.write_text("int sem_wait(), dlopen(), pthread_create(); int tinylora_f() { sem_wait(dlopen, pthread_create); }")
+    subprocess.run(["cc", "-w", "-c", "-fPIC", code, "-o", tmp_path / "f.o"], check=True)
+    subprocess.run(["ar", "rc", tmp_path / "new.a", tmp_path / "f.o"], check=True)
+    assert old_glibc.bind_to_old_glibc(tmp_path / "new.a", tmp_path / "old.a") == 3
+    whole = ["-Wl,--undefined=tinylora_f", f"-L{tmp_path}"]
+    linked = {name: shared_library(f"{name}.so", "", *whole, f"-l:{name}.a") for name in ("new", "old")}
+    assert "GLIBC_2.34: newer than GLIBC_2.28" in "\n".join(audit.audit(linked["new"]))
+    assert audit.audit(linked["old"]) == []
+
+
+def test_stand_ins_let_a_library_load(script, shared_library, tmp_path):
+    """A library that needs another, which is nowhere to be found: what a CUDA build of torch is on a CPU machine."""
+    standins = script("standins")
+    absent = shared_library("libabsent.so.7", "int absent_count(void) { return 3; }", "-Wl,-soname,libabsent.so.7")
+    wanting = "extern int absent_count(void); int tinylora_count(void) { return absent_count(); }"
+    (tmp_path / "torch").mkdir()
+    library = shared_library("torch/libwanting.so", wanting, absent)
+    absent.unlink()
+    with pytest.raises(OSError, match="libabsent.so.7"):
+        ctypes.CDLL(str(library))
+    assert standins.make(library.parent, tmp_path / "standins") == ["libabsent.so.7"]
+    ctypes.CDLL(str(tmp_path / "standins/libabsent.so.7"))  # as LD_LIBRARY_PATH would have it found
+    assert ctypes.CDLL(str(library)).tinylora_count() == standins.NO_DEVICE
