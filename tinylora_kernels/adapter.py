@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool
     if groups != [module.group for module in adapter.modules]:
         raise AdapterError("its tie groups do not follow from its config; the file was not written by save_adapter")
     bases = {name: base_module(model, name) for name in names}
-    _check_weights({name: weight_matrix(base) for name, base in bases.items()}, adapter)
+    _check_weights(lambda name: weight_matrix(bases[name]), adapter)
     try:
         parts = fused_parts(config, bases)
     except ValueError as error:
@@ -235,7 +235,7 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
                 f"{module.name} is module {position} in tie group {module.group} there, and module {layer.index} in "
                 f"group {layer.group} of this model"
             )
-    _check_weights({name: layer.weight_matrix() for name, layer in layers.items()}, adapter)
+    _check_weights(lambda name: layers[name].weight_matrix(), adapter)
     _check_bases(
         {m.name: m.basis if m.basis is not None else singular_basis(layers[m.name]) for m in adapter.modules},
         adapter,
@@ -302,14 +302,16 @@ def _check_config(found, expected) -> None:
             raise AdapterError(f"config: {field} is {theirs} there and {ours} in this model")
 
 
-def _check_weights(weights: dict[str, Tensor], adapter: AdapterFile) -> None:
-    for module in adapter.modules:
-        weight = weights[module.name]
+def _check_weights(matrix_of: Callable[[str], Tensor], adapter: AdapterFile) -> None:
+    wrong = []
+    for module in adapter.modules:  # one matrix at a time: a quantised or a sharded one is made here
+        weight = matrix_of(module.name)
         if tuple(weight.shape) != module.shape:
             raise AdapterError(f"{module.name}: expected a weight of {list(module.shape)}, found {list(weight.shape)}")
         if weight.is_meta:
             raise AdapterError(f"{module.name}: its weight is on the meta device; load the weights first")
-    wrong = [m.name for m in adapter.modules if weight_fingerprint(weights[m.name]) != m.fingerprint]
+        if weight_fingerprint(weight) != module.fingerprint:
+            wrong.append(module.name)
     if wrong:
         raise AdapterError(
             f"it was trained on other base weights: {len(wrong)} of {len(adapter.modules)} differ, {_some(wrong)}"

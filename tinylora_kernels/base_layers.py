@@ -4,8 +4,8 @@ The update needs to know three things of a layer: its weight as a matrix W [out,
 the basis; where the `out` features lie in its output; and how a matrix [out, in] is written back into its weight, for
 merging. Everything else (SVD, files, merging, export, per-row adapters) works on the matrix.
 
-A new kind of layer is a new row of KINDS. A new way to hold the numbers of a weight (quantised, sharded) goes into
-frozen.py, which every reader of a weight comes through.
+A new kind of layer is a new row of KINDS. A new way to hold the numbers of a weight goes into frozen.py (sharded)
+or quantised.py, which every reader of a weight comes through.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .experts import ExpertSlice, why_not_experts
-from .frozen import dense
+from .frozen import dense_weight, stored_shape
 
 # Read through an adapted layer to its base, as the code of models expects of the layer that stood there.
 FORWARDED = frozenset((
@@ -62,6 +62,11 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _is_gguf(module: nn.Module) -> bool:
+    """transformers' GgufLinear: no nn.Linear, since its weight stays in the blocks of the file."""
+    return type(module).__name__ == "GgufLinear" and hasattr(module, "ggml_type")
+
+
 def _as_is(matrix: Tensor, shape: torch.Size) -> Tensor:
     return matrix
 
@@ -90,7 +95,7 @@ def _why_not_embedding(module: nn.Embedding) -> str | None:
 
 
 LINEAR = Kind(
-    "linear layers", lambda module: isinstance(module, nn.Linear), lambda weight: weight, _as_is,
+    "linear layers", lambda module: isinstance(module, nn.Linear) or _is_gguf(module), lambda weight: weight, _as_is,
     fresh=(nn.Linear,), by_default=True,
 )  # fmt: skip
 CONV1D = Kind(
@@ -144,15 +149,16 @@ def has_fresh_output(module: nn.Module) -> bool:
     return kind is CONV1D or (kind is not None and type(module) in kind.fresh)
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The frozen weight as it is stored, in floating point, whole; see frozen.py."""
-    return dense(module.weight.detach())
-
-
 def weight_matrix(module: nn.Module) -> Tensor:
     """The frozen weight as [out, in]; a view without a copy, but for a convolution's in channels_last."""
     weight, kind = dense_weight(module), kind_of(module)
     return kind.matrix(weight) if kind else weight
+
+
+def matrix_shape(module: nn.Module) -> torch.Size:
+    """[out, in] of weight_matrix, which it does not make."""
+    weight, kind = torch.empty(stored_shape(module), device="meta"), kind_of(module)
+    return (kind.matrix(weight) if kind else weight).shape
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:

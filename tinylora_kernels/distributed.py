@@ -25,9 +25,10 @@ from .adapter import describe_model
 from .adapter_format import config_rank, encode, write_atomically
 from .base_layers import weight_matrix
 from .config import TinyLoRAConfig
-from .factors import Factors, truncated_svd
+from .factors import Factors
 from .frozen import is_sharded
 from .functional import tiny_lora_update
+from .fused import factorize_matrix, fused_parts
 from .layer import TinyLoRALayer
 from .lora_xs import LoRAXSConfig
 from .model import base_module, target_names, trainable_vectors
@@ -116,6 +117,7 @@ def factorize_shared(
         ValueError: on every rank, what the factorisation of any matrix raised on one.
     """
     bases = {name: base_module(model, name) for name in target_names(model, config.target_modules)}
+    parts = fused_parts(config, bases)
     me = dist.get_rank(group)
     shares = deal({name: base.weight.numel() for name, base in bases.items()}, dist.get_world_size(group))
     found, failed = {}, {}
@@ -130,7 +132,7 @@ def factorize_shared(
         if mine is None:
             continue
         try:
-            found[turn[me]] = truncated_svd(mine, config_rank(config), name=turn[me], cache=config.cache)
+            found[turn[me]] = factorize_matrix(turn[me], mine, config_rank(config), parts, cache=config.cache)
         except ValueError as error:  # raised by all together below: a rank that stops here would leave the others waiting
             failed[turn[me]] = str(error)
     gathered: list = [None] * dist.get_world_size(group)

@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 
 from .adapter_format import sync_directory
 from .base_layers import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
-from .experts import ExpertSlice
+from .experts import ExpertSlice, is_experts
 from .layer import TinyLoRALayer
-from .merge import delta_factors, is_dense, original_weight
+from .merge import delta_factors, original_weight
 from .model import adapted_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Names that PEFT (0.21, with transformers 5) takes for the experts of a stack, in models that have such stacks
+READ_AS_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,6 +65,14 @@ def export_lora(
             f"{expert}: LoRA directories have no agreed form for the experts of a stack; write merged weights with "
             "merged_weights(model) or integrations.transformers.save_pretrained(model, directory, merged=True)"
         )
+    misread = sorted({name.rpartition(".")[2] for name in layers} & READ_AS_EXPERTS)
+    if misread and any(map(is_experts, model.modules())):
+        warnings.warn(
+            f"export_lora: PEFT takes {', '.join(misread)} of a {type(model).__name__} for its stacks of experts, so it "
+            "will load the directory without these modules and with fresh adapters on the experts. Other readers take "
+            "the names as they are; for PEFT, leave these modules out of target_modules",
+            stacklevel=2,
+        )
     target = os.path.realpath(directory)
     _refuse_foreign_directory(target)
 
@@ -78,7 +89,7 @@ def export_lora(
 @torch.no_grad()
 def lora_factors(layer: TinyLoRALayer, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """lora_A [rank, in] and lora_B [out, rank] on the CPU with lora_B @ lora_A = W' - W."""
-    weight = original_weight(layer) if is_dense(layer.base.weight) else probed_weight(layer.base)
+    weight = original_weight(layer)
     left, right = delta_factors(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
     # B is of the size of v, A of the singular values: balanced by a power of two, exactly, so that neither leaves the
     # normal range of float16
@@ -103,16 +114,6 @@ def _as_peft(layer: TinyLoRALayer, lora_a: Tensor, lora_b: Tensor) -> dict[str, 
         lora_a = lora_a.view(len(lora_a), *shape[1:])
         lora_b = lora_b.view(*lora_b.shape, *[1] * (len(shape) - 2))
     return {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
-
-
-@torch.no_grad()
-def probed_weight(base: nn.Module) -> Tensor:
-    """The weight [out, in] of any linear layer, quantised ones included, as its outputs for the unit vectors."""
-    tensors = (*base.parameters(), *base.buffers())
-    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-    unit = torch.eye(base.in_features, dtype=dtype, device=tensors[0].device)
-    outputs = base(unit)  # row i is W[:, i] + b
-    return (outputs - base(unit[:1] * 0)).T
 
 
 def target_modules(model: nn.Module) -> list[str]:

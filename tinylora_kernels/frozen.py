@@ -1,7 +1,10 @@
-"""The frozen tensors of a layer as plain floating matrices, whatever form an engine keeps them in."""
+"""The frozen tensors of a layer as plain floating tensors, whatever form an engine or a quantiser keeps them in."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+from .quantised import dequantised_weight
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -16,6 +19,22 @@ def dense(tensor: Tensor) -> Tensor:
 
     A DTensor is gathered, which every rank of its mesh must take part in. Nothing is kept: matrices pass one at a time.
     """
-    if is_sharded(tensor):
-        tensor = tensor.full_tensor()
-    return tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def stored_shape(module: nn.Module) -> torch.Size:
+    """Shape of dense_weight, which it does not make."""
+    weight = module.weight
+    return weight.shape if weight.is_floating_point() else torch.Size((module.out_features, module.in_features))
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A layer's weight as it is stored, whole and in floating point: gathered where it is sharded, dequantised where
+    it is quantised, itself otherwise.
+    """
+    weight = module.weight
+    if is_sharded(weight):
+        return dense(weight.detach())
+    if type(weight) in PLAIN and weight.is_floating_point():
+        return weight.detach()
+    return dequantised_weight(module)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .base_layers import FORWARDED, has_fresh_output, kind_of, weight_matrix
 from .channels import update_channels
-from .frozen import dense, is_sharded
+from .frozen import PLAIN, dense, is_sharded
 from .functional import tiny_lora_linear, tiny_lora_update
 from .ops.reference import contract
 
@@ -98,7 +98,7 @@ class TinyLoRALayer(nn.Module):
             return sharded_forward(self, v, adapter_ids, args, kwargs)
         return self._update(
             base(*args, **kwargs), basis, v, projection, buffers["offset"], adapter_ids,
-            inplace=fresh, backend=self.backend,
+            inplace=fresh and type(base._parameters.get("weight")) in PLAIN, backend=self.backend,
         )  # fmt: skip
 
     def __getstate__(self) -> dict:
@@ -186,5 +186,3 @@ def is_plain_linear(base: nn.Module, x: Tensor) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
     )  # fmt: skip
 
-
-PLAIN = (Tensor, nn.Parameter)

@@ -25,7 +25,7 @@ from tinylora_kernels.demo.recipes import adapter_config
 from tinylora_kernels.demo.tasks import task
 from tinylora_kernels.demo.training import Run, Settings
 from tinylora_kernels.distributed import factorize_shared, save_adapter_once
-from tinylora_kernels.factors import truncated_svd
+from tinylora_kernels.fused import factorize_matrix
 from tinylora_kernels.model import target_names
 
 CONFIG = config_of(torch.float32)
@@ -35,12 +35,12 @@ def sharing(rank: int, world: int) -> dict:
     """The matrices this rank factorised, from whole weights and from sharded ones, and the factors it ended with."""
     seen: list[str] = []
 
-    def counted(weight, *args, name, **kwargs):
+    def counted(name, matrix, *args, **kwargs):
         seen.append(name)
-        assert type(weight) is torch.Tensor
-        return truncated_svd(weight, *args, name=name, **kwargs)
+        assert type(matrix) is torch.Tensor
+        return factorize_matrix(name, matrix, *args, **kwargs)
 
-    module_under_test.truncated_svd = counted
+    module_under_test.factorize_matrix = counted
     try:
         whole = factorize_shared(model_of(torch.float32, 2), CONFIG)
         from_whole = list(seen)
@@ -49,7 +49,7 @@ def sharing(rank: int, world: int) -> dict:
         parallelize_module(sharded, init_device_mesh("cpu", (world,)), parallel_plan(sharded, "", RowwiseParallel()))
         gathered = factorize_shared(sharded, CONFIG)
     finally:
-        module_under_test.truncated_svd = truncated_svd
+        module_under_test.factorize_matrix = factorize_matrix
     same = all(torch.equal(whole[name].basis, gathered[name].basis) for name in whole)
     return {"whole": from_whole, "sharded": seen, "same": same, "bases": {n: f.basis.numpy() for n, f in whole.items()}}
 
