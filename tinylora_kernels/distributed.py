@@ -133,7 +133,7 @@ def factorize_shared(
             continue
         try:
             found[turn[me]] = factorize_matrix(turn[me], mine, config_rank(config), parts, cache=config.cache)
-        except ValueError as error:  # raised by all together below: a rank that stops here would leave the others waiting
+        except ValueError as error:  # all raise it together below: a rank that stops here leaves the others waiting
             failed[turn[me]] = str(error)
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, (found, failed), group=group)

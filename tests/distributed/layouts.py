@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed.processes import run
 from tests.models import TARGETS, TinyDecoder, tiny_decoder
@@ -200,9 +201,8 @@ class Traffic(TorchDispatchMode):
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function._schema.name.partition("::")[2].strip("_")
             if name not in ("wait_tensor", "wrap_tensor_autograd"):
-                tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
                 self.calls[name] += 1
-                self.bytes[name] += sum(t.nbytes for t in tensors)
+                self.bytes[name] += sum(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
         return function(*args, **(kwargs or {}))
 
 
@@ -297,7 +297,8 @@ def measure_all(rank: int, world: int, dtypes: list[torch.dtype], trained: list[
 def main() -> None:
     rows = []
     for world in (2, 4):
-        deviations, trainings = run(world, measure_all, [torch.float64, torch.float32, torch.bfloat16], layouts_of(world))[0]
+        dtypes = [torch.float64, torch.float32, torch.bfloat16]
+        deviations, trainings = run(world, measure_all, dtypes, layouts_of(world))[0]
         trained = {training.layout: training for training in trainings}
         for deviation in deviations:
             row = {key: f"{v:.2g}" if isinstance(v, float) else v for key, v in asdict(deviation).items()}

@@ -32,7 +32,8 @@ def torchao_int4(model: nn.Module) -> nn.Module:
     """Four bits in groups; the layout that torchao runs, forward and backward, without a GPU."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)), filter_fn=is_projection)
+    four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    quantize_(model, four_bits, filter_fn=is_projection)
     return model
 
 
