@@ -193,6 +193,9 @@ def test_merging_is_exact_keeps_the_names_and_comes_back_bit_for_bit(kind):
     merge(model)
     assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in merged_weights(model))
+    model.set_experts_implementation("eager")  # a merged model runs what its config asks for, float64 included
+    assert error(copy.deepcopy(model).double()(TOKENS).logits.detach(), y.double()) < 2e-5
+    model.set_experts_implementation("grouped_mm")
     unmerge(model)
     assert all(torch.equal(tensor, bits[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(TOKENS).logits, y)

@@ -23,8 +23,8 @@ class AdaptedExperts(nn.Module):
 
     The frozen module stays as it is under ``base``, and its attributes are readable through this one; the layers are
     under their stack's name and the expert's number, ``gate_up_proj.0`` and on. Whatever experts implementation the
-    model's config asks for, the grouped one runs here ("grouped_mm"; all compute the same function). Hooks and a
-    forward put on the frozen module itself are passed by.
+    model's config asks for, the grouped one runs here ("grouped_mm"; all compute the same function), until the update is
+    merged. Hooks and a forward put on the frozen module itself are passed by.
 
     Args:
         base: the experts module.
@@ -46,6 +46,8 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, h], top_k_index [tokens, k] experts, top_k_weights [tokens, k] -> [tokens, h]."""
+        if not any(layer.enabled for stack in self._stacks() for layer in stack.values()):
+            return self.base(hidden_states, top_k_index, top_k_weights)  # merged: the frozen module as it was
         seen = _WithUpdates(self, _Routing(top_k_index, self.base.num_experts))
         output = self._forward(seen, hidden_states, top_k_index, top_k_weights)
         if seen.updated != list(stack_names(self.base)):
@@ -54,6 +56,9 @@ class AdaptedExperts(nn.Module):
                 f"interface of version 5.23, found {seen.updated}; this version of transformers is not supported"
             )
         return output
+
+    def _stacks(self) -> list[nn.ModuleDict]:
+        return [self._modules[stack] for stack in stack_names(self.base) if stack in self._modules]
 
     def updated(self, stack: str, y: Tensor, routing: _Routing) -> Tensor:
         """The output [rows, D] of one grouped product, rows sorted by expert, with every expert's update."""

@@ -64,6 +64,9 @@ def fused_parts(config, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, 
         ValueError: an entry of the config names none of the modules, its sizes do not add up, or a module's rows are
             not in one piece for each part.
     """
+    patterns = getattr(config, "fused", None)
+    if not patterns:
+        return {}
     parts = {name: part_sizes(config, name, matrix_shape(base)[0]) for name, base in bases.items()}
     parts = {name: sizes for name, sizes in parts.items() if sizes is not None}
     for name in parts:
@@ -72,7 +75,7 @@ def fused_parts(config, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, 
             raise ValueError(f"fused: {name} is an embedding, which holds no projections; leave it out of fused")
         if isinstance(base, ExpertSlice) and base.experts.has_gate and not base.experts.is_concatenated:
             raise ValueError(f"fused: {name} interleaves its gate and up rows, which are not parts one after the other")
-    for pattern in getattr(config, "fused", None) or {}:
+    for pattern in patterns:
         names = [known for name in parts for known in (name, name.rpartition(".")[0])]
         if not any(names_match(name, pattern) for name in names):
             raise ValueError(f"fused: no adapted module matches {pattern}; it names modules as target_modules does")
