@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -260,3 +261,19 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         torch.testing.assert_close(
             load_in_peft(llama(), str(tmp_path / "lora"))(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5
         )
+
+
+def test_projections_beside_a_stack_of_experts_are_exported_with_a_warning(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=24,
+                 num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+                 vocab_size=50)  # fmt: skip
+    for wanted, silent in ((["q_proj"], True), (["q_proj", "up_proj"], False)):
+        model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
+        apply_tiny_lora(model, TinyLoRAConfig(target_modules=wanted, cache=False))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            export_lora(model, tmp_path / str(silent))
+        messages = [str(w.message) for w in caught if "stacks of experts" in str(w.message)]
+        assert (not messages) == silent
+        assert silent or "PEFT takes up_proj of a Qwen2MoeForCausalLM" in messages[0]
