@@ -3,6 +3,8 @@
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
 #   make gpu                  on a machine with a GPU: all tests on the card, then its benchmark grid
+#   make wheels               sdist, CPU wheel and, with nvcc, CUDA wheel into dist/, checked (WHEELS="cpu cu130")
+#   make matrix               those wheels in fresh environments, Python 3.10 to 3.13 x several torches: 10 GB, an hour
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench gpu clean
+.PHONY: help build test demo bench gpu wheels matrix clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +70,13 @@ gpu:
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tinylora_kernels bench $(if $(QUICK),--quick)
+
+# CUDACXX names another nvcc than the one on PATH. Also what .github/workflows/wheels.yml runs.
+wheels: $(VENV)/.torch
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python release/wheels.py $(WHEELS)
+
+matrix:
+	$(PYTHON) release/matrix.py $(MATRIX_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info tinylora_kernels/*.so

@@ -135,18 +135,6 @@ def test_no_wide_instructions_leave_their_file(isa, tmp_path):
     assert external == ["tinylora::cpu::avx512_bf16_rows" if isa == "avx512_bf16" else f"tinylora::cpu::{isa}_kernels"]
 
 
-@needs_compiler
-@pytest.mark.skipif(native.load().error is not None, reason=f"native library: {native.load().error}")
-def test_the_library_needs_no_python_and_no_unstable_torch():
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(native.LIBRARY)], capture_output=True, text=True, check=True
-    ).stdout
-    symbols = [line.split()[-1] for line in listing.splitlines()]
-    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    unstable = ("Py", "_Py", "_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch")
-    assert [symbol for symbol in symbols if symbol.startswith(unstable)] == []
-
-
 def test_the_version_is_the_same_everywhere():
     assert importlib.metadata.version("tinylora-kernels") == _version.__version__
     if native.load().error is None:
