@@ -12,6 +12,7 @@ U_p being the rows of U that belong to the rank's outputs. docs/distributed.md h
 """
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from .adapter import describe_model
 from .adapter_format import config_rank, encode, write_atomically
-from .base_layers import weight_matrix
+from .base_layers import CONVOLUTION, kind_of, weight_matrix
 from .config import TinyLoRAConfig
 from .factors import Factors
 from .frozen import is_sharded
@@ -148,11 +149,11 @@ def factorize_shared(
 def deal(sizes: dict[str, int], hands: int) -> list[list[str]]:
     """Share names out so that the sums of their sizes come out even: largest first, each to the lightest hand."""
     shares: list[list[str]] = [[] for _ in range(hands)]
-    loads = [0] * hands
+    loads = [(0, hand) for hand in range(hands)]  # a heap
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):  # stable: the same on every rank
-        lightest = loads.index(min(loads))
-        shares[lightest].append(name)
-        loads[lightest] += sizes[name]
+        load, hand = loads[0]
+        shares[hand].append(name)
+        heapq.heapreplace(loads, (load + sizes[name], hand))
     return shares
 
 
@@ -186,7 +187,7 @@ def sharded_forward(layer: TinyLoRALayer, v: Tensor, adapter_ids: Tensor | None,
             return update_sharded(y, layer, v, adapter_ids)
         # FSDP2 has gathered the weight for this one call
         buffers = layer.basis, v, layer.projection, layer.offset, adapter_ids
-        return tiny_lora_update(y, *buffers, backend=layer.backend)
+        return layer._update(y, *buffers, backend=layer.backend)
 
     handle = layer.base.register_forward_hook(update, prepend=True)
     try:
@@ -201,6 +202,11 @@ def update_sharded(y: DTensor, layer: TinyLoRALayer, v: Tensor, adapter_ids: Ten
     Raises:
         ValueError: a layout without an update, or rows of different adapters on shards.
     """
+    if kind_of(layer.base) is CONVOLUTION:
+        raise ValueError(
+            f"{layer.name}: expected a layer whose features are the last dimension, found a convolution with a sharded "
+            "output; leave it out of target_modules"
+        )
     mesh, spread = y.device_mesh, [(i, p) for i, p in enumerate(y.placements) if not p.is_replicate()]
     known = all(type(p) is Shard or p == Partial("sum") for _, p in spread)
     if len(spread) > 1 or not known:
