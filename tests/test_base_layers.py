@@ -92,7 +92,9 @@ def truth(layer, x, g):
 
 
 @MODEL_LAYERS
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-11), (torch.float32, 2e-6), (torch.bfloat16, 0.02)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float64, 1e-11), (torch.float32, 2e-6), (torch.bfloat16, 0.02)], ids=str
+)
 def test_output_and_gradients_equal_the_dense_formula(kind, dtype, bound):
     v_dtype = torch.promote_types(dtype, torch.float32)
     model, x = adapt(bare(kind, dtype), v_dtype=v_dtype), input_of(kind, dtype)
@@ -269,12 +271,12 @@ def _names(targets):
 
 
 @pytest.mark.parametrize("target, message", [
-    ("depthwise", "^depthwise: it cannot be adapted: its 8 groups are 8 separate weights.*leave it out of target_modules"),
+    ("depthwise", "^depthwise: it cannot be adapted: its 8 groups are 8 separate weights.*leave it out"),
     ("up", "^up: it cannot be adapted: a transposed convolution stores its weight as .in, out.*leave it out"),
     ("renormed", "^renormed: it cannot be adapted: max_norm=1.0 rescales.*set max_norm=None"),
     ("sparse", "^sparse: it cannot be adapted: sparse=True.*set sparse=False"),
-    ("norm", "^target_modules: no module matches norm; the model has embeddings embed; convolutions conv; linear layers "
-             "proj$"),
+    ("norm", "^target_modules: no module matches norm; the model has embeddings embed; convolutions conv; linear "
+             "layers proj$"),
 ])  # fmt: skip
 def test_what_cannot_be_adapted_is_refused_by_name(target, message):
     model = Mixed()

@@ -1,4 +1,4 @@
-"""Fused projections adapted part by part: the same function as separate layers, in one update; and one SVD by default."""
+"""Fused projections adapted part by part: the same function as separate layers, in one update; one SVD by default."""
 import pytest
 import torch
 from torch import nn

@@ -249,7 +249,10 @@ def test_lora_xs_on_experts():
     assert error(merge(model)(TOKENS).logits.detach(), y.double()) < 2e-5
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("copy_of", COPIES.values(), ids=COPIES)
 def test_copies_stand_on_their_own_stack(copy_of):
     model = adapt(bare("mixtral"))
     twin, y = copy_of(model), model(TOKENS).logits.detach()

@@ -11,8 +11,8 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) that a
 
 The object holds columns: names[i], shapes[i] = [out, in], groups[i] (numbered by first appearance), weights[i] (the
 fingerprint of the frozen weight, 32 hex digits) and sketches[i] (base64 of the float32 [r, 4] sketch of its basis) all
-describe adapted module i, in named_modules order.  The config has a field "fused" only where it is used.  sha256 is the digest of the whole file with its own 64 digits read
-as zeros, so a flipped bit anywhere is seen.
+describe adapted module i, in named_modules order.  The config has a field "fused" only where it is used.
+sha256 is the digest of the whole file with its own 64 digits read as zeros, so a flipped bit anywhere is seen.
 
 Nothing in a file is trusted: every length, count, type and key is checked before it is used, nothing is allocated by a
 number that the file merely claims, no name is used as a path, and whatever is wrong is one AdapterError.

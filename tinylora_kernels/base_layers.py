@@ -77,7 +77,7 @@ def _transposed(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 def _why_not_convolution(module: nn.Module) -> str | None:
     if isinstance(module, _ConvTransposeNd):
-        return "a transposed convolution stores its weight as [in, out, ...], which is no matrix [out, in]; leave it out"
+        return "a transposed convolution stores its weight as [in, out, ...], no matrix [out, in]; leave it out"
     if module.groups > 1:
         return (
             f"its {module.groups} groups are {module.groups} separate weights, and one basis over all output channels "

@@ -32,9 +32,9 @@ class TinyLoRAConfig:
         v_dtype: storage of v; arithmetic is float32 whatever it is.
         backend: "cuda", "triton", "cpu", "reference" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
-        fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2} gives
-            each part an SVD and a P of its own; names match as in target_modules, values are the output rows of each
-            part or the number of equal parts. The layer stays one module with one v. None: one SVD a layer.
+        fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2}
+            gives each part an SVD and a P of its own; names match as in target_modules, values are the output rows of
+            each part or the number of equal parts. The layer stays one module with one v. None: one SVD a layer.
     """
 
     frozen_rank: int = 2

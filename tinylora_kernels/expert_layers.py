@@ -23,8 +23,8 @@ class AdaptedExperts(nn.Module):
 
     The frozen module stays as it is under ``base``, and its attributes are readable through this one; the layers are
     under their stack's name and the expert's number, ``gate_up_proj.0`` and on. Whatever experts implementation the
-    model's config asks for, the grouped one runs here ("grouped_mm"; all compute the same function), until the update is
-    merged. Hooks and a forward put on the frozen module itself are passed by.
+    model's config asks for, the grouped one runs here ("grouped_mm"; all compute the same function), until the update
+    is merged. Hooks and a forward put on the frozen module itself are passed by.
 
     Args:
         base: the experts module.

@@ -2,9 +2,9 @@
 
     W' - W = (U M) (U^T W) = lora_B @ lora_A * lora_alpha / rank,   lora_alpha = rank
 
-The two factors are exact whatever the SVD's residual; rows and columns beyond r are zeros. Layers that are not linear go
-out as PEFT's own LoRA stores them, which few servers load: a convolution's lora_A is a convolution of the same kernel
-and its lora_B one of size 1; an embedding has lora_embedding_A [rank, rows] and lora_embedding_B [out, rank].
+The two factors are exact whatever the SVD's residual; rows and columns beyond r are zeros. Layers that are not linear
+go out as PEFT's own LoRA stores them, which few servers load: a convolution's lora_A is a convolution of the same
+kernel and its lora_B one of size 1; an embedding has lora_embedding_A [rank, rows] and lora_embedding_B [out, rank].
 """
 
 from __future__ import annotations

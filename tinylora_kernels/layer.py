@@ -15,7 +15,8 @@ from .ops.reference import contract
 class TinyLoRALayer(nn.Module):
     """A frozen layer whose output gets y += ((y U - c) M^T) U^T, M = sum_i v_i P'_i.
 
-    The wrapped layer stays as it is under ``base``; its weight, bias and sizes are readable through this module. ``v`` is one parameter for each tie group, registered on the group's first layer.
+    The wrapped layer stays as it is under ``base``; its weight, bias and sizes are readable through this module. ``v``
+    is one parameter for each tie group, registered on the group's first layer.
 
     Args:
         base: any kind of base_layers.KINDS, or a module with a 2-D weight [out, in] and output [..., out].

@@ -83,8 +83,8 @@ def apply_lora_xs(
     groups = assign_groups(names, config.n_tie, config.tying)
     return attach(
         model, config, names, groups, config.rank,
-        lambda index, sigma, lookup: ratio_projection(config, sigma, lookup), lambda group: initial_vector(config, group),
-        progress=progress, factors=factors,
+        lambda index, sigma, lookup: ratio_projection(config, sigma, lookup),
+        lambda group: initial_vector(config, group), progress=progress, factors=factors,
     )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ def apply_tiny_lora(
         The same model.
 
     Raises:
-        ValueError: no module matched, one that cannot be adapted did, a rank above min(out, in), a weight with NaN or of
-            lower rank, weights on the meta device, a model adapted already. The model is left as it was.
+        ValueError: no module matched, one that cannot be adapted did, a rank above min(out, in), a weight with NaN or
+            of lower rank, weights on the meta device, a model adapted already. The model is left as it was.
     """
     names = target_names(model, config.target_modules)
     groups = assign_groups(names, config.n_tie, config.tying)
@@ -65,8 +65,9 @@ def tiny_lora_projection(config: TinyLoRAConfig, index: int, sigma: Tensor, look
         config: gives the seed, u, r, alpha and scaling.
         index: of the module's P; fused projections taken apart use one index a part from here on.
         sigma: [r] singular values, or [k, r] of k parts.
-        lookup: the module is an embedding. Its rows get U S R V^T, which is y V R V^T on the output side: with V for the
-            basis M = alpha R^T where S stands on the left ("left"), alpha S^1/2 R^T S^-1/2 where it is split ("sqrt").
+        lookup: the module is an embedding. Its rows get U S R V^T, which is y V R V^T on the output side: with V for
+            the basis M = alpha R^T where S stands on the left ("left"), alpha S^1/2 R^T S^-1/2 where it is split
+            ("sqrt").
 
     Returns:
         [u, r, r] float64, or [u, R, R] for parts, block-diagonal.
@@ -98,7 +99,7 @@ def target_names(model: nn.Module, target_modules: Sequence[str] | str | None) -
     """Qualified names of the modules to adapt, in named_modules order.
 
     Raises:
-        ValueError: the model is adapted already, nothing that can be adapted matches, or what matches cannot be adapted.
+        ValueError: the model is adapted already, nothing that can be adapted matches, or what matches cannot be.
     """
     if adapted_layers(model):
         raise ValueError("model: expected a bare model, found one that is adapted already; call remove_adapter first")
@@ -118,7 +119,8 @@ def target_names(model: nn.Module, target_modules: Sequence[str] | str | None) -
                 raise ValueError(f"{name}: it cannot be adapted: {reason}")
         names = [name for name, _ in matched]
     if not names:
-        raise ValueError(f"target_modules: no module matches {', '.join(wanted)}; the model has {_adaptable(candidates)}")
+        found = _adaptable(candidates)
+        raise ValueError(f"target_modules: no module matches {', '.join(wanted)}; the model has {found}")
     return names
 
 
@@ -175,7 +177,7 @@ def attach(
     Args:
         names, groups: the modules in order and the tie group of each.
         rank: singular triplets of each weight.
-        projection: (index of the module's P, sigma [r] or [parts, r], whether it is an embedding) -> [u, r, r] or [r, r].
+        projection: (index of the module's P, sigma [r] or [parts, r], is it an embedding) -> [u, r, r] or [r, r].
         initial: group -> [u], the starting values of its vector.
         factors: the truncated SVDs where they are known already.
     """
@@ -195,8 +197,8 @@ def attach(
         base, factor, sizes = bases[name], factors[name], parts.get(name)
         if sizes and factor.sigma.shape != (len(sizes), rank):
             raise ValueError(
-                f"{name}: expected singular values {[len(sizes), rank]} of its parts, found {list(factor.sigma.shape)}; "
-                "fused.factorize_modules makes them"
+                f"{name}: expected singular values {[len(sizes), rank]} of its parts, found "
+                f"{list(factor.sigma.shape)}; fused.factorize_modules makes them"
             )
         basis = block_basis(factor.basis, sizes) if sizes else factor.basis
         v = owners.get(group)
