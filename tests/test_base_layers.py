@@ -244,6 +244,14 @@ def test_an_embedding_gets_the_papers_update_on_its_rows(scaling):
     torch.testing.assert_close(model(IDS).detach(), (W + 0.7 * U @ middle @ Vt)[IDS], rtol=1e-6, atol=1e-6)
 
 
+def test_a_convolution_with_a_sharded_output_is_refused():
+    from tinylora_kernels.distributed import update_sharded
+
+    layer = adapt(bare("conv2d"))[0]
+    with pytest.raises(ValueError, match="^0: expected a layer whose features .* found a convolution with a sharded"):
+        update_sharded(None, layer, layer.v, None)
+
+
 # Which modules
 
 
