@@ -29,13 +29,16 @@ def test_the_library_needs_stable_shims_and_system_libraries_alone(script):
 
 
 @needs_library
-def test_the_cpu_library_runs_on_manylinux_2_28(script):
-    """A wheel with CUDA is bound to an old glibc by release/wheels.py, which audits it too; a local build is not."""
+def test_the_library_runs_on_manylinux_2_28(script):
     compiler = re.fullmatch(r"gcc (\d+).*", STATUS.build["compiler"])
-    if STATUS.has_cuda or not compiler or int(compiler.group(1)) > 12:
-        pytest.skip(f"wheels are built with gcc 12 or older; this one: {STATUS.build}")
+    if not compiler or int(compiler.group(1)) > 12:
+        pytest.skip(f"wheels are built with gcc 12 or older, this library with {STATUS.build['compiler']}")
     audit = script("audit")
-    assert audit.too_new(audit.Library(native.LIBRARY)) == []
+    problems = audit.too_new(audit.Library(native.LIBRARY))
+    if STATUS.has_cuda:
+        # What the static CUDA runtime takes from this machine's glibc; release/wheels.py binds a wheel's to an old one.
+        problems = [p for p in problems if not re.search(r"^GLIBC_2\.34: .* for ((pthread|sem|shm|dl)\w+(, )?)+$", p)]
+    assert problems == []
 
 
 def test_the_audit_sees_what_is_foreign(script, shared_library):
