@@ -20,6 +20,11 @@ class UsedAdapters {
   const int64_t* slots() const { return slots_.empty() ? nullptr : slots_.data(); }
 
  private:
+  // Up to this many adapters for each id, a pass over all of them is cheaper than sorting the ids.
+  static constexpr int64_t kMarked = 4;
+  void mark(int64_t adapters);
+  void sort();
+
   std::vector<int64_t> adapters_;  // ascending
   std::vector<int64_t> slots_;
 };
