@@ -5,14 +5,19 @@
     forward per adapter     our layer once for each adapter on its own rows, results put back in place
     peft, by groups         PEFT's layer with K adapters, set_adapter before the rows of each
 
-The rows are gathered and the adapters assigned in an order that is not sorted. Generation compares tokens a second of a
-whole model under one adapter and under one for each sequence.
+The rows are gathered and the adapters assigned in an order that is not sorted. A block of `bank.use` spans a whole
+model's pass or a whole call of generate, so the layers are timed inside one, and opening one for the batch is a phase
+of its own, "opening", in microseconds without a ratio. Generation compares tokens a second of a whole model under one
+adapter and under one for each sequence; there, opening the block is part of the call.
+
+PEFT takes no part in "forward + backward": set_adapter freezes the adapters of the other groups.
 """
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +32,8 @@ from .contenders import Problem, make_base, make_problem, our_layer, peft_vector
 from .gate import WrongResult
 from .layers import ENVIRONMENT, QUANTILES
 from .shapes import RANK, Case, layer
-from .timing import interleave
-from .whole_model import GENERATED, NUMBERS, PROMPT, adapt_with_ours, smollm2
+from .timing import geometric_mean, interleave
+from .whole_model import NUMBERS, adapt_with_ours, smollm2
 
 FILE = "adapters.csv"
 COLUMNS = [
@@ -36,11 +41,22 @@ COLUMNS = [
     *ENVIRONMENT,
 ]  # fmt: skip
 ONE, BANK, SEPARATE, PEFT = "one adapter", "bank", "forward per adapter", "peft, by groups"
+INFERENCE, BOTH, OPENING, GENERATE = "inference", "forward + backward", "opening", "generate"
 COUNTS = (1, 8, 64, 512)
 ROWS = (16, 64, 512)
 MOST_PEFT_ADAPTERS = 64  # PEFT keeps a module list for each adapter: 512 take minutes to build
+TRAINING_ROWS = 512
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-SEQUENCES = 64
+SEQUENCES, PROMPT, GENERATED = 64, 8, 12
+TARGET = 1.05
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run rows x [N, in] under their adapters, and the parameters that get a gradient then."""
+
+    forward: Callable[[Tensor], Tensor]
+    trained: list[nn.Parameter]
 
 
 def run(out: Path, *, quick: bool = False) -> None:
@@ -57,9 +73,10 @@ def run(out: Path, *, quick: bool = False) -> None:
         if count <= rows
     ]
     for case, count in tqdm(cases, unit="case", desc="adapters in a batch", dynamic_ncols=True):
-        rows = measure(case, count, seconds=0.3 if quick else 1.5)
+        rows = measure(case, count, seconds=0.3 if quick else 1.0)
         table.append(out / FILE, COLUMNS, [row | facts for row in rows])
-    table.append(out / FILE, COLUMNS, [row | facts for row in generation(rounds=2 if quick else 8)])
+    generated = generation(blocks=2, rounds=2) if quick else generation(blocks=30, rounds=4)
+    table.append(out / FILE, COLUMNS, [row | facts for row in generated])
 
 
 def measure(case: Case, count: int, *, seconds: float) -> list[dict]:
@@ -69,23 +86,43 @@ def measure(case: Case, count: int, *, seconds: float) -> list[dict]:
     vectors = problem.v * (1 + torch.rand(count, 1, generator=generator))  # [K, u]
     ids = torch.arange(case.tokens)[torch.randperm(case.tokens, generator=generator)] % count  # [rows]
     x = problem.x[0]  # [rows, in]
-    runs = {ONE: our_layer(problem), BANK: bank_run(problem, vectors, ids), SEPARATE: separate_run(problem, vectors, ids)}
+    one = our_layer(problem)
+    module, bank, slots = in_bank(problem, vectors, ids)
+    runs = {
+        ONE: Contender(one, [one.v]), BANK: Contender(module, bank.parameters()),
+        SEPARATE: separate(problem, vectors, ids),
+    }  # fmt: skip
+    training = {name: training_step(run, x, problem.g[0]) for name, run in runs.items()}
     if count <= MOST_PEFT_ADAPTERS:
-        runs[PEFT] = peft_run(problem, vectors, ids)
+        runs[PEFT] = Contender(peft_run(problem, vectors, ids), [])
     expected = row_by_row(problem, vectors, ids, x)
-    for name, forward in runs.items():
-        if name != ONE:
-            _check(f"{name}, {case}, K={count}", forward(x), expected, case.dtype)
-    steps = {name: _inference(forward, x) for name, forward in runs.items()}
-    return [
-        {
-            "workload": "layer", "layer": str(case.shape), "rows": case.tokens, "adapters": count,
-            "dtype": case.dtype_name, "contender": name, "phase": "inference", "rounds": s.rounds,
-        }
+    timed = {}
+    with bank.use(slots):
+        for name, run in runs.items():
+            if name != ONE:
+                with torch.no_grad():
+                    _check(f"{name}, {case}, K={count}", run.forward(x), expected, case.dtype)
+        steps = {name: _inference(run.forward, x) for name, run in runs.items()}
+        timed.update(interleave(steps, ONE, seconds=seconds, most=400))
+        if case.tokens == TRAINING_ROWS:
+            _check_gradients(f"{case}, K={count}", runs, x, problem.g[0], ids)
+            for name, phases in interleave(training, ONE, seconds=seconds, most=100).items():
+                timed[name] = timed[name] | phases
+    opened = interleave({BANK: lambda: opening(bank, slots)}, BANK, seconds=0.1)[BANK][OPENING]
+    rows = [
+        {"contender": name, "phase": phase, "rounds": s.rounds}
         | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)))
-        for name, phases in interleave(steps, ONE, seconds=seconds, most=400).items()
-        for s in phases.values()
-    ]  # fmt: skip
+        for name, phases in timed.items()
+        for phase, s in phases.items()
+    ]
+    rows.append(
+        {"contender": BANK, "phase": OPENING, "rounds": opened.rounds}
+        | dict(zip(QUANTILES, (opened.p20, opened.p50, opened.p80, None, None, None)))
+    )
+    common = {
+        "workload": "layer", "layer": str(case.shape), "rows": case.tokens, "adapters": count, "dtype": case.dtype_name
+    }  # fmt: skip
+    return [common | row for row in rows]
 
 
 @torch.no_grad()
@@ -99,20 +136,21 @@ def row_by_row(problem: Problem, vectors: Tensor, ids: Tensor, x: Tensor) -> Ten
     return torch.cat(rows)
 
 
-def bank_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """The rows through one layer under a bank; entering the block is part of every call."""
+def in_bank(problem: Problem, vectors: Tensor, ids: Tensor) -> tuple[TinyLoRALayer, AdapterBank, Tensor]:
+    """One layer under a bank of K adapters, and the bank's ids of the rows."""
     module = our_layer(problem)
-    bank = AdapterBank(nn.ModuleList([module]), len(vectors))
+    bank = AdapterBank(nn.ModuleList([module]), len(vectors), trainable=True)
     slots = torch.tensor([bank.add(str(k), v[None]) for k, v in enumerate(vectors)])[ids]
-
-    def forward(x: Tensor) -> Tensor:
-        with bank.use(slots):
-            return module(x)
-
-    return forward
+    return module, bank, slots
 
 
-def separate_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
+def opening(bank: AdapterBank, slots: Tensor) -> dict[str, float]:
+    begun = time.perf_counter()
+    with bank.use(slots):
+        return {OPENING: time.perf_counter() - begun}
+
+
+def separate(problem: Problem, vectors: Tensor, ids: Tensor) -> Contender:
     """One call for each adapter on its own rows."""
     first = our_layer(problem)
     layers = [
@@ -126,7 +164,7 @@ def separate_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Te
             out[rows] = own(x[rows])
         return out
 
-    return forward
+    return Contender(forward, [layer.v for layer in layers])
 
 
 def peft_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
@@ -159,11 +197,16 @@ def peft_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor
     return forward
 
 
-def generation(*, rounds: int) -> list[dict]:
-    """Tokens a second of `generate` with 64 sequences under one adapter and under 64, SmolLM2's architecture."""
+def generation(*, blocks: int, rounds: int) -> list[dict]:
+    """Tokens a second of `generate` with 64 sequences under one adapter and under 64, SmolLM2's architecture.
+
+    blocks: of its 30.
+    """
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = smollm2(dtype).eval()
+        model = smollm2(dtype, blocks).eval()
+        # The head gets a strided slice of the hidden states: torch would copy its weight for each sequence.
+        model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
         adapt_with_ours(model, torch.full((NUMBERS,), 0.01))
         prompts = torch.randint(0, 49152, (SEQUENCES, PROMPT), generator=torch.Generator().manual_seed(0))
         bank = AdapterBank(model, SEQUENCES)
@@ -177,15 +220,15 @@ def generation(*, rounds: int) -> list[dict]:
             else:
                 with bank.use(slots):
                     _generate(model, prompts)
-            return {"generate": time.perf_counter() - begun}
+            return {GENERATE: time.perf_counter() - begun}
 
         contenders = {ONE: lambda: step(None), BANK: lambda: step(torch.arange(SEQUENCES))}
         times = interleave(contenders, ONE, seconds=1e9, least=rounds, most=rounds, longest=1e9)
         results += [
             {
-                "workload": "generate", "layer": "SmolLM2-135M", "rows": SEQUENCES,
+                "workload": GENERATE, "layer": f"SmolLM2-135M, {blocks} blocks", "rows": SEQUENCES,
                 "adapters": 1 if name == ONE else SEQUENCES, "dtype": "fp32" if dtype is torch.float32 else "bf16",
-                "contender": name, "phase": "generate", "rounds": s.rounds,
+                "contender": name, "phase": GENERATE, "rounds": s.rounds,
                 "tokens_per_s": SEQUENCES * GENERATED / (s.p50 * 1e-6),
             }
             | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)))
@@ -193,6 +236,18 @@ def generation(*, rounds: int) -> list[dict]:
             for s in phases.values()
         ]  # fmt: skip
     return results
+
+
+def training_step(run: Contender, x: Tensor, g: Tensor) -> Callable[[], dict[str, float]]:
+    """Forward with autograd, and backward to x and the vectors."""
+    x = x.detach().requires_grad_()
+
+    def step() -> dict[str, float]:
+        begun = time.perf_counter()
+        torch.autograd.grad(run.forward(x), [x, *run.trained], g)
+        return {BOTH: time.perf_counter() - begun}
+
+    return step
 
 
 def _generate(model: nn.Module, prompts: Tensor) -> Tensor:
@@ -205,7 +260,7 @@ def _inference(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], d
         with torch.no_grad():
             begun = time.perf_counter()
             forward(x)
-            return {"inference": time.perf_counter() - begun}
+            return {INFERENCE: time.perf_counter() - begun}
 
     return step
 
@@ -214,3 +269,43 @@ def _check(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> No
     error = float((found.double() - expected.double()).norm() / expected.double().norm())
     if not error < TOLERANCE[dtype]:
         raise WrongResult(f"{name}: its rows differ from those of each adapter alone by {error:.3g}")
+
+
+def _check_gradients(name: str, runs: dict[str, Contender], x: Tensor, g: Tensor, ids: Tensor) -> None:
+    """The bank's gradients against those of one call for each adapter."""
+    x = x.detach().requires_grad_()
+    bank, apart = (torch.autograd.grad(runs[way].forward(x), [x, *runs[way].trained], g) for way in (BANK, SEPARATE))
+    _check(f"dx of the bank, {name}", bank[0], apart[0], x.dtype)
+    _check(f"dv of the bank, {name}", bank[1], torch.stack(apart[1:]), x.dtype)
+
+
+def describe(rows: list[dict]) -> str:
+    """The table of the report: ratios to one adapter, a column for each K; microseconds for opening a block."""
+    lines = [
+        f"Many adapters in one batch: time over the same rows under one adapter (the bank's target: {TARGET:g})",
+        f"{'layer':<24}{'dtype':<6}{'rows':>5}  {'phase':<20}{'contender':<21}" + "".join(f"{k:>6}" for k in COUNTS),
+    ]
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for row in rows:
+        key = row["layer"], row["dtype"], row["rows"], row["phase"], row["contender"]
+        if row["workload"] == "layer" and row["contender"] != ONE:
+            shown = f"{float(row['ratio_p50']):.3g}" if row["ratio_p50"] else f"{float(row['p50_us']):.0f}us"
+            cells.setdefault(key, {})[int(row["adapters"])] = shown
+    for (shape, dtype, count, phase, contender), found in cells.items():
+        columns = "".join(f"{found.get(k, '-'):>6}" for k in COUNTS)
+        lines.append(f"{shape:<24}{dtype:<6}{count:>5}  {phase:<20}{contender:<21}{columns}")
+    for row in rows:
+        if row["workload"] == GENERATE:
+            lines.append(
+                f"generate, {row['rows']} sequences of {row['layer']}, {row['dtype']}, under {row['adapters']:>2}: "
+                f"{float(row['tokens_per_s']):.1f} tokens/s ({float(row['ratio_p50']):.3f})"
+            )
+    bank = [
+        float(row["ratio_p50"])
+        for row in rows
+        if row["contender"] == BANK and row["phase"] in (INFERENCE, BOTH) and row["workload"] == "layer"
+    ]
+    missed = sum(value > TARGET for value in bank)
+    mean, worst = geometric_mean(bank), max(bank)
+    lines.append(f"bank: geometric mean {mean:.3f}, worst {worst:.3f}; above {TARGET:g}: {missed} of {len(bank)}")
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
 from matplotlib.colors import LogNorm  # noqa: E402
 
+from .adapters import BANK, COUNTS, INFERENCE, PEFT, SEPARATE, TARGET  # noqa: E402
 from .contenders import FROZEN, NAMES, OURS  # noqa: E402
 from .report import by_case, ratio  # noqa: E402
 from .shapes import TOKENS  # noqa: E402
@@ -76,6 +77,34 @@ def _roofline(times: list[dict], path: Path) -> None:
     bar.ax.set_yticklabels(TOKENS)
     figure.suptitle(_caption(times), fontsize=9)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_adapters(rows: list[dict], out: Path) -> None:
+    """K adapters in a batch over one adapter: the bank and its alternatives, a line for each layer and batch."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    cases = sorted({(row["layer"], int(row["rows"])) for row in rows if row["workload"] == "layer"})
+    for axis, dtype in zip(axes, ("fp32", "bf16")):
+        for contender, color in ((PEFT, "C1"), (SEPARATE, "C0"), (BANK, "black")):
+            for layer, count in cases:
+                found = [
+                    (int(row["adapters"]), ratio(row))
+                    for row in rows
+                    if (row["layer"], row["rows"], row["dtype"]) == (layer, str(count), dtype)
+                    and (row["contender"], row["phase"]) == (contender, INFERENCE)
+                ]
+                label = contender if (layer, count) == cases[0] else None
+                if found:
+                    axis.plot(*zip(*found), marker="o", ms=3, lw=1, color=color, alpha=0.8, label=label)
+        axis.axhline(TARGET, color="red", lw=0.8, ls=":", label=f"target {TARGET:g}")
+        axis.set(xscale="log", yscale="log", title=dtype, xlabel="adapters in the batch", xticks=COUNTS)
+        axis.set_xticklabels(COUNTS)
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("time of a layer / the same rows under one adapter")
+    figure.suptitle(f"16, 64 and 512 rows; {_caption(rows)}", fontsize=9)
+    figure.savefig(out / "adapters.png", dpi=130)
     plt.close(figure)
 
 

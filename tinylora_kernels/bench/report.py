@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import breakdown, layers, table, whole_model
+from . import adapters, breakdown, layers, table, whole_model
 from .contenders import FROZEN, NAMES, OURS, RIVALS
 from .shapes import TOKENS
 from .timing import geometric_mean
@@ -25,16 +25,22 @@ def write(out: Path) -> None:
         sections.append(_model(rows))
     if rows := table.read(out / breakdown.FILE):
         sections.append(_breakdown(rows))
+    many = table.read(out / adapters.FILE)
+    if many:
+        sections.append(adapters.describe(many))
     short = "\n\n".join(sections)
     (out / FILE).write_text("\n\n".join([short, *([_cases(times)] if times else [])]) + "\n")
     print(short)
-    if times:
+    if times or many:
         try:
             from . import plots
         except ImportError as error:
             print(f"no plots: {error}; pip install matplotlib")
-        else:
-            plots.write(times, out)
+            return
+    if times:
+        plots.write(times, out)
+    if many:
+        plots.write_adapters(many, out)
 
 
 def by_case(times: list[dict], phase: str) -> dict[Case, dict[str, dict]]:
