@@ -1,0 +1,33 @@
+"""The matrix's bookkeeping; what it measures takes an hour and is asked for by `make matrix`."""
+import pytest
+
+
+def test_every_pair_once_and_each_python_and_torch_early(script):
+    pairs = script("matrix").diagonals(["3.10", "3.11", "3.12"], ["2.10", "newest"])
+    assert len(pairs) == len(set(pairs)) == 6
+    assert {python for python, _ in pairs[:3]} == {"3.10", "3.11", "3.12"} and {torch for _, torch in pairs[:3]} == {
+        "2.10", "newest",
+    }  # fmt: skip
+
+
+def test_the_table_has_a_line_for_each_environment_and_the_reasons(script):
+    matrix = script("matrix")
+    tried = {"python": "3.12.1", "torch": "2.13.0+cpu", "cuda_libraries": "none needed", "date": "2026-01-01"}
+    rows = [
+        tried | {"file": "+cpu", "result": "ok"},
+        tried | {"file": "+cu130", "result": "failed: ImportError: no such symbol"},
+        matrix.no_environment("3.13", "2.10.0", "this Python is not installed here"),
+    ]
+    lines = matrix.table(rows).splitlines()
+    assert lines[0].split() == ["python", "torch", "CUDA", "libraries", "+cpu", "+cu130"]
+    assert lines[1].split() == ["3.12.1", "2.13.0+cpu", "none", "needed", "ok", "failed"]
+    assert lines[2].split() == ["3.13", "2.10.0", "not", "tried", "not", "tried"]
+    assert lines[3] == "3.12.1, torch 2.13.0+cpu, +cu130: failed: ImportError: no such symbol"
+    assert lines[4] == "3.13, torch 2.10.0, all: not tried: this Python is not installed here"
+
+
+def test_a_failing_command_is_a_reason_in_one_line(script):
+    matrix = script("matrix")
+    code = "import sys; sys.stderr.write('Traceback\\n  x\\nValueError: what was wrong\\nnote: later\\n'); sys.exit(1)"
+    with pytest.raises(matrix.Unavailable, match=r"^ValueError: what was wrong$"):
+        matrix.run([matrix.sys.executable, "-c", code])
