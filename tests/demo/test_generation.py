@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.demo.generation import Completions, completion_log_probs, draw, generate
+from tinylora_kernels.bank import AdapterBank
+from tinylora_kernels.demo.generation import Assignment, Completions, completion_log_probs, draw, generate
 from tinylora_kernels.demo.models import PROJECTIONS, load_model
 
 PROMPTS = ["345_____=", "34______=", "9911____="]
@@ -105,3 +106,35 @@ def test_select_prompts_keeps_whole_groups_and_trims_columns():
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     kept = Completions(tokens, mask, samples=2).select_prompts(torch.tensor([1, 2]))
     assert torch.equal(kept.tokens, tokens[2:, :2]) and torch.equal(kept.mask, mask[2:, :2])
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL], ids=["fixed field", "unequal"])
+def test_prompts_under_different_adapters_are_each_what_they_are_alone(adapted, prompts):
+    """Replies by their own random numbers, log-probabilities and gradients; the common beginning differs by adapter."""
+    bank = AdapterBank(adapted.module, 2, trainable=True)
+    generator = torch.Generator().manual_seed(5)
+    values = {name: 0.05 * torch.randn(1, 13, generator=generator) for name in ("a", "b")}
+    for name, value in values.items():
+        bank.add(name, value)
+    ids = encoded(adapted, prompts)
+    names = ["ab"[i % 2] for i in range(len(prompts))]
+    uniform = torch.rand(len(prompts) * 4, 12, generator=generator, dtype=torch.float64)
+    adapters = Assignment(bank, torch.tensor([bank.slot(name) for name in names]))
+    together = generate(adapted, ids, [1.0] * 4, 12, uniform=uniform, adapters=adapters)
+    found = completion_log_probs(adapted, ids, together, 1.0, adapters)
+    (gradient,) = torch.autograd.grad(found[together.mask].sum(), bank.parameters())
+    (v,) = trainable_vectors(adapted.module)
+    for name, value in values.items():
+        own = [i for i, chosen in enumerate(names) if chosen == name]
+        rows = torch.cat([torch.arange(4 * i, 4 * i + 4) for i in own])
+        with torch.no_grad():
+            v.copy_(value[0])
+        alone = generate(adapted, [ids[i] for i in own], [1.0] * 4, 12, uniform=uniform[rows])
+        expected = together.select_prompts(torch.tensor(own))
+        assert torch.equal(alone.mask, expected.mask)
+        assert torch.equal(alone.tokens[alone.mask], expected.tokens[expected.mask])
+        scores = completion_log_probs(adapted, [ids[i] for i in own], alone, 1.0)
+        chosen = found[rows][:, : alone.mask.shape[1]]
+        torch.testing.assert_close(chosen[alone.mask], scores[alone.mask], rtol=0, atol=1e-6)
+        (single,) = torch.autograd.grad(scores[alone.mask].sum(), v)
+        torch.testing.assert_close(gradient[bank.slot(name)].double(), single, rtol=1e-4, atol=1e-5)
