@@ -175,7 +175,9 @@ def save_adapter_once(
         raise outcome[0]
 
 
-def sharded_forward(layer: TinyLoRALayer, v: Tensor, adapter_ids: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
+def sharded_forward(
+    layer: TinyLoRALayer, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, args: tuple, kwargs: dict
+) -> Tensor:
     """The layer's forward where its weight is a DTensor.
 
     A parallel style reduces and reshards the output in a forward hook of the base. The update goes before it, where
@@ -184,10 +186,9 @@ def sharded_forward(layer: TinyLoRALayer, v: Tensor, adapter_ids: Tensor | None,
 
     def update(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
         if isinstance(y, DTensor):
-            return update_sharded(y, layer, v, adapter_ids)
+            return update_sharded(y, layer, v, projection, adapter_ids)
         # FSDP2 has gathered the weight for this one call
-        buffers = layer.basis, v, layer.projection, layer.offset, adapter_ids
-        return layer._update(y, *buffers, backend=layer.backend)
+        return layer._update(y, layer.basis, v, projection, layer.offset, adapter_ids, backend=layer.backend)
 
     handle = layer.base.register_forward_hook(update, prepend=True)
     try:
@@ -196,7 +197,9 @@ def sharded_forward(layer: TinyLoRALayer, v: Tensor, adapter_ids: Tensor | None,
         handle.remove()
 
 
-def update_sharded(y: DTensor, layer: TinyLoRALayer, v: Tensor, adapter_ids: Tensor | None) -> DTensor:
+def update_sharded(
+    y: DTensor, layer: TinyLoRALayer, v: Tensor, projection: Tensor, adapter_ids: Tensor | None
+) -> DTensor:
     """The update of an output that is spread over a mesh; its layout stays as it was.
 
     Raises:
@@ -209,21 +212,21 @@ def update_sharded(y: DTensor, layer: TinyLoRALayer, v: Tensor, adapter_ids: Ten
         )
     mesh, spread = y.device_mesh, [(i, p) for i, p in enumerate(y.placements) if not p.is_replicate()]
     known = all(type(p) is Shard or p == Partial("sum") for _, p in spread)
-    if len(spread) > 1 or not known:
+    if len(spread) > 1 or not known or y.shape[-1] != layer.basis.shape[1]:
         raise ValueError(
-            f"{layer.name}: expected an output sharded, or partial by sum, over one mesh dimension, found "
-            f"{y.placements}; reduce it inside the base, or leave this module out of target_modules"
+            f"{layer.name}: expected an output [..., {layer.basis.shape[1]}] sharded, or partial by sum, over one mesh "
+            f"dimension, found {list(y.shape)} {y.placements}; leave this module out of target_modules"
         )
     if adapter_ids is not None and spread:
         raise ValueError(
             f"{layer.name}: an AdapterBank needs whole outputs on every rank, found {y.placements}; run the bank on "
             "a model that is not tensor parallel"
         )
-    local, basis, projection, offset = y.to_local(), layer.basis, layer.projection, layer.offset
+    local, basis, offset = y.to_local(), layer.basis, layer.offset
     if not spread:
         updated = tiny_lora_update(local, basis, v, projection, offset, adapter_ids, backend=layer.backend)
     else:
-        (dimension, placement), = spread
+        ((dimension, placement),) = spread
         group = mesh.get_group(dimension)
         if isinstance(placement, Shard) and placement.dim % y.dim() == y.dim() - 1:
             first = mesh.get_local_rank(dimension) * -(-y.shape[-1] // mesh.size(dimension))  # as torch.chunk cuts

@@ -96,7 +96,7 @@ class TinyLoRALayer(nn.Module):
         if is_sharded(base._parameters.get("weight")):
             from .distributed import sharded_forward  # loads torch.distributed: only where it is in use
 
-            return sharded_forward(self, v, adapter_ids, args, kwargs)
+            return sharded_forward(self, v, projection, adapter_ids, args, kwargs)
         return self._update(
             base(*args, **kwargs), basis, v, projection, buffers["offset"], adapter_ids,
             inplace=fresh and type(base._parameters.get("weight")) in PLAIN, backend=self.backend,

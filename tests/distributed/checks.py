@@ -135,7 +135,7 @@ def refusals(rank: int, world: int) -> list[str]:
     for partial in ("avg", "max"):
         y = distribute_tensor(torch.ones(3, 24), mesh, [Replicate()])
         y = y.from_local(y.to_local(), mesh, [Partial(partial)])
-        messages.append(error_of(lambda: module_under_test.update_sharded(y, layer, layer.v, None)))
+        messages.append(error_of(lambda: module_under_test.update_sharded(y, layer, layer.v, layer.projection, None)))
     bank = AdapterBank(model, capacity=2)
     bank.add("a")
     with bank.use(["a"] * layouts.BATCH):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -244,15 +245,20 @@ def set_vectors(bare: nn.Module) -> None:
             v.copy_(0.1 * torch.sin(torch.arange(v.numel()) + group + 1.0))
 
 
-def measure(name: str, world: int, dtype: torch.dtype, blocks: int = 2) -> Deviation:
+@functools.cache
+def alone(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits and v's gradient of one process on the whole batch."""
+    placed = one_process(model_of(dtype, 2), config_of(dtype))
+    set_vectors(placed.bare)
+    return forward_backward(placed)
+
+
+def measure(name: str, world: int, dtype: torch.dtype) -> Deviation:
     mesh = init_device_mesh("cpu", (world,))
-    exact = one_process(model_of(torch.float64, blocks), config_of(torch.float64))
-    plain = one_process(model_of(dtype, blocks), config_of(dtype))
-    placed = LAYOUTS[name](model_of(dtype, blocks), mesh, config_of(dtype))
-    for each in (exact, plain, placed):
-        set_vectors(each.bare)
-    true_logits, true_gradient = forward_backward(exact)
-    own_logits, own_gradient = forward_backward(plain)
+    placed = LAYOUTS[name](model_of(dtype, 2), mesh, config_of(dtype))
+    set_vectors(placed.bare)
+    true_logits, true_gradient = alone(torch.float64)
+    own_logits, own_gradient = alone(dtype)
     with Traffic() as traffic:
         logits, gradient = forward_backward(placed)
     deviations = torch.tensor([relative(logits, own_logits[placed.rows]), relative(gradient, own_gradient)])
@@ -274,15 +280,18 @@ def train(placed: Placed, steps: int) -> Tensor:
     return torch.cat([v.detach() for v in vectors])
 
 
+@functools.cache
+def trained_alone(steps: int) -> Tensor:
+    return train(one_process(model_of(torch.float32, 1), config_of(torch.float32)), steps)
+
+
 def measure_training(name: str, world: int, steps: int = STEPS) -> Training:
     mesh = init_device_mesh("cpu", (world,))
-    config = config_of(torch.float32)
-    expected = train(one_process(model_of(torch.float32, 1), config), steps)
-    found = train(LAYOUTS[name](model_of(torch.float32, 1), mesh, config), steps)
+    found = train(LAYOUTS[name](model_of(torch.float32, 1), mesh, config_of(torch.float32)), steps)
     everyone = [torch.empty_like(found) for _ in range(world)]
     dist.all_gather(everyone, found)
     identical = all(torch.equal(other, found) for other in everyone)
-    return Training(name, world, steps, identical, relative(found, expected))
+    return Training(name, world, steps, identical, relative(found, trained_alone(steps)))
 
 
 def layouts_of(world: int) -> list[str]:
