@@ -5,7 +5,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from tinylora_kernels.bench import breakdown, contenders, gate, layers, memory
+from tinylora_kernels.bench import adapters, breakdown, contenders, gate, layers, memory
 from tinylora_kernels.bench import report, roofline, shapes, table, timing, whole_model
 
 TINY = shapes.Case(shapes.Shape("SmolLM2-135M", "q", 64, 48, True), 8, torch.float32, 13)
@@ -158,6 +158,23 @@ def test_whole_model_variants_are_one_function_and_ours_saves_eight_bytes(peft):
         assert phases["step"] >= phases["forward"] + phases["backward"] > 0
         decode = whole_model.generation(variant, 1)
         assert decode()["token"] > 0 and decode()["token"] > 0
+
+
+def test_adapters_in_a_batch_are_checked_and_timed(peft, monkeypatch):
+    monkeypatch.setattr(adapters, "TRAINING_ROWS", TINY.tokens)
+    monkeypatch.setattr(adapters, "interleave", lambda *a, **k: timing.interleave(*a, **k | {"least": 2, "most": 2}))
+    rows = adapters.measure(TINY, 3, seconds=0.0)
+    phases = {(row["contender"], row["phase"]) for row in rows}
+    ways = (adapters.ONE, adapters.BANK, adapters.SEPARATE)
+    assert phases == {(way, phase) for way in ways for phase in (adapters.INFERENCE, adapters.BOTH)} | {
+        (adapters.PEFT, adapters.INFERENCE), (adapters.BANK, adapters.OPENING)
+    }  # fmt: skip
+    written = [{name: table._text(value) for name, value in row.items()} for row in rows]
+    described = adapters.describe(written)
+    assert max(map(len, described.splitlines())) <= report.WIDTH and "of 2" in described
+    monkeypatch.setattr(adapters, "in_bank", lambda p, v, i, build=adapters.in_bank: build(p, 1.2 * v, i))
+    with pytest.raises(gate.WrongResult, match="bank"):
+        adapters.measure(TINY, 3, seconds=0.0)
 
 
 @pytest.mark.parametrize("training", [True, False])

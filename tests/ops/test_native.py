@@ -150,6 +150,22 @@ def test_a_bare_row_keeps_its_bits(isa):
     assert torch.equal(call["y"][::2], before[::2]) and not call["y"][1::2].isfinite().any(1).all()
 
 
+@pytest.mark.parametrize("adapters", [3, 5000], ids=["few", "many"])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_ids_in_any_order_of_few_or_many_adapters(isa, adapters, rank):
+    """Whether the ids are marked or sorted to find the adapters in use."""
+    ids = torch.tensor([2, -1, 0, adapters - 1, 2, 1, 0])
+    call = simple(rows=14, rank=rank, v=torch.randn(adapters, 3), adapter_ids=ids, dtype=torch.float64)
+    call = {name: value.double() if name == "v" else value for name, value in call.items()}
+    ours, truth = call | {"y": call["y"].clone()}, call | {"y": call["y"].clone()}
+    t, expected = native.update(**ours), reference.update(**truth)
+    rest = (call["basis"], call["v"], call["projection"], expected, ids, True)
+    pairs = [(ours["y"], truth["y"]), (t, expected)]
+    pairs += zip(native.update_backward(call["y"], *rest), reference.update_backward(call["y"], *rest))
+    for found, value in pairs:
+        torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("need_input_grad", [True, False])
 @pytest.mark.parametrize("need_v_grad", [True, False])
 def test_only_what_is_asked_for(isa, need_input_grad, need_v_grad):

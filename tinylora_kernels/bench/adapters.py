@@ -283,7 +283,7 @@ def describe(rows: list[dict]) -> str:
     """The table of the report: ratios to one adapter, a column for each K; microseconds for opening a block."""
     lines = [
         f"Many adapters in one batch: time over the same rows under one adapter (the bank's target: {TARGET:g})",
-        f"{'layer':<24}{'dtype':<6}{'rows':>5}  {'phase':<20}{'contender':<21}" + "".join(f"{k:>6}" for k in COUNTS),
+        f"{'layer':<25}{'dtype':<5}{'rows':>4}  {'phase':<19}{'contender':<20}" + "".join(f"{k:>6}" for k in COUNTS),
     ]
     cells: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
@@ -293,7 +293,7 @@ def describe(rows: list[dict]) -> str:
             cells.setdefault(key, {})[int(row["adapters"])] = shown
     for (shape, dtype, count, phase, contender), found in cells.items():
         columns = "".join(f"{found.get(k, '-'):>6}" for k in COUNTS)
-        lines.append(f"{shape:<24}{dtype:<6}{count:>5}  {phase:<20}{contender:<21}{columns}")
+        lines.append(f"{shape:<25}{dtype:<5}{count:>4}  {phase:<19}{contender:<20}{columns}")
     for row in rows:
         if row["workload"] == GENERATE:
             lines.append(
