@@ -249,7 +249,7 @@ def test_a_convolution_with_a_sharded_output_is_refused():
 
     layer = adapt(bare("conv2d"))[0]
     with pytest.raises(ValueError, match="^0: expected a layer whose features .* found a convolution with a sharded"):
-        update_sharded(None, layer, layer.v, None)
+        update_sharded(None, layer, layer.v, layer.projection, None)
 
 
 # Which modules
