@@ -75,7 +75,7 @@ def run(out: Path, *, quick: bool = False) -> None:
     for case, count in tqdm(cases, unit="case", desc="adapters in a batch", dynamic_ncols=True):
         rows = measure(case, count, seconds=0.3 if quick else 1.0)
         table.append(out / FILE, COLUMNS, [row | facts for row in rows])
-    generated = generation(blocks=2, rounds=2) if quick else generation(blocks=30, rounds=4)
+    generated = generation(blocks=2, rounds=2) if quick else generation(blocks=30, rounds=6)
     table.append(out / FILE, COLUMNS, [row | facts for row in generated])
 
 
