@@ -157,6 +157,11 @@ def diagonals(pythons: list[str], torches: list[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
+def minor(version: str) -> list[int]:
+    """3.12.1 -> [3, 12]; "newest" sorts last."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]] or [99]
+
+
 def label(wheel: Path) -> str:
     return "+" + wheel.name.split("-")[1].partition("+")[2]
 
@@ -167,7 +172,7 @@ def table(rows: list[dict]) -> str:
     lines, notes = [["python", "torch", "CUDA libraries", *files]], []
     for key in dict.fromkeys((row["python"], row["torch"]) for row in rows):
         group = {row["file"]: row for row in rows if (row["python"], row["torch"]) == key}
-        cells = [group.get(name) or group.get("all") for name in files]
+        cells = [group.get(name) or (group.get("all") if name.startswith("+") else None) for name in files]
         words = [cell["result"].partition(":")[0] if cell else "" for cell in cells]
         lines.append([*key, next(iter(group.values())).get("cuda_libraries", ""), *words])
         notes += [f"{key[0]}, torch {key[1]}, {n}: {r['result']}" for n, r in group.items() if r["result"] != "ok"]
@@ -201,7 +206,7 @@ def main() -> int:
         for row in measure(python, torch, [f.resolve() for f in files], sdist, options.cache.resolve(), index):
             print(f"{row['python']:<8} {row['torch']:<14} {row['file']:<20} {row['result']}", flush=True)
             rows.append(row)
-    rows.sort(key=lambda row: [int(n) for text in (row["python"], row["torch"]) for n in re.findall(r"\d+", text)[:2]])
+    rows.sort(key=lambda row: (minor(row["python"]), minor(row["torch"])))
     with options.out.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, restval="")
         writer.writeheader()
