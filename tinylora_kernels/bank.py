@@ -143,12 +143,12 @@ class AdapterBank:
             seed: of its random P; the model's by default. Another one needs a bank with own_seeds=True.
 
         Raises:
-            ValueError: the name is taken or not allowed, the shape does not fit, a number is not finite, the seed is not
-                the bank's.
+            ValueError: the name is taken or not allowed, the shape does not fit, a number is not finite, the seed is
+                not the bank's.
             RuntimeError: the bank is full.
         """
         if name is None or isinstance(name, int):
-            raise ValueError(f"adapter name: expected a name, found {name!r}; integers are ids and None is the bare base")
+            raise ValueError(f"adapter name: expected a name, found {name!r}; integers are ids, None is the bare base")
         vectors = self._check_vectors(name, vectors)
         seed = self._check_seed(name, seed)
         with self._lock:
@@ -200,7 +200,7 @@ class AdapterBank:
             ) from None
         for module in adapter.modules:
             if module.basis is not None and not torch.equal(module.basis, singular_basis(layers[module.name]).cpu()):
-                raise AdapterError(f"{os.fspath(path)}: {module.name} has a basis of its own; a bank shares the model's")
+                raise AdapterError(f"{os.fspath(path)}: {module.name} has its own basis; a bank shares the model's")
         return self.add(name, adapter.v, seed=None if self.own_projections is None else seed)
 
     def save(self, name: Hashable, path: str | os.PathLike) -> None:

@@ -38,7 +38,7 @@ class OwnProjections:
         config = layers[0].config
         if not isinstance(config, TinyLoRAConfig):
             found = "no config" if config is None else f"a {type(config).__name__}"
-            raise ValueError(f"own_seeds: expected a model of apply_tiny_lora, whose P comes from a seed, found {found}")
+            raise ValueError(f"own_seeds: expected a model of apply_tiny_lora, with P from a seed, found {found}")
         fused = next((layer.name for layer in layers if layer.parts), None)
         if fused is not None:
             raise ValueError(

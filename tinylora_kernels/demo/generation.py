@@ -120,8 +120,8 @@ def generate(
         temperatures: n of them: [0.7] * 8 samples eight replies, [0, 0.7] one greedy and one sampled.
         max_new_tokens: replies end at the model's end token or here.
         generator: of the samples.
-        uniform: [P * n, max_new_tokens] float64 in [0, 1), in place of a generator: what a reply is then does not depend
-            on the other replies of the batch.
+        uniform: [P * n, max_new_tokens] float64 in [0, 1), in place of a generator: what a reply is then does not
+            depend on the other replies of the batch.
         adapters: of the prompts.
     """
     prefix = Prefix(model, prompts, adapters)
