@@ -147,6 +147,70 @@ def test_one_node_takes_inputs_of_any_layout():
             torch.testing.assert_close(one, two)
 
 
+def replace_v(layer):
+    layer.v = nn.Parameter(torch.ones(3))
+
+
+def replace_v_behind_the_layer(layer):
+    layer._parameters["v"] = nn.Parameter(torch.ones(3))  # as torch.func.functional_call does
+
+
+def replace_weight(layer):
+    layer.base.weight = nn.Parameter(torch.ones(24, 16), requires_grad=False)
+
+
+def change_dtype(layer):
+    layer.base.to(torch.float64)
+
+
+def add_hook(layer):
+    layer.base.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def wrap_forward(layer):
+    run = layer.base.forward
+    layer.base.forward = lambda x: 2 * run(x)
+
+
+def switch_off(layer):
+    layer.enabled = False
+
+
+def replace_factors(layer):
+    layer.basis = 2 * layer.basis
+
+
+CHANGES = [replace_v, replace_v_behind_the_layer, replace_weight, change_dtype, add_hook, wrap_forward, switch_off,
+           replace_factors]  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_was_called_before_follows_every_change(change, tied):
+    first = linear()
+    layer = TinyLoRALayer(first.base, first.basis, first.sigma, first.projection, first) if tied else first
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        before = layer(x)
+        assert layer._plan is not None and torch.equal(layer(x), before)
+        (change if change.__name__.startswith("replace_v") else lambda _: change(layer))(first)
+        x = x.to(layer.base.weight.dtype)
+        layer.__dict__["_plan"], plan = None, layer._plan
+        fresh = layer(x)
+        layer.__dict__["_plan"] = plan
+        assert torch.equal(layer(x), fresh) and not torch.equal(fresh.float(), before)
+
+
+def test_a_call_without_gradients_does_not_answer_one_with():
+    layer, x = linear(), torch.randn(3, 16)
+    with torch.no_grad():
+        assert not layer(x).requires_grad and not layer(x).requires_grad
+    assert layer(x).requires_grad
+    layer.base.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.base.weight.grad.any()
+
+
 def test_one_node_notices_a_weight_rewritten_before_backward():
     layer, x = linear(), torch.randn(3, 16, requires_grad=True)
     out = layer(x)

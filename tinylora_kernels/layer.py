@@ -11,6 +11,8 @@ from .channels import update_channels
 from .frozen import PLAIN, dense, is_sharded
 from .functional import tiny_lora_linear, tiny_lora_update
 from .ops.reference import contract
+from .plain_linear import has_hooks, is_plain_linear, make_plan, note_change
+
 
 class TinyLoRALayer(nn.Module):
     """A frozen layer whose output gets y += ((y U - c) M^T) U^T, M = sum_i v_i P'_i.
@@ -48,6 +50,7 @@ class TinyLoRALayer(nn.Module):
         projection_index: int | None = None,
     ):
         super().__init__()
+        self.__dict__["_plan"] = None  # how the last call ran, if the next ones can run like it
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
@@ -76,6 +79,14 @@ class TinyLoRALayer(nn.Module):
         self._update = functools.partial(update_channels, 1 - base.weight.dim()) if channels_first else tiny_lora_update
 
     def forward(self, *args, **kwargs) -> Tensor:
+        if not torch.compiler.is_compiling() and self._plan is not None and len(args) == 1 and not kwargs:
+            y = self._plan.run(args[0])
+            if y is not None:
+                return y
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args, **kwargs) -> Tensor:
+        """The call with all questions asked."""
         # Straight from the dicts: through nn.Module.__getattr__ each name costs most of a microsecond, at every token.
         base, buffers = self._modules["base"], self._buffers
         if not self.enabled:
@@ -89,6 +100,8 @@ class TinyLoRALayer(nn.Module):
         fresh = self._fresh_output and not has_hooks(base)
         if fresh and len(args) == 1 and not kwargs and is_plain_linear(base, args[0]):
             weight, bias = base._parameters["weight"], base._parameters["bias"]
+            if self.bank is None:
+                self.__dict__["_plan"] = make_plan(self, self._owner[0])
             return tiny_lora_linear(
                 args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids,
                 backend=self.backend,
@@ -104,7 +117,11 @@ class TinyLoRALayer(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles carry no bank: it belongs to the layers of one model in one process."""
-        return {**self.__dict__, "bank": None}
+        return {**self.__dict__, "bank": None, "_plan": None}
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        note_change()
 
     @property
     def owner(self) -> TinyLoRALayer:
@@ -153,37 +170,6 @@ class TinyLoRALayer(nn.Module):
 
         if recurse:
             self.base._apply(fn)
-        return super()._apply(keep_dtype, recurse=False)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook may hold the module's output, change its input, or stand between it and autograd."""
-    hooks = nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
-
-
-def is_plain_linear(base: nn.Module, x: Tensor) -> bool:
-    """Whether base(x), hooks aside, is x W^T + b on frozen tensors, with nothing that wants to see the call.
-
-    Not so with tensor subclasses (quantised or sharded weights), under autocast, while tracing, where a library has
-    put its own ``forward`` on the module (offloading), or where the base is being trained.
-    """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or torch.compiler.is_compiling():
-        return False
-    parameters = base._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
-    return (
-        type(x) in PLAIN and type(weight) in PLAIN and x.dtype is weight.dtype and not weight.requires_grad
-        and (bias is None or (type(bias) in PLAIN and not bias.requires_grad))
-        and not torch.is_autocast_enabled(x.device.type)
-    )  # fmt: skip
-
+        moved = super()._apply(keep_dtype, recurse=False)
+        note_change()
+        return moved

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..base_layers import is_linear_like, weight_matrix
 from ..functional import tiny_lora_update
-from ..layer import has_hooks
+from ..plain_linear import has_hooks
 from .peft_adapters import from_peft, to_peft
 from .peft_factors import FitError, output_side
 

@@ -34,20 +34,20 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
 }
 ON_GPU = ("cuda", "triton")  # passed over in silence for tensors that live elsewhere
 
-_requested: str | None = os.environ.get("TINYLORA_BACKEND") or None
+requested: str | None = os.environ.get("TINYLORA_BACKEND") or None  # set by set_backend alone
 
 
 def set_backend(name: str | None) -> None:
     """Ask for one backend for every later call ("cuda", "triton", "cpu", "reference"); None chooses automatically."""
-    global _requested
+    global requested
     if name is not None:
         _check_name(name)
-    _requested = name
+    requested = name
 
 
 def requested_backend() -> str | None:
     """What set_backend() or TINYLORA_BACKEND asked for; None where the choice is automatic."""
-    return _requested
+    return requested
 
 
 def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None = None) -> str:
@@ -58,12 +58,12 @@ def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None 
     """
     if torch.compiler.is_compiling():
         return _choose_while_tracing(device_type, dtype, _plain_int(rank), backend)
-    return _choose(device_type, dtype, rank, backend or _requested)
+    return _choose(device_type, dtype, rank, backend or requested)
 
 
 @torch.compiler.assume_constant_result
 def _choose_while_tracing(device_type: str, dtype: torch.dtype, rank: int, backend: str | None) -> str:
-    return _choose(device_type, dtype, rank, backend or _requested)
+    return _choose(device_type, dtype, rank, backend or requested)
 
 
 def _plain_int(size: int) -> int:
