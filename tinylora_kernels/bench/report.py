@@ -178,7 +178,8 @@ def _cases(times: list[dict]) -> str:
 
 
 def _model(rows: list[dict]) -> str:
-    lines = ["Whole model: SmolLM2-135M's architecture, 210 adapted modules, 4 x 128 tokens; unit: frozen"]
+    modules = ", ".join(sorted({row["modules"] for row in rows}))
+    lines = [f"Whole model: SmolLM2-135M's widths, {modules} adapted modules, 4 x 128 tokens; unit: frozen"]
     numbers = f"{'ms':>9}{'p20':>8}{'ratio':>8}{'p80':>8}{'bytes':>7}"
     lines.append(f"{'':<24}{'dtype':<10}{'contender':<14}{'phase':<10}{numbers}")
     for row in rows:
