@@ -72,7 +72,8 @@ def code_fingerprint() -> str:
     A run is resumed only where this has not changed.
     """
     package = native.LIBRARY.parent
-    sources = [package / "layer.py", package / "plain_linear.py", package / "functional.py", *sorted((package / "ops").glob("*.py"))]
+    own = [package / name for name in ("layer.py", "plain_linear.py", "functional.py")]
+    sources = own + sorted((package / "ops").glob("*.py"))
     digest = hashlib.sha256()
     for path in [*sources, native.LIBRARY]:
         digest.update(path.read_bytes() if path.is_file() else b"none")

@@ -230,7 +230,7 @@ def make_tokens() -> Tensor:
 
 
 def run(out: Path, *, dtypes: Sequence[torch.dtype], quick: bool = False, seconds: float = 40.0) -> None:
-    """Measure each dtype (quick: the first alone, a third of the blocks, a few rounds) and add the rows to model.csv."""
+    """Measure each dtype (quick: the first, a third of the blocks, a few rounds) and add the rows to model.csv."""
     facts = environment.describe()
     done = {(row["dtype"], row["threads"], row["code"]) for row in table.read(out / FILE)}
     seconds = 3.0 if quick else seconds
