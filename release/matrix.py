@@ -2,6 +2,7 @@
 
     make matrix                                             prints the table, writes bench/results/matrix.csv
     python release/matrix.py --torch 2.13.0 --python 3.12   one environment
+    python release/matrix.py --missing                      those that the last run did not try, with the same files
     python release/matrix.py --index-url https://download.pytorch.org/whl/cpu    where that index can be reached
 
 In each: import, forward and backward against the float64 reference in three dtypes, an adapter saved and loaded
@@ -157,6 +158,11 @@ def diagonals(pythons: list[str], torches: list[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
+def untried(rows: list[dict]) -> list[tuple[str, str]]:
+    """The pairs that an earlier run left out."""
+    return [(row["python"], row["torch"]) for row in rows if row["result"].startswith("not tried")]
+
+
 def minor(version: str) -> list[int]:
     """3.12.1 -> [3, 12]; "newest" sorts last."""
     return [int(number) for number in re.findall(r"\d+", version)[:2]] or [99]
@@ -188,6 +194,7 @@ def main() -> int:
     parser.add_argument("--torch", nargs="+", default=TORCHES, metavar="VERSION", help='versions, or "newest"')
     parser.add_argument("--cache", type=Path, default=ROOT / "build/torch", help="where downloads of torch are kept")
     parser.add_argument("--index-url", help="the registry that torch is taken from (default: pip's)")
+    parser.add_argument("--missing", action="store_true", help="add to --out what it lists as not tried")
     parser.add_argument("--minutes", type=float, default=240, help="begin no further environment after that long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -198,11 +205,16 @@ def main() -> int:
     options.cache.mkdir(parents=True, exist_ok=True)
     index = ["--index-url", options.index_url] if options.index_url else []
     environments, rows, end = diagonals(options.python, options.torch), [], time.monotonic() + 60 * options.minutes
+    if options.missing:
+        with options.out.open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        environments = untried(rows)
+        rows = [row for row in rows if (row["python"], row["torch"]) not in environments]
     for number, (python, torch) in enumerate(environments):
         if time.monotonic() > end:
             rows.append(no_environment(python, torch, f"the {options.minutes} minutes of --minutes were over"))
             continue
-        sdist = sdists[0].resolve() if number == 0 else None  # it compiles: minutes, so in one of them
+        sdist = sdists[0].resolve() if not number and not options.missing else None  # it compiles: in one of them
         for row in measure(python, torch, [f.resolve() for f in files], sdist, options.cache.resolve(), index):
             print(f"{row['python']:<8} {row['torch']:<14} {row['file']:<20} {row['result']}", flush=True)
             rows.append(row)

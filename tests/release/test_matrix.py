@@ -31,3 +31,13 @@ def test_a_failing_command_is_a_reason_in_one_line(script):
     code = "import sys; sys.stderr.write('Traceback\\n  x\\nValueError: what was wrong\\nnote: later\\n'); sys.exit(1)"
     with pytest.raises(matrix.Unavailable, match=r"^ValueError: what was wrong$"):
         matrix.run([matrix.sys.executable, "-c", code])
+
+
+def test_a_later_run_takes_up_the_pairs_left_out(script):
+    matrix = script("matrix")
+    rows = [
+        matrix.no_environment("3.10", "newest", "no time"),
+        {"python": "3.11.7", "torch": "2.13.0+cpu", "file": "+cpu", "result": "ok"},
+        {"python": "3.12.1", "torch": "2.11.0", "file": "+cpu", "result": "failed: import"},
+    ]
+    assert matrix.untried(rows) == [("3.10", "newest")]
