@@ -46,7 +46,7 @@ def run(out: Path, *, dtypes: Sequence[torch.dtype], quick: bool = False) -> Non
             continue
         rows = []
         for workload, tokens in WORKLOADS.items():
-            parts = measure(dtype, tokens, training=workload == "training step", rounds=20 if quick else 60)
+            parts = measure(dtype, tokens, training=workload == "training step", rounds=10 if quick else 60)
             total = sum(value for (_, part), (value, _) in parts.items() if part != "contraction")
             for (direction, part), (milliseconds, calls) in parts.items():
                 rows.append({

@@ -13,7 +13,7 @@ from . import adapters, breakdown, environment, layers, report, shapes, whole_mo
 
 SUITES = ("layers", "model", "breakdown", "adapters", "report")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-QUICK_SECONDS, FULL_SECONDS = 0.8, 4.0  # of rounds for each case; ten times that for a whole model
+QUICK_SECONDS, FULL_SECONDS = 0.5, 4.0  # of rounds for each case; ten times that for a whole model
 
 
 def main(argv: list[str] | None = None) -> int:

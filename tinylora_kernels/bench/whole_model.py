@@ -230,17 +230,17 @@ def make_tokens() -> Tensor:
 
 
 def run(out: Path, *, dtypes: Sequence[torch.dtype], quick: bool = False, seconds: float = 40.0) -> None:
-    """Measure each dtype (quick: the first, a third of the blocks, a few rounds) and add the rows to model.csv."""
+    """Measure each dtype (quick: the first, six blocks, a few rounds) and add the rows to model.csv."""
     facts = environment.describe()
     done = {(row["dtype"], row["threads"], row["code"]) for row in table.read(out / FILE)}
-    seconds = 3.0 if quick else seconds
+    seconds = 2.0 if quick else seconds
     bar = tqdm(dtypes[:1] if quick else dtypes, unit="dtype", dynamic_ncols=True)
     for dtype in bar:
         dtype_name = str(dtype).removeprefix("torch.")
         if (dtype_name, facts["threads"], facts["code"]) in done:
             continue
         bar.set_description(f"whole model, {dtype_name}")
-        variants, tokens = make_variants(dtype, blocks=10 if quick else 30), make_tokens()
+        variants, tokens = make_variants(dtype, blocks=6 if quick else 30), make_tokens()
         rows = []
         checked = check(variants, tokens, dtype)
         saved = {variant.name: saved_bytes(variant, tokens) for variant in variants}
