@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..bank import AdapterBank
 from ..layer import TinyLoRALayer
 from . import environment, table
-from .contenders import Problem, make_base, make_problem, our_layer, peft_vector
+from .contenders import Problem, make_base, make_problem, our_layer
 from .gate import WrongResult
 from .layers import ENVIRONMENT, QUANTILES
 from .shapes import RANK, Case, layer

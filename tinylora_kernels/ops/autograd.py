@@ -60,12 +60,18 @@ class TinyLoRAUpdate(torch.autograd.Function):
 
 
 def _update_backward(ctx, g):
-    basis, projection, adapter_ids, update_backward = ctx.frozen
     t, v = ctx.saved_tensors
+    g0, dv = _gradients(ctx, g, t, v)
+    return g0, None, dv, None, None, None, None
+
+
+def _gradients(ctx, g: Tensor, t: Tensor | None, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """g0 where the first input needs a gradient, dv where t was saved for it."""
+    basis, projection, adapter_ids, update_backward = ctx.frozen
     need_input_grad = ctx.needs_input_grad[0]
     # Expanded gradients (sum, mean) have stride 0.
     g0, dv = update_backward(g.contiguous(), basis, v, projection, t, adapter_ids, need_input_grad)
-    return (g0 if need_input_grad else None), None, (None if t is None else dv), None, None, None, None
+    return (g0 if need_input_grad else None), (None if t is None else dv)
 
 
 class TinyLoRALinear(torch.autograd.Function):
@@ -88,13 +94,11 @@ class TinyLoRALinear(torch.autograd.Function):
 
 
 def _linear_backward(ctx, g):
-    basis, projection, adapter_ids, update_backward = ctx.frozen
     t, v, weight = ctx.saved_tensors
-    need_input_grad = ctx.needs_input_grad[0]
-    g0, dv = update_backward(g.contiguous(), basis, v, projection, t, adapter_ids, need_input_grad)
+    g0, dv = _gradients(ctx, g, t, v)
     # dx = g0 W
-    dx = torch.matmul(g0, weight) if need_input_grad else None
-    return dx, None, None, None, (None if t is None else dv), None, None, None, None
+    dx = None if g0 is None else torch.matmul(g0, weight)
+    return dx, None, None, None, dv, None, None, None, None
 
 
 # create_graph=True: second derivatives are an error, not zero.
