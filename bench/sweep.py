@@ -46,7 +46,7 @@ from tinylora_kernels.demo.generation import Assignment, Completions, completion
 from tinylora_kernels.demo.models import PROJECTIONS, LanguageModel, load_model  # noqa: E402
 from tinylora_kernels.demo.recipes import adapter_config, recipe, resolve_numbers  # noqa: E402
 from tinylora_kernels.demo.tasks import Problem, Task, task  # noqa: E402
-from tinylora_kernels.demo.training import Settings  # noqa: E402
+from tinylora_kernels.demo.training import Settings, mixed_prompts, score_replies  # noqa: E402
 from tinylora_kernels.model import target_names  # noqa: E402
 from tinylora_kernels.rl import GRPOTrainer, PopulationGRPO  # noqa: E402
 
@@ -121,7 +121,7 @@ class Alone:
         prompts = [self.model.encode(problem.prompt) for problem in problems]
         temperatures = [self.settings.temperature] * self.settings.samples
         found = generate(self.model, prompts, temperatures, task_.max_new_tokens, uniform=uniform)
-        batch = Batch(problems, found, scored(self.model, problems, found))
+        batch = Batch(problems, found, score_replies(self.model, problems, found))
         self.learn(batch)
         return batch
 
@@ -163,7 +163,7 @@ class Together:
             self.model, prompts, temperatures, task_.max_new_tokens,
             uniform=torch.cat(uniform), adapters=Assignment(self.bank, slots),
         )  # fmt: skip
-        rewards = scored(self.model, every, found)
+        rewards = score_replies(self.model, every, found)
         mixed = mixed_prompts(rewards, found.samples)
         if len(mixed):
             kept, chosen = found.select_prompts(mixed), [prompts[i] for i in mixed.tolist()]
@@ -189,20 +189,8 @@ class Together:
             prompts = [self.model.encode(problem.prompt) for problem in part]
             slots = torch.full((len(part),), -1 if adapter is None else self.bank.slot(adapter))
             found = generate(self.model, prompts, [0.0], max_new_tokens, adapters=Assignment(self.bank, slots))
-            correct += int((scored(self.model, part, found) >= 1.0).sum())
+            correct += int((score_replies(self.model, part, found) >= 1.0).sum())
         return correct / len(problems)
-
-
-def scored(model: LanguageModel, problems: Sequence[Problem], found: Completions) -> Tensor:
-    """The reward of every reply, [P * n]."""
-    replies = model.decode_all(found.tokens, found.mask)
-    return torch.tensor([problems[row // found.samples].score(reply) for row, reply in enumerate(replies)])
-
-
-def mixed_prompts(rewards: Tensor, samples: int) -> Tensor:
-    """Prompts whose replies did not all earn the same: the others carry no gradient (demo/training.py)."""
-    grouped = rewards.view(-1, samples)
-    return (grouped.amax(dim=1) > grouped.amin(dim=1)).nonzero().squeeze(1)
 
 
 def same_replies(a: Batch, b: Batch) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 
 import torch
 
-from .generation import generate
+from .generation import Assignment, generate
 from .models import LanguageModel
 from .tasks import Problem
 
@@ -39,14 +39,26 @@ class Evaluation:
 
 
 def evaluate(
-    model: LanguageModel, problems: Sequence[Problem], temperature: float, max_new_tokens: int, seed: int = 0
+    model: LanguageModel,
+    problems: Sequence[Problem],
+    temperature: float,
+    max_new_tokens: int,
+    seed: int = 0,
+    *,
+    assign: Callable[[int], Assignment | None] = lambda count: None,
 ) -> Evaluation:
-    """One greedy and one sampled reply to every problem; a problem is solved at full reward."""
+    """One greedy and one sampled reply to every problem; a problem is solved at full reward.
+
+    assign(count) returns the adapters of a bank that so many prompts run, None for the model as it is.
+    """
     generator = torch.Generator().manual_seed(seed)
     encoded = [model.encode(problem.prompt) for problem in problems]
     replies: list[str] = []
     for start in range(0, len(problems), BATCH):
-        found = generate(model, encoded[start : start + BATCH], [0.0, temperature], max_new_tokens, generator)
+        part = encoded[start : start + BATCH]
+        found = generate(
+            model, part, [0.0, temperature], max_new_tokens, generator, adapters=assign(len(part))
+        )
         replies += model.decode_all(found.tokens, found.mask)
     greedy, sampled = replies[::2], replies[1::2]
     return Evaluation(_score(problems, greedy), _score(problems, sampled), tuple(greedy))

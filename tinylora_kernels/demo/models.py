@@ -29,6 +29,7 @@ class LanguageModel:
     Attributes:
         module: called with input_ids, attention_mask, position_ids, past_key_values, logits_to_keep; returns .logits.
         encode: a problem's prompt -> token ids, chat template included.
+        encode_text: plain text -> token ids, nothing added.
         decode: token ids -> text without special tokens.
         new_cache: an empty key-value cache (transformers' DynamicCache or the like).
         end_id: the token that ends a reply; pad_id: a token for positions nobody reads.
@@ -37,6 +38,7 @@ class LanguageModel:
     name: str
     module: nn.Module
     encode: Callable[[str], list[int]]
+    encode_text: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     new_cache: Callable[[], object]
     end_id: int
@@ -72,6 +74,7 @@ def tiny_model() -> LanguageModel:
         name="tiny decoder, 0.6M",
         module=tiny.load_checkpoint(),
         encode=tiny.encode,
+        encode_text=tiny.encode,
         decode=tiny.decode,
         new_cache=tiny.KeyValueCache,
         end_id=tiny.END,
@@ -103,6 +106,7 @@ def transformers_model(name: str, directory: Path) -> LanguageModel:
         name=name,
         module=module,
         encode=encode,
+        encode_text=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         new_cache=lambda: transformers.DynamicCache(config=module.config),
         end_id=end_id,

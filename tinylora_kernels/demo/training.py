@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -68,7 +69,7 @@ class Run:
         prompts = [self.model.encode(problem.prompt) for problem in problems]
         temperatures = [self.settings.temperature] * self.settings.samples
         found = generate(self.model, prompts, temperatures, self.task.max_new_tokens, self.generator)
-        rewards = self._rewards(problems, found)  # [P * n]
+        rewards = score_replies(self.model, problems, found)  # [P * n]
         sampled = time.perf_counter()
         self._learn(prompts, found, rewards)
         self.history.sampling_seconds += sampled - begin
@@ -76,15 +77,8 @@ class Run:
         self.history.rewards.append(workers.total(rewards.mean().item()) / workers.count())
         return self.history.rewards[-1]
 
-    def _rewards(self, problems: list[Problem], found: Completions) -> Tensor:
-        replies = self.model.decode_all(found.tokens, found.mask)
-        return torch.tensor([problems[row // found.samples].score(reply) for row, reply in enumerate(replies)])
-
     def _learn(self, prompts: list[list[int]], found: Completions, rewards: Tensor) -> None:
-        # A prompt whose replies all earned the same has advantages of zero: it is left out before its log-probabilities
-        # are computed, and the loss averages over the others (DAPO, arXiv 2503.14476, section 3.2, without refilling).
-        grouped = rewards.view(-1, found.samples)
-        mixed = (grouped.amax(dim=1) > grouped.amin(dim=1)).nonzero().squeeze(1)  # [K]
+        mixed = mixed_prompts(rewards, found.samples)  # [K]
         learning = workers.total(len(mixed))
         if not learning:
             return
@@ -99,7 +93,23 @@ class Run:
         )
         if share != 1.0:
             log_probs.register_hook(lambda gradient: gradient * share)
-        self.trainer.training_step(log_probs, None, grouped[mixed].flatten(), mask=kept.mask)
+        self.trainer.training_step(log_probs, None, rewards.view(-1, found.samples)[mixed].flatten(), mask=kept.mask)
+
+
+def score_replies(model: LanguageModel, problems: Sequence[Problem], found: Completions) -> Tensor:
+    """The reward of every reply, [P * n]."""
+    replies = model.decode_all(found.tokens, found.mask)
+    return torch.tensor([problems[row // found.samples].score(reply) for row, reply in enumerate(replies)])
+
+
+def mixed_prompts(rewards: Tensor, samples: int) -> Tensor:
+    """Indices [K] of the prompts whose replies did not all earn the same.
+
+    The others have advantages of zero: they are left out before their log-probabilities are computed, and the loss
+    averages over the mixed ones (DAPO, arXiv 2503.14476, section 3.2, without refilling).
+    """
+    grouped = rewards.view(-1, samples)
+    return (grouped.amax(dim=1) > grouped.amin(dim=1)).nonzero().squeeze(1)
 
 
 def train(run: Run, label: str) -> History:

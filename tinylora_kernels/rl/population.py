@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..bank import AdapterBank
 from .grpo import GRPOTrainer
+from .sft import negative_log_likelihood
 
 
 class PopulationAdam(torch.optim.Optimizer):
@@ -97,7 +98,46 @@ class PopulationAdam(torch.optim.Optimizer):
         return float(self.rates[name])
 
 
-class PopulationGRPO:
+class PopulationTrainer:
+    """What PopulationGRPO and PopulationSFT share: a loss for each adapter, one backward, one step of each.
+
+    Args:
+        bank: trainable.
+        lr: one rate or {adapter name: rate}.
+        optimizer_options: betas, eps, weight_decay, max_grad_norm, as in PopulationAdam.
+    """
+
+    def __init__(self, bank: AdapterBank, lr: float | Mapping[Hashable, float] = 1e-3, **optimizer_options):
+        self.bank = bank
+        self.optimizer = PopulationAdam(bank, lr, **optimizer_options)
+
+    def _step(
+        self, adapters: Sequence[Hashable], count: int, loss_of: Callable[[list[int]], tuple[Tensor, dict]]
+    ) -> dict[Hashable, dict[str, float]]:
+        """One step of every adapter named; loss_of(its rows) returns its loss and metrics."""
+        if len(adapters) != count:
+            raise ValueError(f"adapters: expected one a completion [{count}], found {len(adapters)}")
+        rows: dict[Hashable, list[int]] = {}
+        for row, name in enumerate(adapters):
+            rows.setdefault(name, []).append(row)
+        losses, metrics = [], {}
+        for name, own in rows.items():
+            try:
+                loss, metrics[name] = loss_of(own)
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {error}") from error
+            losses.append(loss)
+        # Rows of different adapters share no trained number, so the gradient of the sum is each one's own.
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.stack(losses).sum().backward()
+        try:
+            norms = self.optimizer.step(list(rows))
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return {name: {**values, "grad_norm": norms[name]} for name, values in metrics.items()}
+
+
+class PopulationGRPO(PopulationTrainer):
     """GRPO on many adapters at once: loss, advantages, gradient and optimizer state of each are its own.
 
         bank = AdapterBank(model, 21, trainable=True, names=runs)
@@ -109,8 +149,8 @@ class PopulationGRPO:
     Args:
         bank: trainable.
         lr: one rate or {adapter name: rate}.
-        group_size, kl_coeff, clip_eps, loss_options: as in GRPOTrainer.
-        betas, eps, weight_decay, max_grad_norm: as in PopulationAdam.
+        group_size, kl_coeff, clip_eps, clip_eps_high, loss_type, max_tokens, scale_rewards, tis_cap: as in GRPOTrainer.
+        optimizer_options: betas, eps, weight_decay, max_grad_norm, as in PopulationAdam.
     """
 
     def __init__(
@@ -121,17 +161,19 @@ class PopulationGRPO:
         kl_coeff: float = 0.0,
         clip_eps: float = 0.2,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        **loss_options,
+        clip_eps_high: float | None = None,
+        loss_type: str = "grpo",
+        max_tokens: int | None = None,
+        scale_rewards: bool = True,
+        tis_cap: float = 2.0,
+        **optimizer_options,
     ):
-        self.bank = bank
-        self.optimizer = PopulationAdam(bank, lr, betas, eps, weight_decay, max_grad_norm)
+        super().__init__(bank, lr, **optimizer_options)
         self._objective = GRPOTrainer(
-            bank.model, group_size, kl_coeff, clip_eps, optimizer=lambda p: torch.optim.SGD(p), **loss_options
-        )
+            bank.model, group_size, kl_coeff, clip_eps, clip_eps_high=clip_eps_high, loss_type=loss_type,
+            max_tokens=max_tokens, scale_rewards=scale_rewards, tis_cap=tis_cap,
+            optimizer=lambda p: torch.optim.SGD(p),
+        )  # fmt: skip
 
     def training_step(
         self,
@@ -154,26 +196,39 @@ class PopulationGRPO:
         Raises:
             ValueError: an argument does not fit or a gradient is not finite; nothing has changed then.
         """
-        if len(adapters) != len(log_probs):
-            raise ValueError(f"adapters: expected one a completion [{len(log_probs)}], found {len(adapters)}")
         rewards = torch.as_tensor(rewards, device=log_probs.device)
-        rows: dict[Hashable, list[int]] = {}
-        for row, name in enumerate(adapters):
-            rows.setdefault(name, []).append(row)
-        losses, metrics = [], {}
-        for name, own in rows.items():
+
+        def loss_of(own: list[int]) -> tuple[Tensor, dict]:
             chosen = {key: None if value is None else value[own] for key, value in dict(mask=mask, **others).items()}
             old = None if old_log_probs is None else old_log_probs[own]
-            try:
-                loss, metrics[name] = self._objective.loss(log_probs[own], old, rewards[own], **chosen)
-            except ValueError as error:
-                raise ValueError(f"adapter {name!r}: {error}") from error
-            losses.append(loss)
-        # Rows of different adapters share no trained number, so the gradient of the sum is each one's own.
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(losses).sum().backward()
-        try:
-            norms = self.optimizer.step(list(rows))
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-        return {name: {**values, "grad_norm": norms[name]} for name, values in metrics.items()}
+            return self._objective.loss(log_probs[own], old, rewards[own], **chosen)
+
+        return self._step(adapters, len(log_probs), loss_of)
+
+
+class PopulationSFT(PopulationTrainer):
+    """Maximum likelihood on many adapters at once: loss, gradient and optimizer state of each are its own.
+
+    Args:
+        bank, lr, optimizer_options: as in PopulationTrainer.
+    """
+
+    def training_step(
+        self, adapters: Sequence[Hashable], log_probs: Tensor, mask: Tensor | None = None
+    ) -> dict[Hashable, dict[str, float]]:
+        """One step of every adapter named; log_probs and mask as in SFTTrainer.training_step, under ``bank.use``.
+
+        Args:
+            adapters: [B] names, one a sequence.
+
+        Returns:
+            {adapter: loss, perplexity, tokens, grad_norm}.
+
+        Raises:
+            ValueError: an argument does not fit or a gradient is not finite; nothing has changed then.
+        """
+
+        def loss_of(own: list[int]) -> tuple[Tensor, dict]:
+            return negative_log_likelihood(log_probs[own], None if mask is None else mask[own])
+
+        return self._step(adapters, len(log_probs), loss_of)

@@ -56,23 +56,25 @@ class SFTTrainer(VectorTrainer):
                 raise ValueError(f"mask: it goes with log_probs; mark ignored labels with {IGNORE_INDEX}")
             log_probs, mask = _shifted(logits, labels)
         self._require_trainable(log_probs)
-        selected = check_mask(mask, log_probs)
-        check_log_probs("log_probs", log_probs, log_probs.shape, selected)
-        kept = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-        if selected is not None:
-            kept = kept.masked_fill(~selected, 0.0)
-        count = log_probs.numel() if selected is None else int(selected.sum())
-        # loss = - sum log p / count
-        loss = -kept.sum() / count
-        value = loss.detach()
+        loss, metrics = negative_log_likelihood(log_probs, mask)
         norm = self._apply(loss)
-        return {
-            "loss": float(value),
-            "perplexity": float(value.exp()),
-            "tokens": count,
-            "grad_norm": norm,
-            "steps": self.steps,
-        }
+        return {**metrics, "grad_norm": norm, "steps": self.steps}
+
+
+def negative_log_likelihood(
+    log_probs: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """What ``SFTTrainer`` minimises, a scalar with a graph, and its metrics; arguments as in ``training_step``."""
+    selected = check_mask(mask, log_probs)
+    check_log_probs("log_probs", log_probs, log_probs.shape, selected)
+    kept = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    if selected is not None:
+        kept = kept.masked_fill(~selected, 0.0)
+    count = log_probs.numel() if selected is None else int(selected.sum())
+    # loss = - sum log p / count
+    loss = -kept.sum() / count
+    value = loss.detach()
+    return loss, {"loss": float(value), "perplexity": float(value.exp()), "tokens": count}
 
 
 def _shifted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,124 @@
+"""What is run: every method, objective, learning rate and seed of a study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tinylora_kernels.demo.recipes import adapter_config
+from tinylora_kernels.demo.training import Settings
+
+from .methods import FULL, LORA, LORA_XS, TINYLORA, Method
+
+OBJECTIVES = ("grpo", "sft-own", "sft-foreign")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method under one objective, at all its learning rates and all seeds."""
+
+    method: Method
+    objective: str
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Design:
+    """A study of one model.
+
+    Attributes:
+        settings: of every run; a step of GRPO is prompts x samples replies, of SFT as many demonstrations.
+        validation: training problems on which the best learning rate of an arm is chosen.
+        held_out: test problems, at most; they are scored once a run and choose nothing.
+        together: runs that share a batch, at most.
+    """
+
+    model: str
+    task: str
+    settings: Settings
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    validation: int
+    held_out: int
+    together: int
+
+
+def tinylora(numbers: int, modules: int) -> Method:
+    """So many numbers spread over so many modules, as the demo does."""
+    config = adapter_config(numbers, modules)
+    return Method(TINYLORA, u=config.trainable_dim, n_tie=config.n_tie)
+
+
+def tied(u: int, n_tie: int, **others) -> Method:
+    return Method(TINYLORA, u=u, n_tie=n_tie, **others)
+
+
+VECTOR_RATES = (0.001, 0.003, 0.01, 0.03)
+# One number has to go further than many: its rates end higher.
+FEW_RATES = (0.003, 0.01, 0.03, 0.1)
+LORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+
+MODULES = {"tiny": 21, "smollm2": 210}
+
+# The tiny decoder's 21 modules offer rank 2 at most 84 directions, four each: beyond, numbers repeat one another.
+TINY_CURVE = (
+    *((tinylora(numbers, 21), FEW_RATES if numbers < 13 else VECTOR_RATES) for numbers in (1, 4, 13, 49)),
+    (tied(4, 1), VECTOR_RATES),  # 84
+    (tied(16, 1, rank=4), VECTOR_RATES),  # 336
+    *((Method(LORA_XS, rank=rank), VECTOR_RATES) for rank in (1, 2, 4)),  # 21, 84, 336
+    *((Method(LORA, rank=rank), LORA_RATES) for rank in (1, 8)),
+    (Method(FULL), FULL_RATES),
+)
+RANKS = tuple(tied(13, 21, rank=rank) for rank in (1, 2, 4, 8))
+EQUAL_SIZE = (tied(42, 21), tied(14, 7), tied(6, 3), tied(2, 1))  # 42 numbers in 1, 3, 7, 21 groups
+TYING = (tied(2, 3), tied(2, 3, tying="structured"))  # 14 numbers in 7 groups of 3
+STORAGES = ("float32", "bfloat16", "float16")
+STORAGE = tuple(replace(tinylora(n, 21), storage=storage) for n in (4, 13, 49) for storage in STORAGES)
+
+
+def arms(curve, objectives, ablations=()) -> tuple[Arm, ...]:
+    """The curve under every objective, then the ablations that are not on it, under GRPO."""
+    found = {(method, objective): rates for objective in objectives for method, rates in curve}
+    for method in ablations:
+        found.setdefault((method, "grpo"), VECTOR_RATES)
+    return tuple(Arm(method, objective, rates) for (method, objective), rates in found.items())
+
+
+TINY = Design(
+    model="tiny", task="digit-sums", settings=Settings(steps=60, prompts=4, samples=8, lr=0.0, temperature=1.0),
+    seeds=(0, 1, 2), arms=arms(TINY_CURVE, OBJECTIVES, (*RANKS, *EQUAL_SIZE, *TYING, *STORAGE)),
+    validation=200, held_out=500, together=12,
+)  # fmt: skip
+TINY_QUICK = replace(
+    TINY, settings=replace(TINY.settings, steps=30, samples=4), seeds=(0, 1), validation=100, held_out=200,
+    arms=arms(
+        (
+            *((tinylora(numbers, 21), (0.003, 0.01)) for numbers in (1, 13)), (tied(4, 1), (0.003, 0.01)),
+            (Method(LORA_XS, rank=2), (0.003, 0.01)), (Method(LORA, rank=1), (1e-3,)), (Method(FULL), (1e-4,)),
+        ),
+        OBJECTIVES,
+    ),
+)  # fmt: skip
+
+REAL_RATES = (0.001, 0.003, 0.01)
+REAL_CURVE = (
+    (tinylora(1, 210), REAL_RATES), (tinylora(13, 210), REAL_RATES), (tied(49, 210), REAL_RATES),
+    (tied(1, 1), REAL_RATES), (tied(4, 1), REAL_RATES),  # 210, 840
+    (Method(LORA_XS, rank=2), REAL_RATES),  # 840
+    (Method(LORA, rank=1), (3e-4, 1e-3)), (Method(FULL), (1e-5, 3e-5)),
+)  # fmt: skip
+REAL = Design(
+    model="smollm2", task="addition", settings=Settings(steps=20, prompts=4, samples=8, lr=0.0, temperature=0.7),
+    seeds=(0, 1), arms=arms(REAL_CURVE, OBJECTIVES), validation=100, held_out=200, together=6,
+)  # fmt: skip
+REAL_QUICK = replace(
+    REAL, settings=replace(REAL.settings, steps=8), seeds=(0,), validation=50, held_out=100,
+    arms=arms(((tied(4, 1), (0.003, 0.01)),), ("grpo", "sft-foreign")),
+)  # fmt: skip
+
+
+def design(model: str, quick: bool) -> Design:
+    """The study of the tiny decoder, of SmolLM2, or, on SmolLM2's plan, of a local transformers directory."""
+    if model == "tiny":
+        return TINY_QUICK if quick else TINY
+    return replace(REAL_QUICK if quick else REAL, model=model)

@@ -1,0 +1,190 @@
+"""Units of work over processes; every run becomes a row as it finishes, and rows that are there are not run again."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+
+import torch
+from tqdm import tqdm
+
+from tinylora_kernels.bench import environment, table
+from tinylora_kernels.demo.models import LanguageModel, load_model
+from tinylora_kernels.demo.tasks import Task, task
+from tinylora_kernels.demo.training import Settings
+
+from .demonstrations import Demonstration, foreign_demonstrations, own_samples
+from .design import Arm, Design
+from .methods import Method, Run, attach
+from .training import GRPO, SFT, base_scores, scores
+
+VALIDATION_SEED = 2_000  # of the training problems on which learning rates are chosen
+BASE = "base model"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Runs of one method and objective that share their batches; no method: the model as it comes."""
+
+    design: Design
+    method: Method | None = None
+    objective: str = ""
+    runs: tuple[tuple[float, int], ...] = ()  # rate, seed
+
+    @property
+    def label(self) -> str:
+        return f"{self.objective}, {self.method.label}" if self.method else BASE
+
+
+def key_of(row: dict) -> tuple[str, ...]:
+    """What a row is a row of; equal keys are the same run."""
+    settings = ("task", "steps", "prompts", "samples", "temperature", "validation_count", "test_count")
+    return tuple(str(row[name]) for name in ("method", "objective", "lr", "seed", *settings))
+
+
+def described(design: Design, method: Method | None, objective: str, rate: float | None, seed: int | None) -> dict:
+    """The columns that a run has before it has run, as they stand in the file."""
+    settings = design.settings
+    return {
+        "method": method.label if method else BASE, "objective": objective,
+        "lr": "" if rate is None else f"{rate:.5g}", "seed": "" if seed is None else str(seed), "task": design.task,
+        "steps": settings.steps if method else "", "prompts": settings.prompts if method else "",
+        "samples": settings.samples if method else "", "temperature": f"{settings.temperature:.5g}",
+        "validation_count": design.validation, "test_count": design.held_out,
+    }  # fmt: skip
+
+
+COLUMNS = [
+    "method", "objective", "lr", "seed", "task", "steps", "prompts", "samples", "temperature", "validation_count",
+    "test_count", "kind", "numbers", "bytes", "validation", "validation_sampled", "test", "test_sampled", "reward_first5",
+    "reward_last5", "moved", "seconds", "runs_in_batch", "rewards", *environment.describe(),
+]  # fmt: skip
+
+
+def run(design: Design, path: Path, processes: int) -> list[dict]:
+    """All rows of the design, those already in the file included; a bar counts runs."""
+    wanted = list(rows_of(design))
+    held = {key_of(row): row for row in table.read(path)}
+    units = list(missing_units(design, held))
+    total = sum(max(1, len(unit.runs)) for unit in units)
+    with tqdm(total=total, unit="run", desc=f"study of {design.model}", dynamic_ncols=True, smoothing=0) as bar:
+        for unit, rows in finished(units, processes):
+            table.append(path, COLUMNS, rows)
+            bar.update(len(rows))
+            bar.set_postfix_str(unit.label)
+    held = {key_of(row): row for row in table.read(path)}
+    return [held[key_of(row)] for row in wanted]
+
+
+def rows_of(design: Design) -> Iterator[dict]:
+    """One description for every row that the design asks for."""
+    yield described(design, None, "", None, None)
+    for arm in design.arms:
+        for rate, seed in pairs(design, arm):
+            yield described(design, arm.method, arm.objective, rate, seed)
+
+
+def pairs(design: Design, arm: Arm) -> list[tuple[float, int]]:
+    return [(rate, seed) for rate in arm.rates for seed in design.seeds]
+
+
+def missing_units(design: Design, held: dict) -> Iterator[Unit]:
+    """What the file does not hold yet, runs grouped as they can share batches; slow units first."""
+    if key_of(described(design, None, "", None, None)) not in held:
+        yield Unit(design)
+    slow_first = sorted(design.arms, key=lambda arm: (arm.method.many_at_once, arm.objective != "grpo"))
+    for arm in slow_first:
+        left = [
+            pair for pair in pairs(design, arm) if key_of(described(design, arm.method, arm.objective, *pair)) not in held
+        ]
+        size = design.together if arm.method.many_at_once else 1
+        for start in range(0, len(left), size):
+            yield Unit(design, arm.method, arm.objective, tuple(left[start : start + size]))
+
+
+def finished(units: Sequence[Unit], processes: int) -> Iterator[tuple[Unit, list[dict]]]:
+    """Units and their rows in the order they finish."""
+    if processes == 1:
+        for unit in units:
+            yield unit, execute(unit)
+        return
+    # one thread each: the products of a small model are too small to share
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        pending = {pool.submit(execute, unit): unit for unit in units}
+        try:
+            for future in as_completed(pending):
+                yield pending[future], future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@functools.cache
+def loaded(model: str, task_name: str) -> tuple[LanguageModel, Task]:
+    return load_model(model), task(task_name)
+
+
+@functools.cache
+def demonstrations(model: str, task_name: str, objective: str, temperature: float) -> list[Demonstration]:
+    base, problems = loaded(model, task_name)
+    if objective == "sft-own":
+        return own_samples(base, problems, temperature)
+    if objective == "sft-foreign":
+        return foreign_demonstrations(base, problems)
+    raise ValueError(f"objective: expected grpo, sft-own or sft-foreign, found {objective!r}")
+
+
+def execute(unit: Unit) -> list[dict]:
+    """Train and score the runs of a unit; a row for each."""
+    design, settings = unit.design, unit.design.settings
+    base, problems = loaded(design.model, design.task)
+    validation = list(islice(problems.training(VALIDATION_SEED), design.validation))
+    test = problems.held_out[: design.held_out]
+    begin = time.perf_counter()
+    if unit.method is None:
+        found = [base_scores(base, part, problems, settings.temperature) for part in (validation, test)]
+        return [described(design, None, "", None, None) | outcome(found, time.perf_counter() - begin)]
+    runs = [Run(rate, seed) for rate, seed in unit.runs]
+    learners = attach(base, unit.method, runs, unit.objective, settings.samples)
+    objective = objective_of(unit, problems, settings, runs)
+    for _ in range(settings.steps):
+        objective.step(learners)
+    seconds = (time.perf_counter() - begin) / len(runs)
+    rows = []
+    for one in runs:
+        found = [scores(learners, one, part, problems, settings.temperature) for part in (validation, test)]
+        rows.append(
+            described(design, unit.method, unit.objective, one.rate, one.seed)
+            | outcome(found, seconds)
+            | {
+                "kind": unit.method.kind, "numbers": learners.numbers,
+                "bytes": learners.numbers * unit.method.bytes_a_number, "moved": learners.norm(one),
+                "reward_first5": mean(one.rewards[:5]), "reward_last5": mean(one.rewards[-5:]),
+                "rewards": " ".join(f"{reward:.3f}" for reward in one.rewards), "runs_in_batch": len(runs),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def objective_of(unit: Unit, problems: Task, settings: Settings, runs: Sequence[Run]) -> GRPO | SFT:
+    if unit.objective == "grpo":
+        return GRPO(problems, settings, runs)
+    design = unit.design
+    return SFT(demonstrations(design.model, design.task, unit.objective, settings.temperature), settings, runs)
+
+
+def outcome(found: Sequence[tuple[float, float]], seconds: float) -> dict:
+    """Accuracies and where they were measured."""
+    (validation, validation_sampled), (test, test_sampled) = found
+    return environment.describe() | {
+        "validation": validation, "validation_sampled": validation_sampled, "test": test, "test_sampled": test_sampled,
+        "seconds": seconds, "numbers": 0, "bytes": 0,
+    }  # fmt: skip

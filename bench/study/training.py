@@ -1,0 +1,93 @@
+"""One step of GRPO or SFT for all runs that share a batch, and their held-out scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+
+from tinylora_kernels.demo.evaluation import evaluate
+from tinylora_kernels.demo.generation import completion_log_probs, generate
+from tinylora_kernels.demo.models import LanguageModel
+from tinylora_kernels.demo.tasks import Problem, Task
+from tinylora_kernels.demo.training import Settings, mixed_prompts, score_replies
+
+from .demonstrations import Demonstration, as_completions
+from .methods import Alone, Run, Together
+
+
+class GRPO:
+    """Sample, check, score, step.
+
+    A run draws its own problems and one random number a reply and token, so that what it learns does not depend on
+    which runs share its batch.
+    """
+
+    def __init__(self, task: Task, settings: Settings, runs: Sequence[Run]):
+        self.task, self.settings, self.runs = task, settings, runs
+        self.problems = {run.name: task.training(run.seed) for run in runs}
+
+    def step(self, learners: Together | Alone) -> None:
+        settings, model = self.settings, learners.model
+        problems = [p for run in self.runs for p in islice(self.problems[run.name], settings.prompts)]
+        owners = [run for run in self.runs for _ in range(settings.prompts)]  # [P]
+        prompts = [model.encode(problem.prompt) for problem in problems]
+        shape = settings.prompts * settings.samples, self.task.max_new_tokens
+        uniform = torch.cat([torch.rand(shape, generator=run.generator, dtype=torch.float64) for run in self.runs])
+        found = generate(
+            model, prompts, [settings.temperature] * settings.samples, self.task.max_new_tokens,
+            uniform=uniform, adapters=learners.assignment(owners),
+        )  # fmt: skip
+        rewards = score_replies(model, problems, found)  # [P * n]
+        for run, reward in zip(self.runs, rewards.view(len(self.runs), -1).mean(dim=1).tolist()):
+            run.rewards.append(reward)
+        mixed = mixed_prompts(rewards, settings.samples)
+        if not len(mixed):
+            return
+        kept, owners = found.select_prompts(mixed), [owners[i] for i in mixed.tolist()]
+        prompts = [prompts[i] for i in mixed.tolist()]
+        log_probs = completion_log_probs(model, prompts, kept, settings.temperature, learners.assignment(owners))
+        learners.step(
+            [run for run in owners for _ in range(settings.samples)],
+            log_probs, None, rewards.view(-1, settings.samples)[mixed].flatten(), mask=kept.mask,
+        )  # fmt: skip
+
+
+class SFT:
+    """Maximum likelihood of demonstrations, as many a step as GRPO samples replies."""
+
+    def __init__(self, demonstrations: list[Demonstration], settings: Settings, runs: Sequence[Run]):
+        self.demonstrations, self.settings, self.runs = demonstrations, settings, runs
+        self.batch = min(settings.prompts * settings.samples, len(demonstrations))
+
+    def step(self, learners: Together | Alone) -> None:
+        model, chosen = learners.model, []
+        for run in self.runs:
+            order = torch.randperm(len(self.demonstrations), generator=run.generator)[: self.batch]
+            chosen += [self.demonstrations[i] for i in order.tolist()]
+        owners = [run for run in self.runs for _ in range(self.batch)]
+        replies = as_completions(chosen, model.pad_id)
+        log_probs = completion_log_probs(
+            model, [one.prompt for one in chosen], replies, temperature=1.0, adapters=learners.assignment(owners)
+        )
+        metrics = learners.step(owners, log_probs, mask=replies.mask)
+        for run in self.runs:
+            run.rewards.append(-metrics[run.name]["loss"])
+
+
+def scores(
+    learners: Together | Alone, run: Run, problems: Sequence[Problem], task: Task, temperature: float
+) -> tuple[float, float]:
+    """Accuracy of a run's greedy and of its sampled replies."""
+    found = evaluate(
+        learners.model, problems, temperature, task.max_new_tokens,
+        assign=lambda count: learners.assignment([run] * count),
+    )  # fmt: skip
+    return found.greedy.accuracy, found.sampled.accuracy
+
+
+def base_scores(model: LanguageModel, problems: Sequence[Problem], task: Task, temperature: float):
+    """The same of the model as it comes."""
+    found = evaluate(model, problems, temperature, task.max_new_tokens)
+    return found.greedy.accuracy, found.sampled.accuracy
