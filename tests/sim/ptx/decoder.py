@@ -101,8 +101,7 @@ def _address(kernel: Kernel, i: Instruction, text: str) -> Callable:
     base = source(kernel, i, name, "u64" if held is None or BITS[held] == 64 else "u32")
 
     def addresses(m):
-        values = np.broadcast_to(base(m), m.active.shape)[m.active]
-        return values.astype(np.int64) + offset
+        return m.of_threads(base(m)).astype(np.int64) + offset
 
     return addresses
 
@@ -205,7 +204,7 @@ def _load(kernel: Kernel, i: Instruction) -> Callable:
     size, opcode, cached = itemsize * len(names), i.opcode, "nc" in i.modifiers
 
     def load(m):
-        threads = np.nonzero(m.active)[0]
+        threads = m.threads()
         where, addresses = _by_space(space, address(m))
         access = m.access(threads, size, opcode)
         values = np.zeros((len(names), len(m.active)), dtype)
@@ -253,10 +252,10 @@ def _store(kernel: Kernel, i: Instruction) -> Callable:
     size, opcode = itemsize * len(names), i.opcode
 
     def store(m):
-        threads = np.nonzero(m.active)[0]
+        threads = m.threads()
         where, addresses = _by_space(space, address(m))
         access = m.access(threads, size, opcode)
-        values = np.stack([np.broadcast_to(read(m), m.active.shape)[m.active] for read in reads], axis=1)  # [n, v]
+        values = np.stack([m.of_threads(read(m)) for read in reads], axis=1)  # [n, v]
         values = values.view(_RAW[BITS[kind]])
         for region, chosen, offsets in m.locate(where, access, addresses):
             access.thread = threads[chosen]
@@ -297,7 +296,7 @@ def _atomic(kernel: Kernel, i: Instruction) -> Callable:
     release, acquire = ("acq_rel" in i.modifiers or name in i.modifiers for name in ("release", "acquire"))
 
     def atomic(m):
-        threads = np.nonzero(m.active)[0]
+        threads = m.threads()
         where, addresses = _by_space(space, address(m))
         access = m.access(threads, size, opcode)
         x, y = (np.broadcast_to(read(m), m.active.shape) for read in (first, second))

@@ -32,9 +32,10 @@ def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     addend = np.asarray(c).astype(np.float64)
     total = np.asarray(product + addend)
     bits = total.view(np.uint64)
-    suspicious = ((bits & _TIE_BITS) == _TIE) | (np.abs(total) < _SMALLEST_NORMAL)
+    suspicious = ((bits & _TIE_BITS) == _TIE) | (np.abs(total) < _SMALLEST_NORMAL) & (total != 0)
     if suspicious.any():
-        total = np.where(suspicious, _round_to_odd(product, addend, total), total)
+        product, addend = (np.broadcast_to(x, total.shape)[suspicious] for x in (product, addend))
+        total[suspicious] = _round_to_odd(product, addend, total[suspicious])
     return total.astype(np.float32)
 
 

@@ -10,7 +10,7 @@ from .clock import Clock
 from .errors import SimulationError
 from .machine import Machine
 from .memory import Buffer, GlobalMemory, SharedMemory
-from .parser import BITS, Kernel
+from .parser import Kernel
 from .traffic import Traffic
 
 
@@ -52,8 +52,8 @@ def launch(
     ]
     pointed_to = dict(buffers or {})
     buffers = list({id(a): a for a in (*arguments, *pointed_to.values()) if isinstance(a, Buffer)}.values())
-    memory = GlobalMemory(buffers + constants, _narrowest(kernel, "global", ""))
-    shared = SharedMemory(blocks, kernel.static_shared + dynamic_shared, _narrowest(kernel, "shared", ""))
+    memory = GlobalMemory(buffers + constants, kernel.narrowest["global"])
+    shared = SharedMemory(blocks, kernel.static_shared + dynamic_shared, kernel.narrowest["shared"])
     symbols = {name: memory.address(len(buffers) + n) for n, name in enumerate(kernel.constants)} | kernel.shared
 
     address = {id(buffer): memory.address(n) for n, buffer in enumerate(buffers)}
@@ -80,16 +80,3 @@ def _bytes(name: str, size: int, value: int | float | bytes | None) -> bytes:
     if len(data) != size:
         raise SimulationError(f"{name}: expected {size} bytes, found {len(data)}")
     return data
-
-
-def _narrowest(kernel: Kernel, *spaces: str) -> int:
-    """Bytes of the narrowest access to a space: how fine its shadow must be."""
-    sizes = [4]
-    for i in kernel.code:
-        space = next((m.split("::")[0] for m in i.modifiers if m.startswith(("global", "shared", "param"))), "")
-        if i.name in ("ld", "st", "atom", "red") and space in spaces:
-            sizes.append(BITS[i.types[-1]] // 8)
-        elif i.name in ("ldmatrix", "stmatrix"):
-            sizes.append(4)
-    return min(sizes)
-

@@ -51,6 +51,7 @@ class Machine:
         self.special = _special_registers(thread, clock.block_of, grid, block)
         self.group = self.active = self.state == RUNNING
         self.full = False
+        self._threads_of = None
         self.program = decoder.program(kernel)
 
     def run(self) -> None:
@@ -108,6 +109,19 @@ class Machine:
         if old is None:
             old = dtype(True) if dtype is np.bool_ else dtype(decoder.POISON & np.iinfo(dtype).max)
         self.registers[name] = np.where(self.active, value, old)
+
+    def threads(self) -> np.ndarray:
+        """[n]: the active threads, ascending; counted once for all instructions that the same threads execute."""
+        if self._threads_of is not self.active:
+            self._threads_of, self._threads = self.active, np.nonzero(self.active)[0]
+        return self._threads
+
+    def of_threads(self, value: np.ndarray) -> np.ndarray:
+        """[n]: of a scalar or one number per thread, the active threads' own."""
+        threads, value = self.threads(), np.asarray(value)
+        if value.ndim == 0:
+            return np.full(len(threads), value)
+        return value if len(threads) == len(value) else value[threads]
 
     # control flow
 

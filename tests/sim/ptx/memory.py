@@ -66,17 +66,20 @@ class Region:
 
     def granules(self, offsets: np.ndarray, size: int) -> np.ndarray:
         """[n, k]: the granules that n accesses of `size` bytes touch."""
-        return (offsets // self.granule)[:, None] + np.arange(-(-size // self.granule))
+        first = (offsets // self.granule)[:, None]
+        return first if size <= self.granule else first + np.arange(-(-size // self.granule))
 
     def _place(self, granules: np.ndarray) -> np.ndarray:
         return (granules * self.granule - self.origin) % self._period
 
     def check_read(self, access: Access, offsets: np.ndarray, cached: bool = False) -> None:
         """cached: through the non-coherent path, which must never meet data of this launch."""
+        if self.read_only and self._written is None:
+            return
         at = self.granules(offsets, access.size)
-        place = self._place(at)
         if self._written is not None and not self._written[at].all():
-            raise access.fail(Uninitialised, place, ~self._written[at], f"reads {self.name} that nothing has written")
+            message = f"reads {self.name} that nothing has written"
+            raise access.fail(Uninitialised, self._place(at), ~self._written[at], message)
         if self.read_only:
             return
         thread = np.broadcast_to(access.thread[:, None], at.shape)
@@ -85,12 +88,13 @@ class Region:
         if cached:
             if (writer != NOBODY).any():
                 message = f"reads {self.name} through ld.global.nc after a write"
-                raise access.fail(ReadOnly, place, writer != NOBODY, message, writer)
+                raise access.fail(ReadOnly, self._place(at), writer != NOBODY, message, writer)
             self._cached[at] = True
         if ((writer != NOBODY) & (writer != thread)).any():
             racing = ~access.clock.ordered(writer, self._written_at[at], thread, now)
             if racing.any():
-                raise access.fail(Race, place, racing, f"reads {self.name}, unordered with the write", writer)
+                message = f"reads {self.name}, unordered with the write"
+                raise access.fail(Race, self._place(at), racing, message, writer)
         self._add_readers(access.clock, at, thread, now)
 
     def _add_readers(self, clock: Clock, at: np.ndarray, thread: np.ndarray, now: np.ndarray) -> None:
@@ -110,14 +114,14 @@ class Region:
     ) -> None:
         """changes() [n] says whose value differs from what is there: the same value written twice is no race."""
         at = self.granules(offsets, access.size)
-        place = self._place(at)
         if atomic and self._written is not None and not self._written[at].all():
-            raise access.fail(Uninitialised, place, ~self._written[at], f"reads {self.name} that nothing has written")
+            message = f"reads {self.name} that nothing has written"
+            raise access.fail(Uninitialised, self._place(at), ~self._written[at], message)
         if self.read_only:
-            raise access.fail(ReadOnly, place, at >= 0, f"writes {self.name}, which the launch declared read-only")
+            raise access.fail(ReadOnly, self._place(at), at >= 0, f"writes {self.name}, which the launch declared read-only")
         if self._cached[at].any():
             message = f"writes {self.name}, read through ld.global.nc before"
-            raise access.fail(ReadOnly, place, self._cached[at], message)
+            raise access.fail(ReadOnly, self._place(at), self._cached[at], message)
         thread = np.broadcast_to(access.thread[:, None], at.shape)
         now = access.clock.epoch[thread]
         writer, reader = self._writer[at], self._reader[at]
@@ -125,11 +129,13 @@ class Region:
             racing = foreign & ~access.clock.ordered(writer, self._written_at[at], thread, now)
             racing &= ~self._atomic[at] if atomic else changes()[:, None]
             if racing.any():
-                raise access.fail(Race, place, racing, f"writes {self.name}, unordered with the write", writer)
+                message = f"writes {self.name}, unordered with the write"
+                raise access.fail(Race, self._place(at), racing, message, writer)
         if (foreign := (reader != NOBODY) & (reader != thread)).any():
             racing = foreign & ~access.clock.ordered(reader, self._read_at[at], thread, now)
             if racing.any():
-                raise access.fail(Race, place, racing, f"writes {self.name}, unordered with the read", reader)
+                message = f"writes {self.name}, unordered with the read"
+                raise access.fail(Race, self._place(at), racing, message, reader)
         self._writer[at], self._written_at[at], self._atomic[at] = thread, now, atomic
         if self._written is not None:
             self._written[at] = True
@@ -197,23 +203,25 @@ class GlobalMemory:
         _check_alignment(access, addresses)
         index = (addresses >> ADDRESS_BITS) - 1
         offsets = addresses & (1 << ADDRESS_BITS) - 1
+        one_buffer = (index == index[0]).all()
         found = []
-        for which in [index[0]] if (index == index[0]).all() else np.unique(index):
-            chosen = np.nonzero(index == which)[0]
+        for which in [index[0]] if one_buffer else np.unique(index):
+            chosen = np.arange(len(index)) if one_buffer else np.nonzero(index == which)[0]
             if not 0 <= which < len(self.regions):
                 raise access.fail(OutOfBounds, addresses, index == which, "is in no buffer")
-            region = self.regions[which]
-            inside = offsets[chosen] + access.size <= len(region.data)
-            if inside.all():
-                inside = region.valid[region.granules(offsets[chosen], access.size)].all(axis=1)
+            region, buffer = self.regions[which], self.buffers[which]
+            own = offsets if one_buffer else offsets[chosen]
+            inside = (own >= buffer.start) & (own + access.size <= buffer.start + len(buffer.data))
+            if buffer.valid is not None and inside.all():
+                inside = region.valid[region.granules(own, access.size)].all(axis=1)
             if not inside.all():
                 outside = np.zeros(len(addresses), bool)
                 outside[chosen] = ~inside
-                length = len(self.buffers[which].data)
+                length = len(buffer.data)
                 raise access.fail(
                     OutOfBounds, offsets - region.origin, outside, f"is outside {region.name} ({length} bytes)"
                 )
-            found.append((region, chosen, offsets[chosen]))
+            found.append((region, chosen, own))
         return found
 
 
@@ -235,6 +243,6 @@ class SharedMemory:
 
 
 def _check_alignment(access: Access, addresses: np.ndarray) -> None:
-    wrong = addresses % access.size != 0
-    if wrong.any():
+    if int(np.bitwise_or.reduce(addresses)) % access.size:  # sizes are powers of two
+        wrong = addresses % access.size != 0
         raise access.fail(Misaligned, addresses & (1 << ADDRESS_BITS) - 1, wrong, f"is not aligned to {access.size} bytes")

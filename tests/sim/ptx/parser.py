@@ -5,9 +5,11 @@ execution are dropped; .loc is kept, so that a finding can name the line of the 
 """
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .errors import LocalMemory, SimulationError
 
@@ -51,6 +53,17 @@ class Kernel:
     constants: dict[str, bytes] = field(default_factory=dict)  # initialised module variables
     threads: int | None = None  # .reqntid or .maxntid, flattened
 
+    @functools.cached_property
+    def narrowest(self) -> dict[str, int]:
+        """Bytes of the narrowest access to "global" and "shared" memory: how fine their shadows must be."""
+        sizes = {"global": [4], "shared": [4]}
+        for i in self.code:
+            space = next((m.split("::")[0] for m in i.modifiers if m.startswith(("global", "shared", "param"))), "")
+            if i.name in ("ld", "st", "atom", "red"):
+                for touched in (space,) if space else sizes:  # a generic address may be either
+                    sizes.get(touched, []).append(BITS[i.types[-1]] // 8)
+        return {space: min(found) for space, found in sizes.items()}
+
     def register_type(self, name: str) -> str | None:
         return self.registers.get(name) or self.registers.get(name.rstrip("0123456789"))
 
@@ -67,10 +80,23 @@ def split_operands(text: str) -> tuple[str, ...]:
     return (*parts, last) if last else tuple(parts)
 
 
+class _Module(NamedTuple):
+    """What the kernels of one PTX text share."""
+
+    text: str  # without comments and debug directives; line numbers are those of the PTX
+    sources: dict[int, str]  # line -> "file:line"
+    variables: list[str]  # declarations outside functions
+
+
+@functools.lru_cache(maxsize=4)
+def _module(ptx: str) -> _Module:
+    text = "\n".join(_strip(ptx))
+    return _Module(text, _source_lines(ptx), list(_module_statements(text)))
+
+
 def parse(ptx: str, entry: str | None = None) -> Kernel:
     """The kernel of that name (or whose mangled name contains it); the only one where entry is None."""
-    lines = _strip(ptx)
-    text = "\n".join(lines)
+    text, sources, variables = _module(ptx)
     entries = [m for m in re.finditer(r"\.entry\s+([\w$]+)", text) if entry is None or entry in m[1]]
     exact = [m for m in entries if m[1] == entry]
     if len(exact or entries) != 1:
@@ -88,9 +114,8 @@ def parse(ptx: str, entry: str | None = None) -> Kernel:
         kernel.threads = 1
         for extent in threads[1].split(","):
             kernel.threads *= int(extent)
-    for statement in _module_statements(text):
+    for statement in variables:
         _declare(kernel, statement)
-    sources = _source_lines(ptx)
     first_line = text.count("\n", 0, body_start) + 1
     for line, statement in _statements(text[body_start + 1 : body_end], first_line):
         _add_statement(kernel, statement, f"line {line}" + (f" ({sources[line]})" if line in sources else ""))
@@ -106,6 +131,9 @@ def _strip(ptx: str) -> list[str]:
     return ["" if debug.match(line) else line for line in ptx.split("\n")]
 
 
+_LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?")
+
+
 def _source_lines(ptx: str) -> dict[int, str]:
     """PTX line number -> 'file:line', from .file and .loc, with the caller's line where a function was inlined."""
     files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.M)}
@@ -113,7 +141,7 @@ def _source_lines(ptx: str) -> dict[int, str]:
         files[m[1]] = m[2]
     sources, current = {}, None
     for number, line in enumerate(ptx.split("\n"), 1):
-        loc = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?", line)
+        loc = ".loc" in line and _LOC.match(line)
         if loc and loc[2] != "0":
             current = f"{files.get(loc[1], '?')}:{loc[2]}"
             if loc[3]:
@@ -125,10 +153,10 @@ def _source_lines(ptx: str) -> dict[int, str]:
 
 def _closing_brace(text: str, start: int) -> int:
     depth = 0
-    for at in range(start, len(text)):
-        depth += (text[at] == "{") - (text[at] == "}")
+    for brace in re.compile("[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return at
+            return brace.start()
     raise SimulationError("unbalanced braces")
 
 
@@ -155,21 +183,17 @@ def _module_statements(text: str) -> Iterator[str]:
 
 def _statements(body: str, line: int) -> Iterator[tuple[int, str]]:
     """(line, statement) pairs; labels keep their colon. Braces that open a scope are dropped: names never clash."""
-    text, depth, started = "", 0, line
-    for char in body:
-        line += char == "\n"
-        if not text.strip():
-            started = line
-        if char == ";":
-            yield started, text.strip()
-            text, depth = "", 0
-        elif char == ":" and re.fullmatch(r"\s*[\w$]+", text):
-            yield started, text.strip() + ":"
-            text = ""
-        elif char in "{}" and not text.strip():
-            text = ""
-        else:
-            text += char
+    start = counted = 0  # of the statement; up to where `line` has counted
+    for mark in re.finditer("[;:{}]", body):
+        text = body[start : mark.start()]
+        statement = text.strip()
+        if mark[0] in "{}" and not statement:
+            start = mark.end()
+        elif mark[0] == ";" or mark[0] == ":" and re.fullmatch(r"\s*[\w$]+", text):
+            first = start + len(text) - len(text.lstrip())
+            line += body.count("\n", counted, first)
+            counted, start = first, mark.end()
+            yield line, statement + (":" if mark[0] == ":" else "")
 
 
 _VARIABLE = re.compile(

@@ -46,7 +46,7 @@ class Traffic:
         bytes_per_warp, sectors = self._distinct(first) * size, self._distinct(first >> SECTOR_BITS)
         whole = max(size >> SECTOR_BITS, 1)  # 32-byte vectors cover one sector, wider ones do not exist
         entry = self.requests[where, opcode, buffer]
-        requests = 1 + int(np.count_nonzero(np.diff(warps)))
+        requests = 1 + int(np.count_nonzero(warps[1:] != warps[:-1]))
         entry.count += requests
         entry.bytes += bytes_per_warp
         entry.sectors += sectors * whole
@@ -54,10 +54,9 @@ class Traffic:
 
     @staticmethod
     def _distinct(keys: np.ndarray) -> int:
-        steps = np.diff(keys)
-        if (steps < 0).any():
-            steps = np.diff(np.sort(keys))
-        return 1 + int(np.count_nonzero(steps))
+        if (keys[1:] < keys[:-1]).any():
+            keys = np.sort(keys)
+        return 1 + int(np.count_nonzero(keys[1:] != keys[:-1]))
 
     def _total(self, buffer: str, kinds: tuple[str, ...]) -> int:
         return sum(
