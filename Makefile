@@ -2,6 +2,7 @@
 #   make test                 build, install, run every test
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
+#   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
 #   make gpu                  on a machine with a GPU: all tests on the card, then its benchmark grid
 #   make wheels               sdist, CPU wheel and, with nvcc, CUDA wheel into dist/, checked (WHEELS="cpu cu130")
 #   make matrix               those wheels in fresh environments, Python 3.10 to 3.13 x several torches: 10 GB, an hour
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench gpu wheels matrix clean
+.PHONY: help build test demo bench study gpu wheels matrix clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -70,6 +71,10 @@ gpu:
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tinylora_kernels bench $(if $(QUICK),--quick)
+
+study: $(VENV)/.test
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m bench.study $(if $(MODEL),--model $(MODEL)) \
+	  $(if $(TASK),--task $(TASK)) $(if $(QUICK),--quick)
 
 # CUDACXX names another nvcc than the one on PATH. Also what .github/workflows/wheels.yml runs.
 wheels: $(VENV)/.torch

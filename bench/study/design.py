@@ -55,10 +55,8 @@ def tied(u: int, n_tie: int, **others) -> Method:
 VECTOR_RATES = (0.001, 0.003, 0.01, 0.03)
 # One number has to go further than many: its rates end higher.
 FEW_RATES = (0.003, 0.01, 0.03, 0.1)
-LORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
-
-MODULES = {"tiny": 21, "smollm2": 210}
+LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 
 # The tiny decoder's 21 modules offer rank 2 at most 84 directions, four each: beyond, numbers repeat one another.
 TINY_CURVE = (
@@ -85,7 +83,7 @@ def arms(curve, objectives, ablations=()) -> tuple[Arm, ...]:
 
 
 TINY = Design(
-    model="tiny", task="digit-sums", settings=Settings(steps=60, prompts=4, samples=8, lr=0.0, temperature=1.0),
+    model="tiny", task="digit-sums", settings=Settings(steps=40, prompts=4, samples=8, lr=0.0, temperature=1.0),
     seeds=(0, 1, 2), arms=arms(TINY_CURVE, OBJECTIVES, (*RANKS, *EQUAL_SIZE, *TYING, *STORAGE)),
     validation=200, held_out=500, together=12,
 )  # fmt: skip
@@ -94,22 +92,22 @@ TINY_QUICK = replace(
     arms=arms(
         (
             *((tinylora(numbers, 21), (0.003, 0.01)) for numbers in (1, 13)), (tied(4, 1), (0.003, 0.01)),
-            (Method(LORA_XS, rank=2), (0.003, 0.01)), (Method(LORA, rank=1), (1e-3,)), (Method(FULL), (1e-4,)),
+            (Method(LORA_XS, rank=2), (0.003, 0.01)), (Method(LORA, rank=1), (3e-3,)), (Method(FULL), (3e-4,)),
         ),
         OBJECTIVES,
     ),
 )  # fmt: skip
 
-REAL_RATES = (0.001, 0.003, 0.01)
+REAL_RATES = (0.003, 0.01)
 REAL_CURVE = (
-    (tinylora(1, 210), REAL_RATES), (tinylora(13, 210), REAL_RATES), (tied(49, 210), REAL_RATES),
-    (tied(1, 1), REAL_RATES), (tied(4, 1), REAL_RATES),  # 210, 840
-    (Method(LORA_XS, rank=2), REAL_RATES),  # 840
-    (Method(LORA, rank=1), (3e-4, 1e-3)), (Method(FULL), (1e-5, 3e-5)),
-)  # fmt: skip
+    *((tinylora(numbers, 210), REAL_RATES) for numbers in (1, 13)),
+    *((tied(u, 1), REAL_RATES) for u in (1, 4)),  # 210, 840
+    (Method(LORA, rank=1), (1e-3, 3e-3)),
+    (Method(FULL), (1e-5, 3e-5)),
+)
 REAL = Design(
     model="smollm2", task="addition", settings=Settings(steps=20, prompts=4, samples=8, lr=0.0, temperature=0.7),
-    seeds=(0, 1), arms=arms(REAL_CURVE, OBJECTIVES), validation=100, held_out=200, together=6,
+    seeds=(0, 1), arms=arms(REAL_CURVE, OBJECTIVES), validation=50, held_out=200, together=4,
 )  # fmt: skip
 REAL_QUICK = replace(
     REAL, settings=replace(REAL.settings, steps=8), seeds=(0,), validation=50, held_out=100,
@@ -117,8 +115,15 @@ REAL_QUICK = replace(
 )  # fmt: skip
 
 
-def design(model: str, quick: bool) -> Design:
-    """The study of the tiny decoder, of SmolLM2, or, on SmolLM2's plan, of a local transformers directory."""
+def design(model: str, quick: bool, task: str | None = None) -> Design:
+    """The study of the tiny decoder, of SmolLM2, or, on SmolLM2's plan, of a local transformers directory.
+
+    Another task than the model's own has no demonstrations in a foreign style: those arms are left out.
+    """
     if model == "tiny":
-        return TINY_QUICK if quick else TINY
-    return replace(REAL_QUICK if quick else REAL, model=model)
+        plan = TINY_QUICK if quick else TINY
+    else:
+        plan = replace(REAL_QUICK if quick else REAL, model=model)
+    if task is None:
+        return plan
+    return replace(plan, task=task, arms=tuple(arm for arm in plan.arms if arm.objective != "sft-foreign"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
@@ -39,6 +39,10 @@ class Unit:
     runs: tuple[tuple[float, int], ...] = ()  # rate, seed
 
     @property
+    def size(self) -> int:
+        return max(1, len(self.runs))
+
+    @property
     def label(self) -> str:
         return f"{self.objective}, {self.method.label}" if self.method else BASE
 
@@ -69,18 +73,28 @@ COLUMNS = [
 
 
 def run(design: Design, path: Path, processes: int) -> list[dict]:
-    """All rows of the design, those already in the file included; a bar counts runs."""
-    wanted = list(rows_of(design))
-    held = {key_of(row): row for row in table.read(path)}
-    units = list(missing_units(design, held))
-    total = sum(max(1, len(unit.runs)) for unit in units)
-    with tqdm(total=total, unit="run", desc=f"study of {design.model}", dynamic_ncols=True, smoothing=0) as bar:
-        for unit, rows in finished(units, processes):
-            table.append(path, COLUMNS, rows)
+    """All rows of the design, those already in the file included."""
+    held = {key_of(row) for row in table.read(path)}
+    carry_out(list(missing_units(design, held)), execute, path, COLUMNS, processes, f"study of {design.model}")
+    rows = {key_of(row): row for row in table.read(path)}
+    return [rows[key_of(row)] for row in rows_of(design)]
+
+
+def carry_out(
+    units: Sequence,
+    execute: Callable[[object], list[dict]],
+    path: Path,
+    columns: list[str],
+    processes: int,
+    title: str,
+) -> None:
+    """Append the rows of every unit to a file as it finishes; a bar counts rows. A unit has a label and a size."""
+    total = sum(unit.size for unit in units)
+    with tqdm(total=total, unit="run", desc=title, dynamic_ncols=True, smoothing=0) as bar:
+        for unit, rows in finished(units, execute, processes):
+            table.append(path, columns, rows)
             bar.update(len(rows))
             bar.set_postfix_str(unit.label)
-    held = {key_of(row): row for row in table.read(path)}
-    return [held[key_of(row)] for row in wanted]
 
 
 def rows_of(design: Design) -> Iterator[dict]:
@@ -95,21 +109,22 @@ def pairs(design: Design, arm: Arm) -> list[tuple[float, int]]:
     return [(rate, seed) for rate in arm.rates for seed in design.seeds]
 
 
-def missing_units(design: Design, held: dict) -> Iterator[Unit]:
+def missing_units(design: Design, held: set) -> Iterator[Unit]:
     """What the file does not hold yet, runs grouped as they can share batches; slow units first."""
     if key_of(described(design, None, "", None, None)) not in held:
         yield Unit(design)
     slow_first = sorted(design.arms, key=lambda arm: (arm.method.many_at_once, arm.objective != "grpo"))
     for arm in slow_first:
-        left = [
-            pair for pair in pairs(design, arm) if key_of(described(design, arm.method, arm.objective, *pair)) not in held
-        ]
+        keys = {pair: key_of(described(design, arm.method, arm.objective, *pair)) for pair in pairs(design, arm)}
+        left = [pair for pair, key in keys.items() if key not in held]
         size = design.together if arm.method.many_at_once else 1
         for start in range(0, len(left), size):
             yield Unit(design, arm.method, arm.objective, tuple(left[start : start + size]))
 
 
-def finished(units: Sequence[Unit], processes: int) -> Iterator[tuple[Unit, list[dict]]]:
+def finished(
+    units: Sequence, execute: Callable[[object], list[dict]], processes: int
+) -> Iterator[tuple[object, list[dict]]]:
     """Units and their rows in the order they finish."""
     if processes == 1:
         for unit in units:

@@ -7,7 +7,7 @@ import torch
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank import AdapterBank
-from tinylora_kernels.rl import GRPOTrainer, PopulationAdam, PopulationGRPO, token_log_probs
+from tinylora_kernels.rl import GRPOTrainer, PopulationAdam, PopulationGRPO, PopulationSFT, SFTTrainer, token_log_probs
 
 RATES = {"slow": 1e-3, "fast": 3e-2, "frozen": 0.0}
 OPTIONS = dict(group_size=4, kl_coeff=0.0, clip_eps=0.2)
@@ -56,6 +56,33 @@ def test_a_sweep_in_one_run_equals_its_runs_one_after_another(options):
         expected = torch.stack([v.detach() for v in trainable_vectors(alone)])
         torch.testing.assert_close(bank.vectors(name), expected, rtol=1e-4, atol=1e-6)
     assert not torch.equal(bank.vectors("fast"), bank.vectors("slow"))
+
+
+def test_supervised_runs_in_one_batch_equal_those_runs_one_after_another():
+    model = adapted()
+    bank = AdapterBank(model, len(RATES), trainable=True)
+    for name in RATES:
+        bank.add(name, torch.stack([v.detach() for v in trainable_vectors(model)]))
+    trainer = PopulationSFT(bank, RATES, max_grad_norm=0.1)
+    adapters = [name for name in RATES for _ in range(8)]
+    for step in range(3):
+        tokens, _, mask = batch(step)
+        inputs = tokens.repeat(len(RATES), 1)
+        with bank.use(adapters):
+            log_probs = token_log_probs(model(inputs[:, :-1]), inputs[:, 1:])
+            together = trainer.training_step(adapters, log_probs, mask.repeat(len(RATES), 1))
+    for name, rate in RATES.items():
+        alone = adapted()
+        single = SFTTrainer(alone, lr=rate, max_grad_norm=0.1)
+        for step in range(3):
+            tokens, _, mask = batch(step)
+            metrics = single.training_step(token_log_probs(alone(tokens[:, :-1]), tokens[:, 1:]), mask)
+        expected = torch.stack([v.detach() for v in trainable_vectors(alone)])
+        torch.testing.assert_close(bank.vectors(name), expected, rtol=1e-4, atol=1e-6)
+        assert together[name]["tokens"] == metrics["tokens"]
+        assert together[name]["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="adapters: expected one a completion"):
+        trainer.training_step(adapters[1:], log_probs)
 
 
 def test_bad_input_names_the_adapter_and_moves_none():

@@ -65,7 +65,7 @@ class Prefix:
             if len(self.ids) == 1:
                 self.cache.batch_repeat_interleave(len(prompts))  # its gradient is a plain sum
             else:
-                self.cache.batch_select_indices(row)
+                self.cache.batch_select_indices(row.to(model.device))
             self.ids = of_prompts
         # the rest of each prompt, padded on the left: [P, L]
         longest = max(map(len, prompts)) - shared
@@ -81,7 +81,7 @@ class Prefix:
         self.ids = self.ids.repeat_interleave(times)
 
     def keep_rows(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows.to(self.model.device))
         self.visible, self.ids = self.visible[rows], self.ids[rows]
 
     def extend(self, tokens: Tensor, keep: int = 0) -> Tensor:
@@ -93,9 +93,9 @@ class Prefix:
         positions = (visible.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # padding takes no position
         with contextlib.nullcontext() if self.bank is None else self.bank.use(self.ids):
             output = self.model.module(
-                input_ids=tokens,
-                attention_mask=visible,
-                position_ids=positions,
+                input_ids=tokens.to(self.model.device),
+                attention_mask=visible.to(self.model.device),
+                position_ids=positions.to(self.model.device),
                 past_key_values=self.cache,
                 logits_to_keep=keep,
             )
@@ -151,21 +151,25 @@ def generate(
 def draw(
     scores: Tensor, temperature: Tensor, generator: torch.Generator | None, uniform: Tensor | None = None
 ) -> Tensor:
-    """A token for each row of scores [B, V]; temperature [B, 1], 0 takes the best; uniform [B] or a generator.
+    """A token for each row of scores [B, V], [B] on the CPU; temperature [B, 1], 0 takes the best.
 
-    Sampling inverts the cumulative distribution: one random number a row, where torch.multinomial draws V.
+    Sampling inverts the cumulative distribution: one random number a row, uniform [B] or drawn from the generator, where
+    torch.multinomial draws V.
     """
     chosen = torch.empty(len(scores), dtype=torch.long)
     sampled = (temperature > 0).squeeze(1)
-    chosen[~sampled] = scores[~sampled].argmax(dim=1)
-    cumulative = (scores[sampled].float() / temperature[sampled]).softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
+    there = sampled.to(scores.device)
+    chosen[~sampled] = scores[~there].argmax(dim=1).cpu()
+    scaled = scores[there].float() / temperature[sampled].to(scores.device)
+    cumulative = scaled.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
     if uniform is None:
         number = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64)
     else:
         number = uniform[sampled].unsqueeze(1)
     # a threshold in [0, total): the first token whose cumulative probability exceeds it
-    threshold = number * cumulative[:, -1:]
-    chosen[sampled] = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+    threshold = number.to(scores.device) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
+    chosen[sampled] = found.cpu()
     return chosen
 
 
@@ -178,7 +182,7 @@ def completion_log_probs(
 ) -> Tensor:
     """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values."""
     prefix = Prefix(model, prompts, adapters)
-    tokens, samples = completions.tokens, completions.samples
+    tokens, samples = completions.tokens.to(model.device), completions.samples
     first = tokens[:, 0].view(-1, samples)  # [P, n]
     scores = prefix.logits.unsqueeze(1).expand(-1, samples, -1)  # [P, n, V]
     columns = [token_log_probs(scores, first, temperature).view(-1, 1)]  # [P * n, 1]

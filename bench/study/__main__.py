@@ -1,0 +1,74 @@
+"""python -m bench.study: run what is missing, then tables and figures (make study)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tinylora_kernels.bench import environment, table
+from tinylora_kernels.demo.models import load_model
+
+from . import figures, rollouts, rounding, runner, summary
+from .design import REAL_CURVE, TINY_CURVE, design
+
+CURVES = {"tiny": TINY_CURVE}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
+    parser.add_argument("--model", default="tiny", help="tiny, smollm2 or a local directory in transformers' format")
+    parser.add_argument("--task", help="another task, such as reasoning_gym:<dataset>; without sft-foreign then")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, rates, seeds and steps: minutes")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of one thread each")
+    parser.add_argument("--out", type=Path, default=environment.results_directory() / "study")
+    options = parser.parse_args(argv)
+    try:
+        study(options)
+    except (ValueError, ImportError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def study(options: argparse.Namespace) -> None:
+    plan = design(options.model, options.quick, options.task)
+    name = Path(options.model).name + ("" if options.task is None else f"-{options.task.replace(':', '-')}")
+    out = options.out / "quick" if options.quick else options.out
+    load_model(plan.model)  # converted once, before the processes want it; and a wrong name is an error here
+    torch.set_num_threads(1)
+    rows = runner.run(plan, out / f"{name}.csv", options.processes)
+    text = summary.table(rows)
+    (out / f"{name}.txt").write_text(text + "\n")
+    print(text)
+    on_curve = {method.label for method, _ in CURVES.get(options.model, REAL_CURVE)}
+    figures.curve(rows, on_curve, plan.model, out / f"curve-{name}.png")
+    if options.task is None and options.model in ("tiny", "smollm2"):
+        rounding.run(options.model, out / "rounding.csv")
+        figures.rounding(table.read(out / "rounding.csv"), trained_norms(out), out / "rounding.png")
+    if options.model == "tiny" and not options.quick:
+        figures.ablations(rows, out / "ablations.png")
+        found = rollouts.run(plan, out / "rollouts.csv", options.processes)
+        figures.rollout_sources(found, out / "rollouts.png")
+    print(f"rows and figures: {out}")
+
+
+def trained_norms(out: Path) -> dict[str, list[float]]:
+    """|v| of the 13 numbers that GRPO trained, by model: of runs that ended better than they began."""
+    return {
+        model: [
+            float(row["moved"])
+            for row in table.read(out / f"{model}.csv")
+            if row["objective"] == "grpo" and row["numbers"] == str(rounding.NUMBERS)
+            and float(row["reward_last5"]) > float(row["reward_first5"])
+        ]
+        for model in ("tiny", "smollm2")
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""From rows to results: the best learning rate of each arm, its mean and spread over seeds, and the table of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+
+from .design import OBJECTIVES
+from .runner import BASE
+
+GREEDY, SAMPLED = METRICS = ("greedy", "sampled")
+COLUMN_OF = {GREEDY: ("validation", "test"), SAMPLED: ("validation_sampled", "test_sampled")}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method and objective at its best rate.
+
+    Attributes:
+        rate: the one whose mean over seeds is best on the validation problems, by the same metric.
+        scores: test accuracy of each seed at that rate.
+        edge: the rate is the lowest or highest of its sweep, so a better one may lie outside.
+    """
+
+    method: str
+    kind: str
+    numbers: int
+    bytes: int
+    objective: str
+    metric: str
+    rate: float
+    scores: tuple[float, ...]
+    edge: str
+
+    @property
+    def mean(self) -> float:
+        return mean(self.scores)
+
+
+def base_accuracy(rows: Iterable[dict], metric: str) -> float:
+    (row,) = [row for row in rows if row["method"] == BASE]
+    return float(row[COLUMN_OF[metric][1]])
+
+
+def results(rows: Iterable[dict], metric: str) -> list[Result]:
+    """The best of every sweep, in the order of the rows."""
+    validation, test = COLUMN_OF[metric]
+    arms: dict[tuple[str, str], dict[float, list[dict]]] = {}
+    for row in rows:
+        if row["method"] != BASE:
+            arms.setdefault((row["method"], row["objective"]), {}).setdefault(float(row["lr"]), []).append(row)
+    found = []
+    for (method, objective), by_rate in arms.items():
+        best = max(by_rate, key=lambda rate: mean(float(row[validation]) for row in by_rate[rate]))
+        rows_of_best = by_rate[best]
+        edge = "" if len(by_rate) == 1 else "<" if best == min(by_rate) else ">" if best == max(by_rate) else ""
+        first = rows_of_best[0]
+        found.append(
+            Result(
+                method, first["kind"], int(first["numbers"]), int(first["bytes"]), objective, metric, best,
+                tuple(float(row[test]) for row in rows_of_best), edge,
+            )  # fmt: skip
+        )
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """Greedy and sampled accuracy of every method under every objective: mean (lowest to highest) over seeds, in %."""
+    lines = []
+    for metric in METRICS:
+        found = {(result.method, result.objective): result for result in results(rows, metric)}
+        methods = {result.method: result for result in found.values()}
+        width = max(map(len, methods))
+        lines.append(f"{metric} accuracy, %; base model {100 * base_accuracy(rows, metric):.1f}")
+        lines.append(f"{'':{width}}  {'numbers':>7}" + "".join(f"  {name:>18}" for name in OBJECTIVES))
+        for method, first in sorted(methods.items(), key=lambda item: item[1].numbers):
+            cells = [cell(found.get((method, objective))) for objective in OBJECTIVES]
+            lines.append(f"{method:{width}}  {first.numbers:7d}" + "".join(f"  {text:>18}" for text in cells))
+        lines.append("")
+    lines.append("mean over seeds (lowest to highest) at the rate that is best on validation problems; < and >: that")
+    lines.append("rate is the lowest or highest of the sweep")
+    return "\n".join(lines)
+
+
+def cell(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    low, high = 100 * min(result.scores), 100 * max(result.scores)
+    return f"{100 * result.mean:.1f} ({low:.0f} to {high:.0f}){result.edge or ' '}"
