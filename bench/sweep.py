@@ -4,7 +4,7 @@
     python bench/sweep.py --model smollm2      SmolLM2-135M-Instruct on additions, fewer and shorter runs
 
 Together: one AdapterBank, an adapter for each run; a step samples, scores and learns for all of them in the same
-batches. Alone: the demo's training loop with a vector of its own in the model. Both take turns, step by step, so that
+batches. Alone: a copy of the model with a vector of its own. Both take turns, step by step, so that
 whatever else the machine does falls on both. Float32 throughout.
 
 A run draws its own problems and its own random numbers, one a reply and token, so alone and together it samples the
@@ -27,9 +27,8 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,17 +37,16 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinylora_kernels import AdapterBank, apply_tiny_lora, trainable_vectors  # noqa: E402
+from bench.study.design import tinylora  # noqa: E402
+from bench.study.methods import Alone, Method, Run, Together, attach  # noqa: E402
+from bench.study.training import GRPO, Batch, base_scores, scores  # noqa: E402
 from tinylora_kernels.bench import environment, table  # noqa: E402
 from tinylora_kernels.bench.timing import quantile  # noqa: E402
-from tinylora_kernels.demo.evaluation import BATCH  # noqa: E402
-from tinylora_kernels.demo.generation import Assignment, Completions, completion_log_probs, generate  # noqa: E402
 from tinylora_kernels.demo.models import PROJECTIONS, LanguageModel, load_model  # noqa: E402
-from tinylora_kernels.demo.recipes import adapter_config, recipe, resolve_numbers  # noqa: E402
-from tinylora_kernels.demo.tasks import Problem, Task, task  # noqa: E402
-from tinylora_kernels.demo.training import Settings, mixed_prompts, score_replies  # noqa: E402
+from tinylora_kernels.demo.recipes import recipe, resolve_numbers  # noqa: E402
+from tinylora_kernels.demo.tasks import Task, task  # noqa: E402
+from tinylora_kernels.demo.training import Settings  # noqa: E402
 from tinylora_kernels.model import target_names  # noqa: E402
-from tinylora_kernels.rl import GRPOTrainer, PopulationGRPO  # noqa: E402
 
 FILE, PLOT = "sweep.csv", "sweep.png"
 # Of |v together - v alone| / |v alone|. Sums of another order differ by 1e-6; Adam divides a gradient by its own size,
@@ -56,7 +54,6 @@ FILE, PLOT = "sweep.csv", "sweep.png"
 TOLERANCE = 1e-3
 SENSITIVITY_FACTOR = 10.0
 ROUNDING = 2.0**-24  # of float32
-OPTIMIZER = dict(betas=(0.9, 0.95), max_grad_norm=1.0)  # the demo's
 
 
 @dataclass(frozen=True)
@@ -82,117 +79,6 @@ SWEEPS = {
 }
 
 
-@dataclass
-class Run:
-    """One rate and seed: its problems, its random numbers, and what became of it."""
-
-    rate: float
-    seed: int
-    problems: Iterator[Problem]
-    generator: torch.Generator
-    rewards: list[float] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"lr {self.rate:g}, seed {self.seed}"
-
-
-@dataclass
-class Batch:
-    """One step of one run: its problems and the replies to them."""
-
-    problems: list[Problem]
-    replies: Completions
-    rewards: Tensor  # [P * n]
-
-
-class Alone:
-    """A run as the demo trains it, its vectors kept aside while others use the model."""
-
-    def __init__(self, model: LanguageModel, settings: Settings, lr: float, start: float = 0.0):
-        self.model, self.settings = model, settings
-        self.vectors = trainable_vectors(model.module)
-        self.held = [torch.full_like(v, start) for v in self.vectors]
-        self.trainer = GRPOTrainer(model.module, group_size=settings.samples, lr=lr, **OPTIMIZER)
-
-    def step(self, task_: Task, problems: list[Problem], uniform: Tensor) -> Batch:
-        """Sample and learn."""
-        self._put(self.held)
-        prompts = [self.model.encode(problem.prompt) for problem in problems]
-        temperatures = [self.settings.temperature] * self.settings.samples
-        found = generate(self.model, prompts, temperatures, task_.max_new_tokens, uniform=uniform)
-        batch = Batch(problems, found, score_replies(self.model, problems, found))
-        self.learn(batch)
-        return batch
-
-    def learn(self, batch: Batch) -> None:
-        """One step on given replies."""
-        self._put(self.held)
-        mixed = mixed_prompts(batch.rewards, self.settings.samples)
-        if len(mixed):
-            kept = batch.replies.select_prompts(mixed)
-            prompts = [self.model.encode(batch.problems[i].prompt) for i in mixed.tolist()]
-            log_probs = completion_log_probs(self.model, prompts, kept, self.settings.temperature)
-            rewards = batch.rewards.view(-1, kept.samples)[mixed].flatten()
-            self.trainer.training_step(log_probs, None, rewards, mask=kept.mask)
-        self.held = [v.detach().clone() for v in self.vectors]
-
-    @torch.no_grad()
-    def _put(self, values: Sequence[Tensor]) -> None:
-        for v, value in zip(self.vectors, values):
-            v.copy_(value)
-
-
-class Together:
-    """All runs at once, an adapter of a bank for each."""
-
-    def __init__(self, model: LanguageModel, settings: Settings, runs: Sequence[Run]):
-        self.model, self.settings, self.runs = model, settings, runs
-        names = [run.name for run in runs]
-        self.bank = AdapterBank(model.module, len(runs), trainable=True, names=names)
-        rates = {run.name: run.rate for run in runs}
-        self.trainer = PopulationGRPO(self.bank, rates, group_size=settings.samples, **OPTIMIZER)
-
-    def step(self, task_: Task, problems: list[list[Problem]], uniform: list[Tensor]) -> list[Batch]:
-        """Sample and learn; problems and uniform run by run."""
-        every = [problem for own in problems for problem in own]
-        prompts = [self.model.encode(problem.prompt) for problem in every]
-        slots = torch.tensor([self.bank.slot(run.name) for run in self.runs]).repeat_interleave(self.settings.prompts)
-        temperatures = [self.settings.temperature] * self.settings.samples
-        found = generate(
-            self.model, prompts, temperatures, task_.max_new_tokens,
-            uniform=torch.cat(uniform), adapters=Assignment(self.bank, slots),
-        )  # fmt: skip
-        rewards = score_replies(self.model, every, found)
-        mixed = mixed_prompts(rewards, found.samples)
-        if len(mixed):
-            kept, chosen = found.select_prompts(mixed), [prompts[i] for i in mixed.tolist()]
-            adapters = Assignment(self.bank, slots[mixed])
-            log_probs = completion_log_probs(self.model, chosen, kept, self.settings.temperature, adapters)
-            names = [self.runs[i // self.settings.prompts].name for i in mixed.tolist() for _ in range(found.samples)]
-            self.trainer.training_step(
-                names, log_probs, None, rewards.view(-1, found.samples)[mixed].flatten(), mask=kept.mask
-            )
-        count = self.settings.prompts
-        rewards = rewards.view(len(self.runs), -1)
-        return [
-            Batch(own, found.select_prompts(torch.arange(k * count, (k + 1) * count)), rewards[k])
-            for k, own in enumerate(problems)
-        ]
-
-    @torch.no_grad()
-    def greedy_accuracy(self, adapter: str | None, problems: Sequence[Problem], max_new_tokens: int) -> float:
-        """Of held-out problems under one adapter, None for the base model."""
-        correct = 0
-        for start in range(0, len(problems), BATCH):
-            part = problems[start : start + BATCH]
-            prompts = [self.model.encode(problem.prompt) for problem in part]
-            slots = torch.full((len(part),), -1 if adapter is None else self.bank.slot(adapter))
-            found = generate(self.model, prompts, [0.0], max_new_tokens, adapters=Assignment(self.bank, slots))
-            correct += int((score_replies(self.model, part, found) >= 1.0).sum())
-        return correct / len(problems)
-
-
 def same_replies(a: Batch, b: Batch) -> bool:
     return torch.equal(a.replies.mask, b.replies.mask) and torch.equal(
         a.replies.tokens[a.replies.mask], b.replies.tokens[b.replies.mask]
@@ -216,42 +102,46 @@ class Outcome:
     sensitivities: list[float | None]
 
 
-def train(model: LanguageModel, task_: Task, sweep: Sweep, runs: list[Run]) -> tuple[Together, Outcome]:
+def train(model: LanguageModel, task_: Task, sweep: Sweep, method: Method) -> tuple[Together, Outcome]:
     """Both ways, step by step in turns; then the runs that went apart once more on the replies they got together."""
     settings = sweep.settings
-    together = Together(model, settings, runs)
-    alone = [Alone(model, settings, run.rate) for run in runs]
-    history: list[list[Batch]] = [[] for _ in runs]
-    outcome = Outcome([], [], [None] * len(runs), [], [], [])
-    bar = tqdm(range(settings.steps), unit="step", desc=f"{len(runs)} runs together and alone", dynamic_ncols=True)
+    pairs = [(rate, seed) for rate in sweep.rates for seed in sweep.seeds]
+
+    def learners(of: Sequence[tuple[float, int]], alone: bool) -> tuple[Together | Alone, GRPO]:
+        runs = [Run(rate, seed) for rate, seed in of]
+        return attach(model, method, runs, "grpo", settings.samples, alone), GRPO(task_, settings, runs)
+
+    together, joint = learners(pairs, alone=False)
+    alone = [learners([pair], alone=True) for pair in pairs]
+    history: list[list[Batch]] = [[] for _ in pairs]
+    outcome = Outcome([], [], [None] * len(pairs), [], [], [])
+    bar = tqdm(range(settings.steps), unit="step", desc=f"{len(pairs)} runs together and alone", dynamic_ncols=True)
     for step in bar:
-        problems = [list(islice(run.problems, settings.prompts)) for run in runs]
-        shape = settings.prompts * settings.samples, task_.max_new_tokens
-        uniform = [torch.rand(shape, generator=run.generator, dtype=torch.float64) for run in runs]
         begun = time.perf_counter()
-        batches = together.step(task_, problems, uniform)
+        batch = joint.step(together)
         outcome.together_seconds.append(time.perf_counter() - begun)
         seconds = []
-        for k, run in enumerate(runs):
-            history[k].append(batches[k])
-            run.rewards.append(batches[k].rewards.mean().item())
+        for k, (learner, objective) in enumerate(alone):
+            history[k].append(batch.of(k))
             begun = time.perf_counter()
-            own = alone[k].step(task_, problems[k], uniform[k])
+            own = objective.step(learner)
             seconds.append(time.perf_counter() - begun)
-            if outcome.apart[k] is None and not same_replies(own, batches[k]):
+            if outcome.apart[k] is None and not same_replies(own, history[k][-1]):
                 outcome.apart[k] = step
         outcome.alone_seconds.append(seconds)
         bar.set_postfix(together=f"{outcome.together_seconds[-1]:.2f} s", alone=f"{sum(seconds):.2f} s")
 
     def on_given_replies(k: int, start: float = 0.0) -> Tensor:
-        again = Alone(model, settings, runs[k].rate, start)
+        learner, objective = learners([pairs[k]], alone=True)
+        for v in learner.trained:
+            v.detach().fill_(start)
         for batch in history[k]:
-            again.learn(batch)
-        return torch.stack(again.held).double()
+            objective.learn(learner, batch)
+        return vectors_of(learner)
 
-    for k, run in enumerate(tqdm(runs, desc="comparing", unit="run", dynamic_ncols=True)):
+    for k, run in enumerate(tqdm(joint.runs, desc="comparing", unit="run", dynamic_ncols=True)):
         found = together.bank.vectors(run.name).double()
-        expected = torch.stack(alone[k].held).double() if outcome.apart[k] is None else on_given_replies(k)
+        expected = vectors_of(alone[k][0]) if outcome.apart[k] is None else on_given_replies(k)
         deviation, sensitivity = distance(found, expected), None
         if not deviation <= TOLERANCE:
             sensitivity = distance(on_given_replies(k, run.rate * ROUNDING), expected)
@@ -259,6 +149,11 @@ def train(model: LanguageModel, task_: Task, sweep: Sweep, runs: list[Run]) -> t
         outcome.deviations.append(deviation)
         outcome.sensitivities.append(sensitivity)
     return together, outcome
+
+
+def vectors_of(learner: Alone) -> Tensor:
+    """[groups, u]"""
+    return torch.stack([v.detach() for v in learner.trained]).double()
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -271,13 +166,8 @@ def run_sweep(name: str, sweep: Sweep, out: pathlib.Path) -> None:
     model.module.float()
     modules = len(target_names(model.module, PROJECTIONS))
     numbers = resolve_numbers(sweep.numbers, modules)
-    apply_tiny_lora(model.module, adapter_config(numbers, modules))
-    runs = [
-        Run(rate, seed, task_.training(seed), torch.Generator().manual_seed(seed))
-        for rate in sweep.rates
-        for seed in sweep.seeds
-    ]
-    together, outcome = train(model, task_, sweep, runs)
+    together, outcome = train(model, task_, sweep, tinylora(numbers, modules))
+    runs = together.runs
     accepted = True
     for k, run in enumerate(runs):
         deviation, sensitivity = outcome.deviations[k], outcome.sensitivities[k]
@@ -288,7 +178,7 @@ def run_sweep(name: str, sweep: Sweep, out: pathlib.Path) -> None:
     print(f"{same} of {len(runs)} runs sampled the same replies in all {sweep.settings.steps} steps")
     if not accepted:
         raise SystemExit("sweep: a run ended elsewhere than alone, by more than rounding explains; see above")
-    rows = result_rows(name, sweep, numbers, runs, together, outcome, task_)
+    rows = result_rows(name, sweep, numbers, together, outcome, model, task_)
     others = [row for row in table.read(out / FILE) if row["model"] != name]
     (out / FILE).unlink(missing_ok=True)
     table.append(out / FILE, list(rows[0]), [*others, *rows])
@@ -296,11 +186,11 @@ def run_sweep(name: str, sweep: Sweep, out: pathlib.Path) -> None:
 
 
 def result_rows(
-    name: str, sweep: Sweep, numbers: int, runs: list[Run], together: Together, outcome: Outcome, task_: Task
+    name: str, sweep: Sweep, numbers: int, together: Together, outcome: Outcome, base: LanguageModel, task_: Task
 ) -> list[dict]:
     """A row for each run; the times of the whole sweep stand in every row."""
-    held_out = task_.held_out[: sweep.held_out]
-    base = together.greedy_accuracy(None, held_out, task_.max_new_tokens)
+    runs, held_out, temperature = together.runs, task_.held_out[: sweep.held_out], sweep.settings.temperature
+    greedy_base, _ = base_scores(base, held_out, task_, temperature)
     ratios = [sum(alone) / joint for alone, joint in zip(outcome.alone_seconds, outcome.together_seconds)]
     p20, p50, p80 = (quantile(ratios, q) for q in (0.2, 0.5, 0.8))
     print(
@@ -312,13 +202,12 @@ def result_rows(
     rows = []
     bar = tqdm(list(enumerate(runs)), unit="run", desc=f"scoring on {len(held_out)} held-out problems")
     for k, run in bar:
-        last = run.rewards[-5:]
+        greedy, _ = scores(together, run, held_out, task_, temperature)
         rows.append(
             {
                 "model": name, "numbers": numbers, "lr": run.rate, "seed": run.seed, "steps": sweep.settings.steps,
                 "prompts": sweep.settings.prompts, "samples": sweep.settings.samples, "dtype": "fp32",
-                "reward_last5": statistics.mean(last),
-                "greedy": together.greedy_accuracy(run.name, held_out, task_.max_new_tokens), "greedy_base": base,
+                "reward_last5": statistics.mean(run.rewards[-5:]), "greedy": greedy, "greedy_base": greedy_base,
                 "held_out": len(held_out), "v_norm": float(outcome.vectors[k].norm()),
                 "deviation": outcome.deviations[k], "sensitivity": outcome.sensitivities[k],
                 "compared": compared(outcome.apart[k]),

@@ -81,7 +81,7 @@ class Together:
     """Runs that share every batch: an adapter of a bank for each, with the random P of its own seed."""
 
     def __init__(self, model: LanguageModel, method: Method, runs: Sequence[Run], trainer: Callable[..., object]):
-        self.model = model
+        self.model, self.runs = model, list(runs)
         adapt(model.module, method, seed=0)
         tinylora = method.kind == TINYLORA
         self.bank = AdapterBank(model.module, len(runs), trainable=True, own_seeds=tinylora)
@@ -115,10 +115,9 @@ class Alone:
         (self.run,) = runs
         self.model = model
         adapt(model.module, method, seed=self.run.seed)
-        trained = [p for p in model.module.parameters() if p.requires_grad]
-        self.numbers = sum(p.numel() for p in trained)
-        self.start = [p.detach().clone() for p in trained]
-        self.trained = trained
+        self.trained = [p for p in model.module.parameters() if p.requires_grad]
+        self.numbers = sum(p.numel() for p in self.trained)
+        self.start = [p.detach().clone() for p in self.trained]
         self.trainer = trainer(model.module, self.run.rate)
 
     def assignment(self, owners: Sequence[Run]) -> None:
@@ -134,15 +133,16 @@ class Alone:
 
 
 def attach(
-    base: LanguageModel, method: Method, runs: Sequence[Run], objective: str, samples: int
+    base: LanguageModel, method: Method, runs: Sequence[Run], objective: str, samples: int, alone: bool = False
 ) -> Together | Alone:
-    """Learners on a copy of the base; several runs need a method with ``many_at_once``."""
+    """Learners on a copy of the base; several runs need a method with ``many_at_once`` and not ``alone``."""
     model = replace(base, module=copy.deepcopy(base.module))
-    make = Together if method.many_at_once else Alone
+    shared = method.many_at_once and not alone
+    make = Together if shared else Alone
     if objective == "grpo":
-        kind = PopulationGRPO if method.many_at_once else GRPOTrainer
+        kind = PopulationGRPO if shared else GRPOTrainer
         return make(model, method, runs, lambda of, lr: kind(of, group_size=samples, lr=lr, **OPTIMIZER))
-    kind = PopulationSFT if method.many_at_once else SFTTrainer
+    kind = PopulationSFT if shared else SFTTrainer
     return make(model, method, runs, lambda of, lr: kind(of, lr=lr, **OPTIMIZER))
 
 

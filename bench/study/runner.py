@@ -67,8 +67,8 @@ def described(design: Design, method: Method | None, objective: str, rate: float
 
 COLUMNS = [
     "method", "objective", "lr", "seed", "task", "steps", "prompts", "samples", "temperature", "validation_count",
-    "test_count", "kind", "numbers", "bytes", "validation", "validation_sampled", "test", "test_sampled", "reward_first5",
-    "reward_last5", "moved", "seconds", "runs_in_batch", "rewards", *environment.describe(),
+    "test_count", "kind", "numbers", "bytes", "validation", "validation_sampled", "test", "test_sampled",
+    "reward_first5", "reward_last5", "moved", "seconds", "runs_in_batch", "rewards", *environment.describe(),
 ]  # fmt: skip
 
 

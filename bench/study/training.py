@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from tinylora_kernels.demo.evaluation import evaluate
-from tinylora_kernels.demo.generation import completion_log_probs, generate
+from tinylora_kernels.demo.generation import Completions, completion_log_probs, generate
 from tinylora_kernels.demo.models import LanguageModel
 from tinylora_kernels.demo.tasks import Problem, Task
 from tinylora_kernels.demo.training import Settings, mixed_prompts, score_replies
 
 from .demonstrations import Demonstration, as_completions
 from .methods import Alone, Run, Together
+
+
+@dataclass
+class Batch:
+    """One step's replies of all runs; each run has as many prompts, side by side."""
+
+    runs: Sequence[Run]
+    problems: list[Problem]  # [P]
+    replies: Completions
+    rewards: Tensor  # [P * n]
+
+    def of(self, k: int) -> Batch:
+        """Those of the k-th run."""
+        count = len(self.problems) // len(self.runs)
+        rows = torch.arange(k * count, (k + 1) * count)
+        rewards = self.rewards.view(len(self.runs), -1)[k]
+        problems = self.problems[k * count : (k + 1) * count]
+        return Batch([self.runs[k]], problems, self.replies.select_prompts(rows), rewards)
 
 
 class GRPO:
@@ -28,30 +48,42 @@ class GRPO:
         self.task, self.settings, self.runs = task, settings, runs
         self.problems = {run.name: task.training(run.seed) for run in runs}
 
-    def step(self, learners: Together | Alone) -> None:
+    def step(self, learners: Together | Alone) -> Batch:
+        batch = self.sample(learners)
+        self.learn(learners, batch)
+        return batch
+
+    def sample(self, learners: Together | Alone) -> Batch:
+        """Replies of every run to problems of its own."""
         settings, model = self.settings, learners.model
         problems = [p for run in self.runs for p in islice(self.problems[run.name], settings.prompts)]
-        owners = [run for run in self.runs for _ in range(settings.prompts)]  # [P]
-        prompts = [model.encode(problem.prompt) for problem in problems]
         shape = settings.prompts * settings.samples, self.task.max_new_tokens
         uniform = torch.cat([torch.rand(shape, generator=run.generator, dtype=torch.float64) for run in self.runs])
         found = generate(
-            model, prompts, [settings.temperature] * settings.samples, self.task.max_new_tokens,
-            uniform=uniform, adapters=learners.assignment(owners),
+            model, [model.encode(problem.prompt) for problem in problems], [settings.temperature] * settings.samples,
+            self.task.max_new_tokens, uniform=uniform, adapters=learners.assignment(self._owners(self.runs)),
         )  # fmt: skip
-        rewards = score_replies(model, problems, found)  # [P * n]
-        for run, reward in zip(self.runs, rewards.view(len(self.runs), -1).mean(dim=1).tolist()):
+        batch = Batch(self.runs, problems, found, score_replies(model, problems, found))
+        for run, reward in zip(self.runs, batch.rewards.view(len(self.runs), -1).mean(dim=1).tolist()):
             run.rewards.append(reward)
-        mixed = mixed_prompts(rewards, settings.samples)
+        return batch
+
+    def learn(self, learners: Together | Alone, batch: Batch) -> None:
+        """One optimizer step of every run that has a prompt with mixed rewards."""
+        samples, model = self.settings.samples, learners.model
+        mixed = mixed_prompts(batch.rewards, samples)  # [K]
         if not len(mixed):
             return
-        kept, owners = found.select_prompts(mixed), [owners[i] for i in mixed.tolist()]
-        prompts = [prompts[i] for i in mixed.tolist()]
-        log_probs = completion_log_probs(model, prompts, kept, settings.temperature, learners.assignment(owners))
-        learners.step(
-            [run for run in owners for _ in range(settings.samples)],
-            log_probs, None, rewards.view(-1, settings.samples)[mixed].flatten(), mask=kept.mask,
-        )  # fmt: skip
+        every = self._owners(batch.runs)
+        owners, kept = [every[i] for i in mixed.tolist()], batch.replies.select_prompts(mixed)
+        prompts = [model.encode(batch.problems[i].prompt) for i in mixed.tolist()]
+        adapters = learners.assignment(owners)
+        log_probs = completion_log_probs(model, prompts, kept, self.settings.temperature, adapters)
+        rewards = batch.rewards.view(-1, samples)[mixed].flatten()
+        learners.step([run for run in owners for _ in range(samples)], log_probs, None, rewards, mask=kept.mask)
+
+    def _owners(self, runs: Sequence[Run]) -> list[Run]:
+        return [run for run in runs for _ in range(self.settings.prompts)]  # [P]
 
 
 class SFT:

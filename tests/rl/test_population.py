@@ -7,7 +7,14 @@ import torch
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank import AdapterBank
-from tinylora_kernels.rl import GRPOTrainer, PopulationAdam, PopulationGRPO, PopulationSFT, SFTTrainer, token_log_probs
+from tinylora_kernels.rl import (
+    GRPOTrainer,
+    PopulationAdam,
+    PopulationGRPO,
+    PopulationSFT,
+    SFTTrainer,
+    token_log_probs,
+)
 
 RATES = {"slow": 1e-3, "fast": 3e-2, "frozen": 0.0}
 OPTIONS = dict(group_size=4, kl_coeff=0.0, clip_eps=0.2)
