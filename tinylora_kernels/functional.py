@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import BACKENDS, Backend, TinyLoRALinear, TinyLoRAUpdate, choose, frozen_linear
+from .ops import BACKENDS, FrozenLinear, TinyLoRAUpdate, apply_linear, choose, frozen_linear
 from .ops.schema import accumulation_dtype
 
 
@@ -87,13 +87,14 @@ def tiny_lora_linear(
     """
     basis, v, projection, offset = _as_accumulated(weight.dtype, basis, v, projection, offset)
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
-    return linear_and_update(x, weight, bias, basis, v, projection, offset, adapter_ids, chosen)
+    return linear_and_update(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, chosen))
 
 
-def linear_and_update(x, weight, bias, basis, v, projection, offset, adapter_ids, backend: Backend) -> Tensor:
+def linear_and_update(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """tiny_lora_linear with the dtypes right and the backend chosen."""
     if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
-        return TinyLoRALinear.apply(x, weight, bias, basis, v, projection, offset, adapter_ids, backend)
+        return apply_linear(x, v, frozen)
+    weight, bias, basis, projection, offset, adapter_ids, backend = frozen
     y = frozen_linear(x, weight, bias)
     backend.update(y, basis, v, projection, offset, adapter_ids)
     return y

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .frozen import PLAIN
 from .functional import linear_and_update
-from .ops import BACKENDS, Backend, choose, dispatch
+from .ops import BACKENDS, FrozenLinear, choose, dispatch
 from .ops.schema import accumulation_dtype
 
 _changes = 0  # attributes set on adapted layers so far, in the whole process
@@ -62,22 +62,17 @@ class Plan(NamedTuple):
     changes: int
     requested: str | None  # backend
     base: nn.Linear
-    weight: Tensor
-    bias: Tensor | None
     dtype: torch.dtype
     device_type: str
     buffers: dict[str, Tensor | None]
-    basis: Tensor
     parameters: dict[str, Tensor | None]  # of the layer that holds v
     v: Tensor
-    projection: Tensor
-    offset: Tensor | None
-    backend: Backend
+    frozen: FrozenLinear
 
     def run(self, x: Tensor) -> Tensor | None:
         """The adapted output, or None where something is not as it was: then the questions must be asked again."""
-        (changes, requested, base, weight, bias, dtype, device_type, buffers, basis, parameters, v, projection, offset,
-         backend) = self  # fmt: skip
+        changes, requested, base, dtype, device_type, buffers, parameters, v, frozen = self
+        weight, bias, basis, projection, offset, _, backend = frozen
         own = base._parameters
         if (
             changes != _changes
@@ -90,7 +85,7 @@ class Plan(NamedTuple):
         ):  # fmt: skip
             return None
         if torch.is_grad_enabled():
-            return linear_and_update(x, weight, bias, basis, v, projection, offset, None, backend)
+            return linear_and_update(x, v, frozen)
         y = nn.functional.linear(x, weight, bias)
         if not y.is_contiguous():
             return None
@@ -106,7 +101,8 @@ def make_plan(layer: nn.Module, owner: nn.Module) -> Plan | None:
     if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
         return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
+    bias, projection, offset = base._parameters["bias"], buffers["projection"], buffers["offset"]
     return Plan(
-        _changes, dispatch.requested, base, weight, base._parameters["bias"], weight.dtype, weight.device.type,
-        buffers, basis, owner._parameters, v, buffers["projection"], buffers["offset"], backend,
+        _changes, dispatch.requested, base, weight.dtype, weight.device.type, buffers, owner._parameters, v,
+        FrozenLinear(weight, bias, basis, projection, offset, None, backend),
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch._dynamo.testing
 
 from tests.cases import CASES, DTYPES, Case, Outputs, assert_within_budget, error, exact, make_case
 from tinylora_kernels import ops
-from tinylora_kernels.functional import tiny_lora_update
+from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update
 
 CASE = Case(6, 33, rank=2, numbers=3)
 AVAILABLE = [name for name, reason in ops.table("cpu") if reason is None]
@@ -133,6 +133,21 @@ def test_fullgraph_compilation_gives_the_same_numbers_and_one_graph_over_sequenc
         torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+def test_the_short_way_into_autograd_is_closed_to_torch_func():
+    # Past Function.apply the tensors of a transform would be taken for plain ones, and their gradients would be lost.
+    inputs, weight = make_case(CASE, torch.float32), torch.randn(33, 5)
+    v = inputs.v.clone().requires_grad_()
+
+    def adapted(x):
+        return tiny_lora_linear(x, weight, None, inputs.basis, v, inputs.projection).sum()
+
+    x = torch.randn(6, 5)
+    assert torch.autograd.functional.jacobian(adapted, x).shape == x.shape
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(adapted)(x)
 
 
 def test_arguments_that_do_not_fit_are_one_line_errors_and_leave_the_output_alone():

@@ -91,9 +91,9 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(y.shape[1], len(basis)), torch.randn(0, len(basis))
-        node = ops.TinyLoRALinear.apply
+        frozen = ops.FrozenLinear(weight, None, basis, projection, None, None, backend)
         calls |= {
-            "apply": lambda: node(no_x, weight, None, basis, layer.v, projection, None, None, backend),
+            "apply": lambda: ops.apply_linear(no_x, layer.v, frozen),
             "linear": lambda: nn.functional.linear(no_x, weight),
             "backward": op_backward(g, t, u), "backward none": op_backward(no_g, no_t, u),
             "backward one": op_backward(no_g, no_t, 1),

@@ -1,12 +1,14 @@
 """The two ops, their backends and the choice between them."""
-from .autograd import TinyLoRALinear, TinyLoRAUpdate, frozen_linear
+from .autograd import FrozenLinear, TinyLoRALinear, TinyLoRAUpdate, apply_linear, frozen_linear
 from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "FrozenLinear",
     "TinyLoRALinear",
     "TinyLoRAUpdate",
+    "apply_linear",
     "choose",
     "frozen_linear",
     "requested_backend",

@@ -5,6 +5,8 @@ update stay in place on the frozen layer's fresh output.
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,18 @@ def _gradients(ctx, g: Tensor, t: Tensor | None, v: Tensor) -> tuple[Tensor | No
     return (g0 if need_input_grad else None), (None if t is None else dv)
 
 
+class FrozenLinear(NamedTuple):
+    """All that TinyLoRALinear holds still, as one argument: autograd takes every argument of a node apart."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    basis: Tensor  # [r, out]
+    projection: Tensor  # [u, r, r] or [r, r]
+    offset: Tensor | None  # [r]
+    adapter_ids: Tensor | None
+    backend: Backend
+
+
 class TinyLoRALinear(torch.autograd.Function):
     """y = x W^T + b and its update, W and b frozen, as one node: gradients into x and v. Saves t, and refers to W.
 
@@ -81,7 +95,8 @@ class TinyLoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, basis, v, projection, offset, adapter_ids, backend: Backend):
+    def forward(ctx, x, v, frozen: FrozenLinear):
+        weight, bias, basis, projection, offset, adapter_ids, backend = frozen
         y = frozen_linear(x, weight, bias)
         t = backend.update(y, basis, v, projection, offset, adapter_ids)
         ctx.frozen = basis, projection, adapter_ids, backend.update_backward
@@ -98,7 +113,20 @@ def _linear_backward(ctx, g):
     g0, dv = _gradients(ctx, g, t, v)
     # dx = g0 W
     dx = None if g0 is None else torch.matmul(g0, weight)
-    return dx, None, None, None, dv, None, None, None, None
+    return dx, dv, None
+
+
+# What Function.apply comes to outside torch.func's transforms and torch.compile, less its search of the arguments for
+# wrappers that a transform has left behind: 3 us of 14 with nine arguments, 2 of 12 with three.
+_apply_outside_transforms = super(torch.autograd.Function, TinyLoRALinear).apply
+_in_transform = torch._C._are_functorch_transforms_active
+
+
+def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
+    """TinyLoRALinear.apply by the shortest way there is."""
+    if _in_transform() or torch.compiler.is_compiling():
+        return TinyLoRALinear.apply(x, v, frozen)
+    return _apply_outside_transforms(x, v, frozen)
 
 
 # create_graph=True: second derivatives are an error, not zero.
