@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import adapters, breakdown, environment, layers, report, shapes, whole_model
+from .contenders import NAMES
 
 SUITES = ("layers", "model", "breakdown", "adapters", "report")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         left = layers.run(
             [case for case in cases if _wanted(case, options)], out,
             seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
-            max_seconds=options.max_seconds, compiled=not options.no_compile,
+            max_seconds=options.max_seconds, compiled=not options.no_compile, only=options.contenders,
         )  # fmt: skip
     if "model" in options.suite:
         seconds = 10 * (options.seconds or FULL_SECONDS)
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", nargs="+", type=int, choices=shapes.TOKENS, help="only these token counts")
     p.add_argument("--models", nargs="+", choices=list(shapes.MODELS), help="only layers of these models")
     p.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="only these dtypes")
+    p.add_argument("--contenders", nargs="+", choices=NAMES, default=NAMES, help="only these beside the frozen layer")
     p.add_argument("--no-compile", action="store_true", help="leave out the contenders under torch.compile")
     p.add_argument("--restart", action="store_true", help="forget the results there are instead of adding to them")
     return p

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import environment, gate, memory, table
-from .contenders import AGAIN, FROZEN, OURS, Contender, Problem, build, make_problem, names_for
+from .contenders import AGAIN, FROZEN, NAMES, OURS, Contender, Problem, build, make_problem, names_for
 from .roofline import limit_seconds, stream_bandwidth
 from .shapes import RANK, Case
 from .timing import interleave
@@ -27,7 +27,7 @@ MEMORY_TOKENS = 128  # bytes are proportional to tokens: up to here they are cou
 
 def run(
     cases: Iterable[Case], out: Path, *, seconds: float = 4.0, most_rounds: int = 60, max_seconds: float | None = None,
-    compiled: bool = True, say: Callable[[str], None] = tqdm.write,
+    compiled: bool = True, only: Collection[str] = NAMES, say: Callable[[str], None] = tqdm.write,
 ) -> int:  # fmt: skip
     """Measure the cases that the files under `out` do not hold yet for this code and thread count.
 
@@ -35,6 +35,7 @@ def run(
         seconds, most_rounds: how long a case is timed for, and a bound on its rounds.
         max_seconds: no case is begun after this long; None: run to the end.
         compiled: with the contenders under torch.compile.
+        only: these contenders; the frozen layer always.
 
     Returns:
         How many cases are left.
@@ -52,7 +53,8 @@ def run(
             bar.close()
             return len(waiting) - position
         bar.set_description(str(case)[:60])
-        times, weights = measure(case, seconds=seconds, most_rounds=most_rounds, compiled=compiled, say=say)
+        names = [name for name in names_for(case.dtype, compiled=compiled) if name in (FROZEN, *only)]
+        times, weights = measure(case, names, seconds=seconds, most_rounds=most_rounds, say=say)
         table.append(out / MEMORY_FILE, MEMORY, [_describe(case, row) | facts for row in weights])
         table.append(
             out / TIMES_FILE, TIMES,
@@ -66,13 +68,13 @@ def run(
 
 
 def measure(
-    case: Case, *, seconds: float, most_rounds: int, compiled: bool, say: Callable[[str], None] = tqdm.write
+    case: Case, names: Iterable[str], *, seconds: float, most_rounds: int, say: Callable[[str], None] = tqdm.write
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of times and rows of errors and bytes, for every contender that passes the gate."""
+    """Rows of times and rows of errors and bytes, for every contender of these that passes the gate."""
     problem = make_problem(case)
     exact = gate.truth(problem)
     contenders, weights = {}, []
-    for name in names_for(case.dtype, compiled=compiled):
+    for name in names:
         try:
             contender = build(problem, [name])[name]
         except ImportError as error:
