@@ -1,5 +1,6 @@
 """Every task: held-out problems never appear in training, and the checker tells right from wrong."""
 
+import re
 from itertools import islice
 
 import pytest
@@ -75,3 +76,12 @@ def test_reasoning_gym_tasks_verify_with_their_own_dataset():
     assert training[0].score(str(result + 1)) < 1.0
     with pytest.raises(ValueError, match="no dataset 'no_such'"):
         task("reasoning_gym:no_such")
+
+
+def test_reasoning_gym_datasets_take_options():
+    pytest.importorskip("reasoning_gym", reason="optional: pip install reasoning-gym")
+    problems = task("reasoning_gym:chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=2)")
+    assert all(len(re.findall(r"\d+", problem.prompt)) == 2 for problem in problems.held_out)
+    for wrong in ("chain_sum(2)", "chain_sum(min_terms=print)", "chain_sum(no_such=1)", "a b"):
+        with pytest.raises(ValueError, match="TASK: "):
+            task(f"reasoning_gym:{wrong}")

@@ -7,6 +7,7 @@ reward needs no judge. ``task(name)`` knows the generators below and, where reas
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -116,14 +117,18 @@ def digit_sums() -> Task:
 
 
 def reasoning_gym_task(dataset: str) -> Task:
-    """Any dataset of reasoning-gym, with its own verifier on the reply's last line."""
+    """Any dataset of reasoning-gym, with its own verifier on the reply's last line.
+
+    Options of the dataset go in parentheses: "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)".
+    """
     try:
         import reasoning_gym
     except ImportError as error:
         raise ValueError(f"TASK: reasoning_gym:{dataset} needs the package: pip install reasoning-gym") from error
+    name, options = dataset_call(dataset)
 
     def problems(seed: int, size: int) -> Iterator[Problem]:
-        data = reasoning_gym.create_dataset(dataset, size=size, seed=seed)
+        data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
         for entry in data:
 
             def score(reply: str, entry=entry) -> float:
@@ -134,7 +139,7 @@ def reasoning_gym_task(dataset: str) -> Task:
 
     try:
         held_out = list(problems(seed=0, size=HELD_OUT))
-    except ValueError as error:
+    except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"TASK: reasoning_gym has no dataset {dataset!r} ({error})") from error
     known = {problem.prompt for problem in held_out}
 
@@ -142,6 +147,21 @@ def reasoning_gym_task(dataset: str) -> Task:
         return (problem for problem in problems(seed + 1, size=1_000_000) if problem.prompt not in known)
 
     return Task(f"reasoning_gym:{dataset}", f"{dataset} of reasoning-gym", held_out, training, max_new_tokens=48)
+
+
+def dataset_call(text: str) -> tuple[str, dict]:
+    """ "name" or "name(option=number, ...)" -> name and options."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if isinstance(call, ast.Name):
+            return call.id, {}
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise SyntaxError("not a call with keywords")
+        return call.func.id, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"TASK: expected reasoning_gym:<dataset> or reasoning_gym:<dataset>(option=value, ...), found {text!r}"
+        ) from error
 
 
 def drawn_task(
