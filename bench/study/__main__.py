@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(options: argparse.Namespace) -> None:
     plan = design(options.model, options.quick, options.task)
-    name = Path(options.model).name + ("" if options.task is None else f"-{options.task.replace(':', '-')}")
+    name = re.sub(r"[^\w.]+", "-", "-".join(filter(None, (Path(options.model).name, options.task)))).strip("-")
     out = options.out / "quick" if options.quick else options.out
     load_model(plan.model)  # converted once, before the processes want it; and a wrong name is an error here
     torch.set_num_threads(1)

@@ -73,6 +73,7 @@ def test_reasoning_gym_tasks_verify_with_their_own_dataset():
     question = training[0].prompt.splitlines()[0]  # "State the final answer to the following ... problem: 4 + 3 ="
     result = eval(question.split(":")[1].rstrip("= "))
     assert training[0].score(f"so it is\n{result}") == 1.0
+    assert training[0].score(f"So {result} is it.") == 1.0  # the last number, where the answer is one
     assert training[0].score(str(result + 1)) < 1.0
     with pytest.raises(ValueError, match="no dataset 'no_such'"):
         task("reasoning_gym:no_such")

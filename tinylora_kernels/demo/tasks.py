@@ -117,7 +117,8 @@ def digit_sums() -> Task:
 
 
 def reasoning_gym_task(dataset: str) -> Task:
-    """Any dataset of reasoning-gym, with its own verifier on the reply's last line.
+    """Any dataset of reasoning-gym, with its own verifier on the reply's last line, or on its last number where that is
+    what the answer is.
 
     Options of the dataset go in parentheses: "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)".
     """
@@ -132,8 +133,13 @@ def reasoning_gym_task(dataset: str) -> Task:
         for entry in data:
 
             def score(reply: str, entry=entry) -> float:
-                lines = reply.strip().splitlines()
-                return float(data.score_answer(lines[-1].strip() if lines else "", entry))
+                if re.fullmatch(r"-?\d+", str(entry["answer"])):
+                    number = last_number(reply)
+                    answer = "" if number is None else str(number)
+                else:
+                    lines = reply.strip().splitlines()
+                    answer = lines[-1].strip() if lines else ""
+                return float(data.score_answer(answer, entry))
 
             yield Problem(f"{entry['question']}\nAnswer with only the result.", score)
 
