@@ -11,23 +11,25 @@ import dataclasses
 import pytest
 import torch
 
-from tests.cases import Case, Inputs, Outputs, assert_within_budget, exact, make_case, run_ops
+from tests.cases import Case, Inputs, Outputs, assert_within_budget, error, exact, make_case, run_ops
+
+from .mutants import Mutant
 
 DTYPES = (torch.float32, torch.bfloat16)
 # With the constants of mutants.SMALL these reach every tile shape, several tiles a block and several chunks of dv.
-CASES = (
-    Case(100, 64, numbers=13),  # Short, a part of a warp; three tiles a block, three chunks of dv
-    Case(70, 1032, pad=24, bias=False),  # Medium in float32, Short in bfloat16; strided rows
-    Case(5, 2056, numbers=3),  # Medium
-    Case(20, 65, numbers=4, pad=3),  # Scalar
-    Case(9, 64, pad=1),  # Scalar: whole packets, but rows that start anywhere
-    Case(2, 16640),  # Long
-    Case(2, 16387),  # StreamScalar
-    Case(2, 32800),  # Stream
-    Case(100, 64, numbers=40, adapters=5),
-    Case(24, 40, numbers=3, adapters=3, per_sequence=True),
-    Case(18, 48, lora_xs=True, numbers=4),
-)
+CASES = {
+    "short": Case(100, 64, numbers=13),  # a part of a warp; three tiles a block, three chunks of dv
+    "strided": Case(70, 1032, pad=24, bias=False),  # Medium in float32, Short in bfloat16
+    "medium": Case(5, 2056, numbers=3),
+    "scalar": Case(20, 65, numbers=4, pad=3),
+    "unaligned rows": Case(9, 64, pad=1),  # Scalar: whole packets, but rows that start anywhere
+    "long": Case(2, 16640),
+    "stream, scalar": Case(2, 16387),
+    "stream": Case(2, 32800),
+    "adapters": Case(100, 64, numbers=40, adapters=5),
+    "sequences": Case(24, 40, numbers=3, adapters=3, per_sequence=True),
+    "LoRA-XS": Case(18, 48, lora_xs=True, numbers=4),
+}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -44,9 +46,9 @@ def draws(case: Case, dtype: torch.dtype) -> list[Inputs]:
     return [make_case(case, dtype, draw) for draw in range(6 if case.rows * case.features < 2**14 else 3)]
 
 
-def budget(make, dtypes=DTYPES) -> None:
+def budget(make, dtypes=DTYPES, cases=tuple(CASES.values())) -> None:
     """Both ops within the error budget on every case; what lies between rows is left alone."""
-    for case in CASES:
+    for case in cases:
         for dtype in dtypes:
             inputs = draws(case, dtype)
             found = [run_ops(make("forward", 0), i) for i in inputs]
@@ -57,9 +59,9 @@ def budget(make, dtypes=DTYPES) -> None:
                 assert between.isnan().all(), f"{case}: wrote between the rows"
 
 
-def schedule(make) -> None:
+def schedule(make, cases=tuple(CASES.values())) -> None:
     """The same bits in any order of blocks and threads, with 32-bit ids, and for each op alone."""
-    for case in CASES:
+    for case in cases:
         inputs = make_case(case, torch.bfloat16)
         results = [run_ops(make(order, 0), inputs) for order in ("forward", "reverse", "random")]
         results.append(run_ops(make("forward", 0), narrow_ids(inputs)))
@@ -77,6 +79,13 @@ def assert_same_outputs(a: Outputs, b: Outputs) -> None:
         assert same_bits(getattr(a, field.name), getattr(b, field.name)), f"{field.name}: other bits"
 
 
+def assert_equal_to_one_rounding(a: Outputs, b: Outputs) -> None:
+    """The error of a against b, for each of y, t, g0 and dv."""
+    for name in (field.name for field in dataclasses.fields(Outputs)):
+        found, expected = getattr(a, name), getattr(b, name)
+        assert error(found, expected) <= torch.finfo(found.dtype).eps, f"{name}: {error(found, expected):.3g}"
+
+
 def alignment(make, dtypes=DTYPES) -> None:
     """Rows that start off a 16-byte boundary, though their stride and width would allow 16-byte accesses."""
     for case in (Case(37, 64, numbers=3), Case(5, 2056)):
@@ -87,7 +96,7 @@ def alignment(make, dtypes=DTYPES) -> None:
 
 def rounding(make) -> None:
     """16-bit results are the exact ones rounded once, to nearest even, but for ties that float32 sums cannot settle."""
-    inputs = make_case(CASES[0], torch.bfloat16)
+    inputs = make_case(CASES["short"], torch.bfloat16)
     found, truth = run_ops(make("forward", 0), inputs), exact(inputs)
     for name in ("y", "g0"):
         agree = getattr(found, name) == getattr(truth, name).to(torch.bfloat16)
@@ -136,3 +145,13 @@ CHECKS = {
     "races": schedule,
 }
 MODE = {"bounds": "asan", "alignment": "asan", "races": "race"}  # the emulator's build for a check; plain otherwise
+
+
+def look_for(mutant: Mutant, make) -> None:
+    """The check that has to find this mutant, on the case that shows it, in bfloat16: raises on a finding."""
+    options = {}
+    if mutant.check in ("budget", "alignment"):
+        options["dtypes"] = (torch.bfloat16,)
+    if CHECKS[mutant.check] in (budget, schedule):
+        options["cases"] = (CASES[mutant.case],)
+    CHECKS[mutant.check](make, **options)

@@ -64,13 +64,19 @@ class Build:
 
 
 @functools.cache
-def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path = nvcc.CUDA) -> Build:
-    """Compile the sources for one element type; PTX only, so that no card's assembler is involved."""
+def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path, launchers: Path | None) -> Build:
+    """Compile the sources for one element type; PTX only, so that no card's assembler is involved.
+
+    launchers: other sources, with the same host code: these launch the kernels, and no second library is built.
+    """
+    element = f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}"
+    if launchers:
+        texts = {c: nvcc.ptx(STUB, c, element, include=sources) for c in capabilities}
+        return Build(build(dtype, capabilities, launchers, None).library, texts)
     targets = [f"-gencode=arch=compute_{c},code=compute_{c}" for c in capabilities]
     folder = nvcc.compile_cached(
-        STUB, "-shared", "-cudart=none", "-Xcompiler=-fPIC,-D__NV_LEGACY_LAUNCH",
-        f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}", f"-I{sources}", *targets,
-        also=sources.glob("*.*"), keep=f"{STUB.stem}*.ptx",
+        STUB, "-shared", "-cudart=none", "-Xcompiler=-fPIC,-D__NV_LEGACY_LAUNCH", element, *targets,
+        include=sources, keep=f"{STUB.stem}*.ptx",
     )  # fmt: skip
     library = ctypes.CDLL(str(folder / "out"))
     library.simulate_workspace_words.restype = c_int64
@@ -98,6 +104,7 @@ class SimulatedCuda:
     capability: int
     capabilities: tuple[int, ...] = ()  # what to compile for in one go; default: this one
     sources: Path = nvcc.CUDA
+    launchers: Path | None = None  # sources with the same launchers, which are built already
     order: str = "forward"  # "reverse": atomics in descending thread order
     skew: int = 0  # elements by which rows miss 16-byte alignment
     launches: list[Launch] = field(default_factory=list)
@@ -141,7 +148,7 @@ class SimulatedCuda:
         return memory.as_strided(x.shape, x.stride(), start).copy_(x)
 
     def _build(self, dtype: torch.dtype) -> Build:
-        return build(dtype, self.capabilities or (self.capability,), self.sources)
+        return build(dtype, self.capabilities or (self.capability,), self.sources, self.launchers)
 
     def _call(self, dtype: torch.dtype, function: str, rank: int, p: RowsArguments, *rest) -> None:
         built = self._build(dtype)

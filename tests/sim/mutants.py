@@ -20,13 +20,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug; `check` names the check (tests/sim/checks.py) that is expected to find it on the host emulator."""
+    """A bug, and the check and the case (both by name, in tests/sim/checks.py) that have to show it."""
 
     name: str
     file: str
     old: str
     new: str
     check: str
+    case: str = "short"
 
     @property
     def edit(self) -> Edit:
@@ -69,7 +70,7 @@ MUTANTS = (
     Mutant("barrier in one warp only", "rows.cuh",
            "    if (warp == 0) finish_rows<R, ROWS>(p, row, team, bare_rows);\n    __syncthreads();",
            "    if (warp == 0) {\n      finish_rows<R, ROWS>(p, row, team, bare_rows);\n      __syncthreads();\n    }",
-           "budget"),
+           "budget", case="medium"),
     Mutant("no barrier in the dv kernel", "vector_grad.cuh",
            "  __syncthreads();\n  if (threadIdx.x < RR) partial", "  if (threadIdx.x < RR) partial", "races"),
     Mutant("partial sums not published before the ticket", "vector_grad.cuh",
@@ -77,7 +78,7 @@ MUTANTS = (
     Mutant("partial sums not collected after the ticket", "vector_grad.cuh",
            "    __threadfence();  // and those", "    // and those", "races"),
     Mutant("no warp barrier around the remembered adapter", "rows.cuh",
-           "    __syncwarp();  // every lane has compared\n", "", "races"),
+           "    __syncwarp();  // every lane has compared\n", "", "races", case="sequences"),
     # Masks and bounds.
     Mutant("loads past the end of a row", "row_tile.cuh",
            "const bool inside = v * kStep < left;", "const bool inside = v * kStep <= left;", "bounds"),
@@ -91,7 +92,7 @@ MUTANTS = (
            "const int end = min((chunk + 1) * kRowsPerChunk, p.rows);", "const int end = (chunk + 1) * kRowsPerChunk;",
            "bounds"),
     Mutant("16-byte accesses whatever the row stride", "launch.cu",
-           "return strides && p.columns", "return (strides || true) && p.columns", "bounds"),
+           "return strides && p.columns", "return (strides || true) && p.columns", "bounds", case="unaligned rows"),
     Mutant("16-byte accesses whatever the row start", "launch.cu",
            "&& on_16_bytes(p.source) &&", "&&", "alignment"),
     Mutant("skips the tail of a row", "row_tile.cuh",
@@ -101,28 +102,28 @@ MUTANTS = (
            "+ threadIdx.x % kWarp) * W;", "+ threadIdx.x % kWarp + 1) * W;", "budget"),
     Mutant("source stride used for the target", "row_tile.cuh",
            "target ? target + row * p.target_stride : nullptr", "target ? target + row * p.source_stride : nullptr",
-           "budget"),
+           "budget", case="unaligned rows"),
     Mutant("rows of a tile one element apart", "row_tile.cuh",
            "load(source + r * block.source_stride", "load(source + r * (block.source_stride + W)", "budget"),
     Mutant("tiles of a block overlap", "rows.cuh",
            "(blockIdx.x * p.tiles_per_block + i) * blockDim.y * ROWS", "(blockIdx.x * p.tiles_per_block + i) * ROWS",
            "budget"),
     Mutant("the id lookup is dropped", "mixing.cuh",
-           "const int i = row / m.rows_per_id;", "const int i = 0 * row;", "budget"),
+           "const int i = row / m.rows_per_id;", "const int i = 0 * row;", "budget", case="sequences"),
     Mutant("one id a row, though there is one a sequence", "mixing.cuh",
-           "const int i = row / m.rows_per_id;", "const int i = row;", "bounds"),
+           "const int i = row / m.rows_per_id;", "const int i = row;", "bounds", case="sequences"),
     Mutant("32-bit ids read as 64-bit", "mixing.cuh",
-           "return m.wide_ids ? ", "return true ? ", "bounds"),
+           "return m.wide_ids ? ", "return true ? ", "bounds", case="sequences"),
     Mutant("every adapter uses the first one's numbers", "rows.cuh",
-           "p.mixing.v + id * p.mixing.numbers", "p.mixing.v", "budget"),
+           "p.mixing.v + id * p.mixing.numbers", "p.mixing.v", "budget", case="sequences"),
     Mutant("an adapter once mixed is kept for later rows", "rows.cuh",
-           "id == team.held[r] ||", "team.held[r] != kBare ||", "budget"),
+           "id == team.held[r] ||", "team.held[r] != kBare ||", "budget", case="adapters"),
     # Arithmetic.
     Mutant("M and its transpose swapped", "rows.cuh",
            "p.transposed ? M[k * R + j] : M[j * R + k]", "p.transposed ? M[j * R + k] : M[k * R + j]", "budget"),
     Mutant("the offset added", "rows.cuh", "t -= p.offset[j];", "t += p.offset[j];", "budget"),
     Mutant("LoRA-XS contracted like TinyLoRA", "mixing.cuh",
-           "m.elementwise ? i : i / (R * R);", "i / (R * R);", "budget"),
+           "m.elementwise ? i : i / (R * R);", "i / (R * R);", "budget", case="LoRA-XS"),
     Mutant("half a warp left out of the sums", "reduce.cuh",
            "for (int step = C; step < kWarp; step *= 2)", "for (int step = C; step < kWarp / 2; step *= 2)", "budget"),
     Mutant("lanes give what they should keep", "reduce.cuh",

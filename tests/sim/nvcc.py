@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,14 @@ _CACHE = Path(tempfile.gettempdir()) / "tinylora_kernels_nvcc"
 needs_nvcc = pytest.mark.skipif(not Path(NVCC).exists(), reason="needs nvcc from the CUDA toolkit")
 
 
-def compile_cached(source: Path, *flags: str, also: Iterable[Path] = (), keep: str = "*.ptx") -> Path:
-    """A folder with the result of `nvcc flags -o out source` and the intermediate files that match `keep`.
+def compile_cached(source: Path, *flags: str, include: Path | None = None, keep: str = "*.ptx") -> Path:
+    """A folder with the result of `nvcc flags -I include -o out source` and the intermediate files that match `keep`.
 
-    also: other files the result depends on; everything beside them is taken to be constant.
+    Beside the source, the files of `include` are all that the result may depend on.
     """
     digest = hashlib.sha256(" ".join((NVCC, source.name, *flags)).encode())
-    for path in (source, *sorted(also)):
-        digest.update(path.read_bytes())
+    for path in (source, *sorted(include.glob("*.*") if include else ())):
+        digest.update(path.name.encode() + path.read_bytes())
     folder = _CACHE / f"{source.stem}-{digest.hexdigest()[:24]}"
     if folder.exists():
         return folder
@@ -34,7 +33,8 @@ def compile_cached(source: Path, *flags: str, also: Iterable[Path] = (), keep: s
         work = Path(scratch)
         out = work / "result" / "out"
         out.parent.mkdir()
-        command = [NVCC, "-std=c++17", "-lineinfo", *flags, "-keep", "-keep-dir", work, "-o", out, source]
+        folders = [f"-I{include}"] if include else []
+        command = [NVCC, "-std=c++17", "-lineinfo", *flags, *folders, "-keep", "-keep-dir", work, "-o", out, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc {source.name}: {(done.stderr or done.stdout)[-3000:]}")
@@ -45,6 +45,6 @@ def compile_cached(source: Path, *flags: str, also: Iterable[Path] = (), keep: s
     return folder
 
 
-def ptx(source: Path, capability: int, *flags: str) -> str:
+def ptx(source: Path, capability: int, *flags: str, include: Path | None = None) -> str:
     """The PTX of one source for compute_XY, with line numbers of the source."""
-    return (compile_cached(source, f"-arch=compute_{capability}", "-ptx", *flags) / "out").read_text()
+    return (compile_cached(source, f"-arch=compute_{capability}", "-ptx", *flags, include=include) / "out").read_text()

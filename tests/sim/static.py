@@ -47,10 +47,7 @@ def cuobjdump() -> str | None:
 def compile_instances(element: str, ranks: tuple[int, ...], target: str, *flags: str) -> Path:
     defines = (f"-DELEMENT={ELEMENTS[element][0]}", "-DRANKS=" + " ".join(f"RANK({r})" for r in ranks))
     source = Path(__file__).with_name("instances.cu")
-    folder = nvcc.compile_cached(
-        source, f"-arch={target}", *flags, *defines, f"-I{nvcc.CUDA}", also=nvcc.CUDA.glob("*.*")
-    )
-    return folder / "out"
+    return nvcc.compile_cached(source, f"-arch={target}", *flags, *defines, include=nvcc.CUDA) / "out"
 
 
 def kernel_name(mangled: str) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from tests.cases import CASES, DTYPES, assert_within_budget, make_case, run_ops
 
-from .checks import CHECKS, MODE, assert_same_outputs, draws
+from .checks import CHECKS, MODE, assert_same_outputs, draws, look_for
 from .host import emulator
 from .host.emulator import Emulated, Fault
 from .mutants import MUTANTS, SMALL, edited_copy
@@ -70,8 +70,7 @@ def test_every_mutant_is_caught(tmp_path, mutant):
         MODE.get(mutant.check, "plain"), kernels=sources, ranks=(2,), dtypes=(torch.bfloat16,)
     )
     with pytest.raises((Fault, AssertionError, pytest.fail.Exception)):
-        dtypes = {"dtypes": (torch.bfloat16,)} if mutant.check in ("budget", "alignment") else {}
-        CHECKS[mutant.check](lambda order, skew: Emulated(executable, order=order, skew=skew), **dtypes)
+        look_for(mutant, lambda order, skew: Emulated(executable, order=order, skew=skew))
 
 
 # bugs.cpp, by number: what finds the bug, and the words it must say.

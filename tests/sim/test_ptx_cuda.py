@@ -2,14 +2,15 @@
 
 The launchers of csrc/cuda choose kernel, grid and block, so what runs here is what a GPU would be given.
 """
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cases import CASES, DTYPES, Case, Inputs, assert_within_budget, error, make_case, run_ops
+from tests.cases import CASES, DTYPES, Case, Inputs, Outputs, assert_within_budget, make_case, run_ops
 
-from .checks import CHECKS, draws
+from .checks import CHECKS, assert_equal_to_one_rounding, draws, look_for
 from .cuda_gpu import SimulatedCuda
 from .host import emulator
 from .mutants import MUTANTS, SMALL, Edit, edited_copy
@@ -37,13 +38,13 @@ def _ids(value) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _run(case: Case, dtype: torch.dtype, capability: int) -> None:
-    inputs = draws(case, dtype)
+def _run(inputs: list[Inputs], case: Case, capability: int) -> list[Outputs]:
     gpu = _simulated(capability)
-    assert_within_budget([run_ops(gpu, i) for i in inputs], inputs)
+    outputs = [run_ops(gpu, i) for i in inputs]
     if case.rows:
         assert len(gpu.launches) == 3 * len(inputs)  # one forward, two backward
         _assert_traffic(case, inputs[0], *(launch.traffic for launch in gpu.launches[:2]))
+    return outputs
 
 
 def _assert_traffic(case: Case, inputs: Inputs, forward, backward) -> None:
@@ -62,14 +63,24 @@ def _assert_traffic(case: Case, inputs: Inputs, forward, backward) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_grid(case, dtype):
-    _run(case, dtype, 90)
+    inputs = draws(case, dtype)
+    assert_within_budget(_run(inputs, case, 90), inputs)
+
+
+@functools.cache
+def _on_the_grids_target(case: Case, dtype: torch.dtype) -> tuple[Inputs, Outputs]:
+    inputs = make_case(case, dtype)
+    return inputs, run_ops(_simulated(90), inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
 @pytest.mark.parametrize("capability", (80, 100, 120))
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_every_target(case, capability, dtype):
-    _run(case, dtype, capability)
+    """To one rounding what the target gives that the grid holds to its budget."""
+    inputs, expected = _on_the_grids_target(case, dtype)
+    (found,) = _run([inputs], case, capability)
+    assert_equal_to_one_rounding(found, expected)
 
 
 def test_two_chunks_of_rows():
@@ -88,20 +99,19 @@ ONE_RANK = tuple(
 )
 
 
-def _edited(folder: Path, *edits: Edit):
-    """A maker of backends, as tests/sim/checks.py wants it, on edited sources."""
-    sources = edited_copy(CUDA, folder, (*SMALL, *ONE_RANK, *edits))
-    return lambda order, skew: SimulatedCuda(90, sources=sources, order=order, skew=skew)
+def _maker(sources: Path, launchers: Path | None = None):
+    """A maker of backends, as tests/sim/checks.py wants it."""
+    return lambda order, skew: SimulatedCuda(90, sources=sources, launchers=launchers, order=order, skew=skew)
 
 
 @pytest.fixture(scope="module")
 def small_constants(tmp_path_factory):
-    return _edited(tmp_path_factory.mktemp("small"))
+    return edited_copy(CUDA, tmp_path_factory.mktemp("small"), (*SMALL, *ONE_RANK))
 
 
 @pytest.mark.parametrize("check", ("budget", "schedule", "alignment", "rounding", "bare rows", "bad ids"))
 def test_many_tiles_and_chunks(small_constants, check):
-    CHECKS[check](small_constants)
+    CHECKS[check](_maker(small_constants))
 
 
 @pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
@@ -111,15 +121,12 @@ def test_agrees_with_the_host_emulator():
     for case in GRID:
         if case.rank == 2 and case.rows:
             inputs = make_case(case, torch.bfloat16)
-            one, other = run_ops(emulated, inputs), run_ops(_simulated(90), inputs)
-            for name in ("y", "t", "g0", "dv"):
-                a, b = getattr(one, name), getattr(other, name)
-                assert error(a, b) <= torch.finfo(a.dtype).eps, f"{case}: {name}"
+            assert_equal_to_one_rounding(run_ops(emulated, inputs), run_ops(_simulated(90), inputs))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_mutant_is_caught(tmp_path, mutant):
-    make = _edited(tmp_path, mutant.edit)
+def test_every_mutant_is_caught(tmp_path, small_constants, mutant):
+    sources = edited_copy(CUDA, tmp_path, (*SMALL, *ONE_RANK, mutant.edit))
+    only_kernels = mutant.file.endswith(".cuh")  # the launchers are in .cu and .h files
     with pytest.raises((SimulationError, AssertionError, pytest.fail.Exception)):
-        dtypes = {"dtypes": (torch.bfloat16,)} if mutant.check in ("budget", "alignment") else {}
-        CHECKS[mutant.check](make, **dtypes)
+        look_for(mutant, _maker(sources, small_constants if only_kernels else None))

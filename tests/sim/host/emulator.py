@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -64,10 +65,21 @@ def _cache_directory() -> Path:
     return directory
 
 
+def _included(source: Path, includes: list[Path]) -> list[Path]:
+    """The file and everything that it includes, directly or not, from its own folder and these."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+            header = next((d / name for d in (path.parent, *includes) if (d / name).is_file()), None)
+            if header and header not in found:
+                found.append(header)
+    return found
+
+
 def _object(source: Path, flags: list[str], includes: list[Path]) -> Path:
     """Compile one file, unless an object from the same bytes and flags is in the cache."""
     digest = hashlib.sha256(" ".join(flags).encode())
-    for path in sorted({source} | {p for d in includes for p in d.iterdir() if p.suffix in (".h", ".cuh")}):
+    for path in _included(source, includes):
         digest.update(path.name.encode() + path.read_bytes())
     target = _cache_directory() / f"{source.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
