@@ -160,59 +160,65 @@ def test_no_atomics():
 
 # Mutants
 
-MUTANTS = {  # name: (what to replace in triton_device.py, by what)
-    "M and its transpose swapped": ("tl.sum(t[:, None, :] * mixing, axis=2)", "tl.sum(t[:, :, None] * mixing, axis=1)"),
-    "the offset added": ("t -= tl.load(offset_ptr", "t += tl.load(offset_ptr"),
-    "loads and stores rows past the last": ("row_ok = rows < N\n\n        # t =",
-                                            "row_ok = rows < N + 1\n\n        # t ="),
-    "loads columns past the end": ("row_ok[:, None] & (cols < D)[None, :], other=0.0).to",
-                                   "row_ok[:, None] & (cols <= D)[None, :], other=0.0).to"),
-    "skips the last column": ("tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D)",
-                              "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D - 1)"),
-    "reads v past its end": ("v_row + i[None, :], mask=chosen & (i < u)", "v_row + i[None, :], mask=chosen & (i <= u)"),
-    "adds the last basis row for every j": ("_basis_row(basis_ptr, j, cols, D, x.shape[0])\n        x =",
-                                            "_basis_row(basis_ptr, R - 1, cols, D, x.shape[0])\n        x ="),
-    "dM of the last tile only": ("d_mixing += tl.sum(a[:, :, None]", "d_mixing = tl.sum(a[:, :, None]"),
-    "every adapter gets every row": ("mine = (ids == adapter)", "mine = (ids >= 0)"),
-    "rows without an adapter are written": ("row_ok = row_ok & (ids >= 0)", "row_ok = row_ok & (ids >= -1)"),
-    "one id a row though there is one a sequence": ("ids_ptr + rows // rows_per_id", "ids_ptr + rows"),
-    "the second pass starts over": ("y = _add_delta(y, s, basis_ptr, start + cols",
-                                    "y = _add_delta(y, s, basis_ptr, cols"),
-    "LoRA-XS transposed": ("tl.load(projection_ptr + entries) * d_mixing",
-                           "tl.load(projection_ptr + entries % R * R + entries // R) * d_mixing"),
+MUTANTS = {  # name: (the case that shows it, what to replace in triton_device.py, by what)
+    "M and its transpose swapped": ("adapters",
+        "tl.sum(t[:, None, :] * mixing, axis=2)", "tl.sum(t[:, :, None] * mixing, axis=1)"),
+    "the offset added": ("adapters", "t -= tl.load(offset_ptr", "t += tl.load(offset_ptr"),
+    "loads and stores rows past the last": ("adapters",
+        "row_ok = rows < N\n\n        # t =", "row_ok = rows < N + 1\n\n        # t ="),
+    "loads columns past the end": ("adapters",
+        "row_ok[:, None] & (cols < D)[None, :], other=0.0).to",
+        "row_ok[:, None] & (cols <= D)[None, :], other=0.0).to"),
+    "skips the last column": ("adapters",
+        "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D)",
+        "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D - 1)"),
+    "reads v past its end": ("tiles",
+        "v_row + i[None, :], mask=chosen & (i < u)", "v_row + i[None, :], mask=chosen & (i <= u)"),
+    "adds the last basis row for every j": ("adapters",
+        "_basis_row(basis_ptr, j, cols, D, x.shape[0])\n        x =",
+        "_basis_row(basis_ptr, R - 1, cols, D, x.shape[0])\n        x ="),
+    "dM of the last tile only": ("tiles", "d_mixing += tl.sum(a[:, :, None]", "d_mixing = tl.sum(a[:, :, None]"),
+    "every adapter gets every row": ("adapters", "mine = (ids == adapter)", "mine = (ids >= 0)"),
+    "rows without an adapter are written": ("adapters",
+        "row_ok = row_ok & (ids >= 0)", "row_ok = row_ok & (ids >= -1)"),
+    "one id a row though there is one a sequence": ("sequences", "ids_ptr + rows // rows_per_id", "ids_ptr + rows"),
+    "the second pass starts over": ("long",
+        "y = _add_delta(y, s, basis_ptr, start + cols", "y = _add_delta(y, s, basis_ptr, cols"),
+    "LoRA-XS transposed": ("LoRA-XS",
+        "tl.load(projection_ptr + entries) * d_mixing",
+        "tl.load(projection_ptr + entries % R * R + entries // R) * d_mixing"),
 }  # fmt: skip
-MUTANT_CASES = [
-    Case(150, 23, numbers=13),  # three tiles a program
-    Case(12, 520, numbers=3, adapters=3, per_sequence=True),
-    Case(9, 40, numbers=4, adapters=3),
-    Case(9, 40, lora_xs=True, numbers=4),
-    Case(2, 16400),
-]
+MUTANT_CASES = {
+    "tiles": Case(150, 23, numbers=13),  # three a program
+    "sequences": Case(12, 520, numbers=3, adapters=3, per_sequence=True),
+    "adapters": Case(9, 40, numbers=4, adapters=3),
+    "LoRA-XS": Case(9, 40, lora_xs=True, numbers=4),
+    "long": Case(2, 16400),
+}
 
 
-def _run_mutant_cases() -> None:
+def _run_mutant_case(name: str) -> None:
+    case = MUTANT_CASES[name]
+    inputs = draws(case, torch.float32)
+    bare = torch.zeros(case.rows, dtype=torch.bool)
+    if case.adapters:
+        inputs[0].adapter_ids[-1] = -1
+        bare = inputs[0].adapter_ids.repeat_interleave(case.rows // len(inputs[0].adapter_ids)) == -1
+    inputs[0].y[bare] = -0.0  # adding nothing to it would still make it 0.0
     with simulated_gpu(CUDA_TARGETS[90]), mock.patch.object(triton_kernels, "MAX_PROGRAMS", 2):
-        for case in MUTANT_CASES:
-            inputs = draws(case, torch.float32)
-            bare = torch.zeros(case.rows, dtype=torch.bool)
-            if case.adapters:
-                inputs[0].adapter_ids[-1] = -1
-                bare = inputs[0].adapter_ids.repeat_interleave(case.rows // len(inputs[0].adapter_ids)) == -1
-            inputs[0].y[bare] = -0.0  # adding nothing to it would still make it 0.0
-            found = [run_ops(triton_kernels, i) for i in inputs]
-            assert_within_budget(found, inputs)
-            assert same_bits(found[0].y[bare], inputs[0].y[bare])
+        found = [run_ops(triton_kernels, i) for i in inputs]
+    assert_within_budget(found, inputs)
+    assert same_bits(found[0].y[bare], inputs[0].y[bare])
 
 
-
-
-def test_mutant_cases_pass_unchanged():
-    _run_mutant_cases()
+@pytest.mark.parametrize("case", MUTANT_CASES)
+def test_mutant_cases_pass_unchanged(case):
+    _run_mutant_case(case)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mutant_is_caught(name, tmp_path, monkeypatch):
-    old, new = MUTANTS[name]
+    case, old, new = MUTANTS[name]
     text = Path(triton_device.__file__).read_text()
     assert text.count(old) == 1
     path = tmp_path / "mutated_device.py"
@@ -222,7 +228,7 @@ def test_every_mutant_is_caught(name, tmp_path, monkeypatch):
     spec.loader.exec_module(mutated)
     monkeypatch.setattr(triton_kernels, "_device_code", lambda: mutated)
     with pytest.raises((SimulationError, AssertionError)):
-        _run_mutant_cases()
+        _run_mutant_case(case)
 
 
 def test_implicit_fma_makes_lanes_disagree(monkeypatch):

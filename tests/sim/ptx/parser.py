@@ -34,7 +34,7 @@ class Instruction:
     def opcode(self) -> str:
         return ".".join((self.name, *self.modifiers))
 
-    @property
+    @functools.cached_property
     def types(self) -> tuple[str, ...]:
         return tuple(m for m in self.modifiers if m in BITS)
 
