@@ -6,16 +6,16 @@ all questions asked, 14 to 15 with a plan, and 6 to 8 with nothing asked at all.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .frozen import PLAIN
-from .functional import linear_and_update
-from .ops import BACKENDS, FrozenLinear, choose, dispatch
+from .ops import BACKENDS, FrozenLinear, apply_linear, choose, dispatch
 from .ops.schema import accumulation_dtype
 
+_all_modules = nn.modules.module
 _changes = 0  # attributes set on adapted layers so far, in the whole process
 
 
@@ -27,16 +27,20 @@ def note_change() -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook may hold the module's output, change its input, or stand between it and autograd."""
-    hooks = nn.modules.module
+    return _has_hooks(module.__dict__)
+
+
+def _has_hooks(state: dict) -> bool:
+    """Of the module with these attributes: looked up through the module, each costs as much as all of them here."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _all_modules._global_forward_hooks
+        or _all_modules._global_forward_pre_hooks
+        or _all_modules._global_backward_hooks
+        or _all_modules._global_backward_pre_hooks
     )
 
 
@@ -61,7 +65,7 @@ class Plan(NamedTuple):
 
     changes: int
     requested: str | None  # backend
-    base: nn.Linear
+    state: dict[str, Any]  # __dict__ of the nn.Linear
     dtype: torch.dtype
     device_type: str
     buffers: dict[str, Tensor | None]
@@ -71,21 +75,21 @@ class Plan(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor | None:
         """The adapted output, or None where something is not as it was: then the questions must be asked again."""
-        changes, requested, base, dtype, device_type, buffers, parameters, v, frozen = self
+        changes, requested, state, dtype, device_type, buffers, parameters, v, frozen = self
         weight, bias, basis, projection, offset, _, backend = frozen
-        own = base._parameters
+        own = state["_parameters"]
         if (
             changes != _changes
-            or own["weight"] is not weight or own["bias"] is not bias or weight.dtype is not dtype
+            or own["weight"] is not weight or own["bias"] is not bias
             or parameters["v"] is not v or buffers["basis"] is not basis
-            or type(x) is not Tensor or x.dtype is not dtype
-            or has_hooks(base) or "forward" in base.__dict__
+            or type(x) is not Tensor or x.dtype is not dtype  # a weight of another dtype by now is an error to come
+            or _has_hooks(state) or "forward" in state
             or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
             or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):  # fmt: skip
             return None
-        if torch.is_grad_enabled():
-            return linear_and_update(x, v, frozen)
+        if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
+            return apply_linear(x, v, frozen)
         y = nn.functional.linear(x, weight, bias)
         if not y.is_contiguous():
             return None
@@ -103,6 +107,6 @@ def make_plan(layer: nn.Module, owner: nn.Module) -> Plan | None:
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     bias, projection, offset = base._parameters["bias"], buffers["projection"], buffers["offset"]
     return Plan(
-        _changes, dispatch.requested, base, weight.dtype, weight.device.type, buffers, owner._parameters, v,
+        _changes, dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers, owner._parameters, v,
         FrozenLinear(weight, bias, basis, projection, offset, None, backend),
     )  # fmt: skip

@@ -120,11 +120,12 @@ def _linear_backward(ctx, g):
 # wrappers that a transform has left behind: 3 us of 14 with nine arguments, 2 of 12 with three.
 _apply_outside_transforms = super(torch.autograd.Function, TinyLoRALinear).apply
 _in_transform = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
 
 
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """TinyLoRALinear.apply by the shortest way there is."""
-    if _in_transform() or torch.compiler.is_compiling():
+    if _in_transform() or _is_compiling():
         return TinyLoRALinear.apply(x, v, frozen)
     return _apply_outside_transforms(x, v, frozen)
 
