@@ -55,8 +55,8 @@ void for_chunks(const Arguments& call, const Body& body) {
 }
 
 // A fresh block this large comes from the system a page at a time, each page an interrupt and zeroed as it is first
-// written: several times the cost of the update. In pages of 2 MB it is a fraction of that. A wish, not a need: whatever
-// the system answers, the result is the same.
+// written: several times the cost of the update. In pages of 2 MB it is a fraction of that. A wish, not a need:
+// whatever the system answers, the result is the same.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr size_t least = size_t{4} << 20, page = size_t{1} << 12;
