@@ -106,7 +106,7 @@ REAL_CURVE = (
     (Method(FULL), (1e-5, 3e-5)),
 )
 REAL = Design(
-    model="smollm2", task="addition", settings=Settings(steps=20, prompts=4, samples=8, lr=0.0, temperature=0.7),
+    model="smollm2", task="addition", settings=Settings(steps=16, prompts=4, samples=8, lr=0.0, temperature=0.7),
     seeds=(0, 1), arms=arms(REAL_CURVE, OBJECTIVES), validation=50, held_out=200, together=4,
 )  # fmt: skip
 REAL_QUICK = replace(
