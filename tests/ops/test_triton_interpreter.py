@@ -7,22 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
+# Interpreted for ten seconds a type: one type each. Every other case, and tests/sim/test_triton.py, runs them all.
+ONE_TYPE = {"N130-D1536-r2-u1": "float32", "N12-D4864-r8-u1": "float16"}
 
 
-@pytest.mark.parametrize("dtype", ("float32", "float16"))
-def test_case_grid(dtype):
+def test_case_grid():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ops.test_triton_interpreter", dtype]
+    command = [sys.executable, "-m", "tests.ops.test_triton_interpreter"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-1]) >= 20
+    assert int(done.stdout.split()[-1]) >= 2 * 20 - len(ONE_TYPE)
 
 
-def _run(dtype_name: str) -> None:
-    """Every case of a supported rank within the error budget; prints how many."""
+def _run() -> None:
+    """Every case of a supported rank within the error budget, in both types; prints how many."""
+    import functools
+    import inspect
+
     import torch
 
     from tests.cases import CASES, assert_within_budget, make_case, run_ops
@@ -30,16 +32,22 @@ def _run(dtype_name: str) -> None:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    cases = [case for case in CASES if case.rank in triton_kernels.RANKS]
-    for case in cases:
-        count = 6 if case.rows * case.features < 20_000 else 2  # errors of a single number need several draws
-        inputs = [make_case(case, getattr(torch, dtype_name), draw) for draw in range(count)]
-        try:
-            assert_within_budget([run_ops(triton_kernels, i) for i in inputs], inputs)
-        except AssertionError as error:
-            raise AssertionError(f"{case}: {error}") from None
-    print(len(cases))
+    inspect.getmembers = functools.cache(inspect.getmembers)  # the interpreter asks at every call of every function
+    count = 0
+    for case in (case for case in CASES if case.rank in triton_kernels.RANKS):
+        few = max(case.adapters, 1) * case.numbers < 8  # the error of a single dv is small by luck as often as not
+        draws = 6 if few and case.rows * case.features < 20_000 else 2
+        for dtype in ("float32", "float16"):
+            if ONE_TYPE.get(str(case), dtype) != dtype:
+                continue
+            inputs = [make_case(case, getattr(torch, dtype), draw) for draw in range(draws)]
+            try:
+                assert_within_budget([run_ops(triton_kernels, i) for i in inputs], inputs)
+            except AssertionError as error:
+                raise AssertionError(f"{case}, {dtype}: {error}") from None
+            count += 1
+    print(count)
 
 
 if __name__ == "__main__":
-    _run(sys.argv[1])
+    _run()
