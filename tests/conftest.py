@@ -1,6 +1,27 @@
-"""Shared fixtures: every torch.empty is filled with NaN, so that an element nobody wrote cannot pass for a result."""
+"""Shared fixtures: every torch.empty is filled with NaN, so that an element nobody wrote cannot pass for a result.
+
+Also the order of the files: the longest first, so that no process of several is left alone with one at the end.
+"""
+from pathlib import Path
+
 import pytest
 import torch
+
+LONGEST_FIRST = (  # a minute or more of one core each; the rest in the order they are collected
+    "sim/test_ptx_cuda.py", "sim/test_triton.py", "bench/test_bench.py", "integrations/test_trl.py",
+    "sim/test_cuda_static.py", "ops/test_triton_interpreter.py", "sim/test_cuda_host.py",
+    "integrations/test_compile.py", "test_factors.py", "demo/test_demo.py", "sim/test_cuda_ops.py",
+)  # fmt: skip
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would start with the files of the most tests
+
+
+def pytest_collection_modifyitems(items):
+    folder = Path(__file__).parent
+    rank = {folder / name: n for n, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(autouse=True)
