@@ -23,10 +23,11 @@ from .projection import STREAM_SKETCH, philox_normal
 from .subspace import DEGENERATE_GAP, OVERSAMPLING, Triplets, leading_triplets
 from .threads import one_thread_each
 
-ALGORITHM = 1  # part of the cache key: raise it when the factors of any matrix may change
+ALGORITHM = 2  # part of the cache key: raise it when the factors of any matrix may change
 DIRECT_SIZE = 192  # up to this min(out, in) a full decomposition is quicker
 NEGLIGIBLE = 1e-5  # a singular value below this share of the largest makes S^-1 useless
 SIGN_MARGIN = 1e-3
+PIECE_ELEMENTS = 1 << 24  # looked at by one thread at a time
 SKETCH_COLUMNS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -146,8 +147,7 @@ def _check(weight: Tensor, rank: int, name: str) -> None:
 def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str | None) -> Factors:
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()  # fp64 is not everywhere
-    low, high = (value.item() for value in weight.aminmax())
-    largest = max(-low, high)
+    largest = _largest_magnitude(weight)
     if not math.isfinite(largest):
         raise ValueError(f"{name}: the weight holds NaN or infinite values")
     if largest == 0.0:
@@ -161,13 +161,25 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str 
         raise ValueError(f"{name}: numerical rank is {usable}, below rank {rank}; use a rank of at most {usable}")
     gaps = 1 - sigma[1 : rank + 1] / sigma[:rank][: len(sigma) - 1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with one_thread_each():  # two threads would wait for each other longer than this takes
+        basis = canonical_signs(triplets.left[:rank].cpu()).to(dtype).contiguous()
     return Factors(
-        basis=canonical_signs(triplets.left[:rank].cpu()).to(dtype).contiguous(),
+        basis=basis,
         sigma=(sigma[:rank].cpu() / scale).to(dtype),
         degenerate=bool((gaps < DEGENERATE_GAP).any()),
         residual=triplets.residual[:rank].max().item(),
         fingerprint=fingerprint,
     )
+
+
+def _largest_magnitude(weight: Tensor) -> float:
+    """Of the entries [m, n]; NaN where one is NaN."""
+    m, n = weight.shape
+    rows = max(1, PIECE_ELEMENTS // n)
+    with one_thread_each() as run:
+        limits = run(lambda begin: weight[begin : begin + rows].aminmax(), range(0, m, rows))
+    low, high = (torch.stack(values) for values in zip(*limits))
+    return torch.maximum(-low.amin(), high.amax()).item()
 
 
 def _threshold(weight: Tensor) -> float:

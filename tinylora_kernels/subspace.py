@@ -3,7 +3,8 @@
 The iteration runs on A = W^T W. One pass over W gives both W x and W^T (W x), block by block of rows while they are in
 cache, for a whole block of vectors x: the matrix is read from memory once a step. The search multiplies in fp32 until
 rounding stops it; the vectors found are then multiplied in fp64, refined there, and accepted on their true residual.
-A block, not a single vector, because equal singular values hide from a single one.
+A block, not a single vector, because equal singular values hide from a single one. The first block comes from a few
+steps on a sample of the rows.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ from .projection import STREAM_SOLVER, philox_normal
 from .threads import Run, serial
 
 OVERSAMPLING = 6  # vectors in a block beyond the rank
+SETTLED = 1e-2  # from this residual on the space grows along the wanted vectors
+COMPANY = 2  # and so many more: half a block takes three quarters of the time of a whole one, and no more passes
 BLOCKS_KEPT = 12  # blocks in the space before it is compressed
 MAX_STEPS = 400
 PATIENCE = 12  # steps of the search without progress: its products are less exact than fp32 (TF32, bf16)
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 27}  # of W in the product's dtype, multiplied at a time: half a CPU's L2
-CHUNKS_PER_SLAB = 8  # summed in the precision at hand; slabs are summed in fp64, in order, whatever the threads
-ANGLE_TOL = 3e-6  # accepted bound on the error of a singular vector, radians; the error is below a third of it
+SAMPLE_STRIDE = 8  # every 8th row of W makes the sample
+SAMPLE_STEPS = 3
+SAMPLE_BLOCKS = 8  # a sample has at least as many rows as this many blocks, or there is none
+RANDOM_SHARE = 0.5  # length of the random vector added to each one found in the sample
+POWER_STEP = 0.5  # what is wrong with a vector shrinks to this share of the bound in _Ritz.good_enough, measured
+CHUNK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 27}  # of W in the product's dtype, multiplied at a time: about a CPU's L2
+CHUNK_ROWS = 16  # a chunk is a multiple of: the products' inner kernels waste what is left over
+CHUNKS_PER_SLAB = 6  # summed in the precision at hand; slabs are summed in fp64, in order, whatever the threads
+ANGLE_TOL = 2e-6  # accepted bound on the error of a singular vector, radians; the error is below half of it
 ROUNDING = {torch.float32: 5e-7, torch.float64: 4e-15}  # a residual below this share of ||A|| may be rounding
 DEGENERATE_GAP = 1e-6  # closer relative to each other, two singular values have no vectors of their own
 
@@ -51,16 +60,36 @@ def leading_triplets(
     run  maps a function over pieces of the weight, perhaps on several threads.
     """
     block = rank + OVERSAMPLING
-    space = _Space(weight, block, scale, run if weight.device.type == "cpu" else serial)
-    start = philox_normal(0, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device)
-    fresh = torch.linalg.qr(start.T).Q.T  # [block, n]
+    run = run if weight.device.type == "cpu" else serial
+    space = _Space(weight, block, scale, run)
+    fresh = _first_block(weight, block, search_dtype, scale, run)
     if search_dtype != torch.float64:
-        ritz = space.grow(fresh, rank, tol, search_dtype, PATIENCE)
+        ritz = space.grow(fresh, rank, tol, search_dtype, PATIENCE, power_step_follows=True)
         fresh = space.restart(ritz)
     ritz = space.grow(fresh, rank, tol, torch.float64, MAX_STEPS)
     sigma = ritz.theta.sqrt()
     left = (ritz.mix.T @ space.left[: space.size]) / sigma.unsqueeze(1)
     return Triplets(left, sigma, ritz.residual, ritz.good_enough(rank, tol, ROUNDING[torch.float64]))
+
+
+def _first_block(weight: Tensor, block: int, dtype: torch.dtype, scale: float, run: Run) -> Tensor:
+    """Orthonormal rows [block, n] to start from: the leading right vectors of a sample of W's rows, and chance.
+
+    Three steps on an eighth of the rows save one or two passes over all of them (slowly falling spectra). The random
+    part holds a share of what the sampled rows say nothing about.
+    """
+    random = _orthonormal(philox_normal(0, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device))
+    sample = weight[::SAMPLE_STRIDE]
+    if len(sample) < SAMPLE_BLOCKS * block:
+        return random
+    space, fresh = _Space(sample, block, scale, run), random
+    for _ in range(SAMPLE_STEPS):
+        space.extend(fresh, dtype)
+        ritz = space.ritz()
+        fresh = space.next_directions(ritz, block)
+        if not len(fresh):
+            break
+    return _orthonormal(space.restart(ritz) + RANDOM_SHARE * random)
 
 
 @dataclass
@@ -72,13 +101,19 @@ class _Ritz:
     rows: Tensor  # [b, n] A x - theta x
     residual: Tensor  # [b] ||A x - theta x|| / theta
 
-    def good_enough(self, rank: int, tol: float, rounding: float) -> bool:
+    def good_enough(self, rank: int, tol: float, rounding: float, power_step_follows: bool = False) -> bool:
         """Whether the first `rank` are resolved to tol and ANGLE_TOL, or as far as rounding allows.
+
+        power_step_follows: not as they are but after one multiplication of the block by A, as far as can be told. What
+        is wrong with x_i lies along vectors outside the block, of eigenvalues below theta_b, and shrinks to at most
+        theta_b / theta_i of itself.
 
         Against a spectrum outside the block at relative distance d, a relative residual rho leaves an error rho / d in
         the vector. Against a neighbour inside it at distance g, whose residual is rho', the error is rho rho' / (d g).
         """
         theta, rho = self.theta.tolist(), self.residual.tolist()
+        if power_step_follows:
+            rho = [residual * POWER_STEP * theta[-1] / value for residual, value in zip(rho, theta)]
         for i in range(min(rank, len(theta))):
             floor = rounding * theta[0] / max(theta[i], 1e-300)
             gaps = [abs(theta[i] - other) / theta[i] for j, other in enumerate(theta) if j != i]
@@ -109,7 +144,9 @@ class _Space:
         self.gram = torch.zeros(self.capacity, self.capacity, **empty)  # X A X^T
         self.size = 0
 
-    def grow(self, fresh: Tensor, rank: int, tol: float, dtype: torch.dtype, patience: int) -> _Ritz:
+    def grow(
+        self, fresh: Tensor, rank: int, tol: float, dtype: torch.dtype, patience: int, power_step_follows: bool = False
+    ) -> _Ritz:
         """Extend from the rows given until the first `rank` are good enough, or nothing gets better any more."""
         best, waited = float("inf"), 0
         for _ in range(MAX_STEPS):
@@ -117,9 +154,9 @@ class _Space:
             ritz = self.ritz()
             worst = ritz.residual[:rank].max().item()
             best, waited = (worst, 0) if worst < best else (best, waited + 1)
-            if waited > patience or ritz.good_enough(rank, tol, ROUNDING[dtype]):
+            if waited > patience or ritz.good_enough(rank, tol, ROUNDING[dtype], power_step_follows):
                 break
-            fresh = self.next_directions(ritz)
+            fresh = self.next_directions(ritz, self.block if worst > SETTLED else rank + COMPANY)
             if not len(fresh):
                 break
         return ritz
@@ -143,22 +180,22 @@ class _Space:
         rows = mix.T @ self.image[:k] - theta.unsqueeze(1) * (mix.T @ self.right[:k])
         return _Ritz(theta, mix, rows, rows.norm(dim=1) / theta)
 
-    def next_directions(self, ritz: _Ritz) -> Tensor:
-        """Orthonormal rows [p, n] along the residuals, orthogonal to the space; none when the space is exhausted."""
-        norms = ritz.rows.norm(dim=1, keepdim=True)
+    def next_directions(self, ritz: _Ritz, count: int) -> Tensor:
+        """Orthonormal rows [p, n] along the first `count` residuals that are not zero, orthogonal to the space."""
+        rows = ritz.rows[:count]
+        norms = rows.norm(dim=1, keepdim=True)
         alive = norms.squeeze(1) > 1e-15 * ritz.theta[0]
-        rows = self._project_out(ritz.rows[alive] / norms[alive])
-        if not len(rows):
-            return rows
-        _, strength, directions = torch.linalg.svd(rows, full_matrices=False)
-        rows = self._project_out(directions[strength > 1e-10])
-        return torch.linalg.qr(rows.T).Q.T if len(rows) else rows
+        rows = rows[alive] / norms[alive]
+        for _ in range(2):  # the second time for what rounding left, and for rows that were parallel
+            rows = self._project_out(rows)
+            rows = _orthonormal(rows) if len(rows) else rows
+        return rows
 
     def restart(self, ritz: _Ritz) -> Tensor:
         """Empty the space; return orthonormal rows [b, n] along A x for its best vectors x: a power step for free."""
-        best = ritz.mix.T @ self.image[: self.size] / ritz.theta.unsqueeze(1)
+        best = ritz.mix.T @ self.image[: self.size]
         self.size = 0
-        return torch.linalg.qr(best.T).Q.T
+        return _orthonormal(best)
 
     def _compress(self) -> None:
         """Keep the best three blocks: the vectors wanted, and enough company for the convergence to go on."""
@@ -172,9 +209,11 @@ class _Space:
 
     def _project_out(self, rows: Tensor) -> Tensor:
         basis = self.right[: self.size]
-        for _ in range(2):
-            rows = rows - (rows @ basis.T) @ basis
-        return rows
+        return rows - (rows @ basis.T) @ basis
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    return torch.linalg.qr(rows.T).Q.T
 
 
 def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, image: Tensor) -> None:
@@ -182,17 +221,22 @@ def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, imag
     weight, scale = space.weight, space.scale
     m, n = weight.shape
     x = rows.to(dtype)
-    step = max(16, CHUNK_BYTES[weight.device.type] // (n * x.element_size()))
+    chunk_rows = CHUNK_BYTES[weight.device.type] // (n * x.element_size())
+    step = max(1, chunk_rows // CHUNK_ROWS) * CHUNK_ROWS
     slab = step * CHUNKS_PER_SLAB
 
     def multiply_slab(first: int) -> Tensor:
         total = torch.zeros_like(x)
         last = min(first + slab, m)
+        as_is = weight.dtype == dtype and scale == 1.0
+        buffer = None if as_is else torch.empty_like(weight[first : first + step], dtype=dtype)  # one for all chunks
         for begin in range(first, last, step):
             end = min(begin + step, last)
-            chunk = weight[begin:end].to(dtype)  # [step, n]
-            if scale != 1.0:
-                chunk = chunk * scale
+            chunk = weight[begin:end]  # [step, n]
+            if not as_is:
+                chunk = buffer[: end - begin].copy_(chunk)
+                if scale != 1.0:
+                    chunk *= scale
             y = x @ chunk.T  # [b, step]
             left[:, begin:end] = y
             total.addmm_(y, chunk)
