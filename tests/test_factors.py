@@ -166,13 +166,14 @@ def test_small_matrices_at_full_rank(shape):
     assert (result.basis.double() - basis).norm(dim=1).max() < 2e-6
 
 
-def test_strides_do_not_matter():
-    weight = with_spectrum(300, 420, SPECTRA["decaying"]).float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # read in place, and converted piece by piece
+def test_strides_do_not_matter(dtype):
+    weight = with_spectrum(300, 420, SPECTRA["decaying"]).to(dtype)
     expected = truncated_svd(weight, 2, cache=False)
     stored = weight.clone()
-    padded = torch.full((300, 1000), math.nan)
+    padded = torch.full((300, 1000), math.nan, dtype=dtype)
     padded[:, 100:520] = weight
-    strided = torch.full((600, 840), math.nan)
+    strided = torch.full((600, 840), math.nan, dtype=dtype)
     strided[::2, ::2] = weight
     for view in (weight.T.contiguous().T, padded[:, 100:520], strided[::2, ::2], torch.nn.Parameter(weight)):
         result = truncated_svd(view, 2, cache=False)
@@ -437,6 +438,16 @@ def test_bad_input_is_one_line_naming_the_module(weight, rank, message):
         truncated_svd(weight, rank, name="layers.0.up_proj", cache=False)
     text = str(caught.value)
     assert text.startswith("layers.0.up_proj: ") and "\n" not in text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 7, 39])
+def test_a_bad_value_is_found_wherever_it_is(monkeypatch, value, row):
+    monkeypatch.setattr(factors, "PIECE_ELEMENTS", 100)  # 3 rows at a time
+    weight = gaussian(40, 30)
+    weight[row, 11] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        truncated_svd(weight, 2, cache=False)
 
 
 # ---------------------------------------------------------------- many weights
