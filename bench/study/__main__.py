@@ -46,7 +46,7 @@ def study(options: argparse.Namespace) -> None:
     text = summary.table(rows)
     (out / f"{name}.txt").write_text(text + "\n")
     print(text)
-    on_curve = {method.label for method, _ in CURVES.get(options.model, REAL_CURVE)}
+    on_curve = {method.label for method in CURVES.get(options.model, REAL_CURVE)}
     figures.curve(rows, on_curve, plan.model, out / f"curve-{name}.png")
     if options.task is None and options.model in ("tiny", "smollm2"):
         rounding.run(options.model, out / "rounding.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tinylora_kernels.demo.recipes import adapter_config
@@ -52,20 +53,32 @@ def tied(u: int, n_tie: int, **others) -> Method:
     return Method(TINYLORA, u=u, n_tie=n_tie, **others)
 
 
-VECTOR_RATES = (0.001, 0.003, 0.01, 0.03)
-# One number has to go further than many: its rates end higher.
-FEW_RATES = (0.003, 0.01, 0.03, 0.1)
-LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+TIED_RATES = (0.001, 0.003, 0.01, 0.03)
+UNTIED_RATES = (*TIED_RATES, 0.1)  # each number moves few modules
+FEW_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)  # fewer than 13 numbers have to go further
+LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+
+
+def rates_of(method: Method) -> tuple[float, ...]:
+    """The sweep of a method on the tiny decoder."""
+    if method.kind == LORA:
+        return LORA_RATES
+    if method.kind == FULL:
+        return FULL_RATES
+    if method.kind == TINYLORA and method.u == 1:
+        return FEW_RATES
+    return TIED_RATES if method.n_tie >= 7 else UNTIED_RATES
+
 
 # The tiny decoder's 21 modules offer rank 2 at most 84 directions, four each: beyond, numbers repeat one another.
 TINY_CURVE = (
-    *((tinylora(numbers, 21), FEW_RATES if numbers < 13 else VECTOR_RATES) for numbers in (1, 4, 13, 49)),
-    (tied(4, 1), VECTOR_RATES),  # 84
-    (tied(16, 1, rank=4), VECTOR_RATES),  # 336
-    *((Method(LORA_XS, rank=rank), VECTOR_RATES) for rank in (1, 2, 4)),  # 21, 84, 336
-    *((Method(LORA, rank=rank), LORA_RATES) for rank in (1, 8)),
-    (Method(FULL), FULL_RATES),
+    *(tinylora(numbers, 21) for numbers in (1, 4, 13, 49)),
+    tied(4, 1),  # 84
+    tied(16, 1, rank=4),  # 336
+    *(Method(LORA_XS, rank=rank) for rank in (1, 2, 4)),  # 21, 84, 336
+    *(Method(LORA, rank=rank) for rank in (1, 8)),
+    Method(FULL),
 )
 RANKS = tuple(tied(13, 21, rank=rank) for rank in (1, 2, 4, 8))
 EQUAL_SIZE = (tied(42, 21), tied(14, 7), tied(6, 3), tied(2, 1))  # 42 numbers in 1, 3, 7, 21 groups
@@ -74,17 +87,19 @@ STORAGES = ("float32", "bfloat16", "float16")
 STORAGE = tuple(replace(tinylora(n, 21), storage=storage) for n in (4, 13, 49) for storage in STORAGES)
 
 
-def arms(curve, objectives, ablations=()) -> tuple[Arm, ...]:
-    """The curve under every objective, then the ablations that are not on it, under GRPO."""
-    found = {(method, objective): rates for objective in objectives for method, rates in curve}
-    for method in ablations:
-        found.setdefault((method, "grpo"), VECTOR_RATES)
-    return tuple(Arm(method, objective, rates) for (method, objective), rates in found.items())
+def arms(curve: Iterable[tuple[Method, tuple[float, ...]]], objectives: Iterable[str]) -> tuple[Arm, ...]:
+    """Every method, at its rates, under every objective."""
+    return tuple(Arm(method, objective, rates) for objective in objectives for method, rates in curve)
 
 
+def swept(methods: Iterable[Method]) -> list[tuple[Method, tuple[float, ...]]]:
+    return [(method, rates_of(method)) for method in methods]
+
+
+TINY_ABLATIONS = dict.fromkeys(m for m in (*RANKS, *EQUAL_SIZE, *TYING, *STORAGE) if m not in TINY_CURVE)
 TINY = Design(
     model="tiny", task="digit-sums", settings=Settings(steps=40, prompts=4, samples=8, lr=0.0, temperature=1.0),
-    seeds=(0, 1, 2), arms=arms(TINY_CURVE, OBJECTIVES, (*RANKS, *EQUAL_SIZE, *TYING, *STORAGE)),
+    seeds=(0, 1, 2), arms=arms(swept(TINY_CURVE), OBJECTIVES) + arms(swept(TINY_ABLATIONS), ["grpo"]),
     validation=200, held_out=500, together=12,
 )  # fmt: skip
 TINY_QUICK = replace(
@@ -99,15 +114,14 @@ TINY_QUICK = replace(
 )  # fmt: skip
 
 REAL_RATES = (0.003, 0.01)
-REAL_CURVE = (
-    *((tinylora(numbers, 210), REAL_RATES) for numbers in (1, 13)),
-    *((tied(u, 1), REAL_RATES) for u in (1, 4)),  # 210, 840
-    (Method(LORA, rank=1), (1e-3, 3e-3)),
-    (Method(FULL), (1e-5, 3e-5)),
-)
+REAL_CURVE = {
+    tinylora(1, 210): REAL_RATES, tinylora(13, 210): REAL_RATES,
+    tied(1, 1): REAL_RATES, tied(4, 1): REAL_RATES,  # 210, 840
+    Method(LORA, rank=1): (1e-3, 3e-3), Method(FULL): (1e-5, 3e-5),
+}  # fmt: skip
 REAL = Design(
     model="smollm2", task="addition", settings=Settings(steps=16, prompts=4, samples=8, lr=0.0, temperature=0.7),
-    seeds=(0, 1), arms=arms(REAL_CURVE, OBJECTIVES), validation=50, held_out=200, together=4,
+    seeds=(0, 1), arms=arms(REAL_CURVE.items(), OBJECTIVES), validation=50, held_out=200, together=4,
 )  # fmt: skip
 REAL_QUICK = replace(
     REAL, settings=replace(REAL.settings, steps=8), seeds=(0,), validation=50, held_out=100,

@@ -110,11 +110,10 @@ def pairs(design: Design, arm: Arm) -> list[tuple[float, int]]:
 
 
 def missing_units(design: Design, held: set) -> Iterator[Unit]:
-    """What the file does not hold yet, runs grouped as they can share batches; slow units first."""
+    """What the file does not hold yet, runs grouped as they can share batches; GRPO first, slow units first."""
     if key_of(described(design, None, "", None, None)) not in held:
         yield Unit(design)
-    slow_first = sorted(design.arms, key=lambda arm: (arm.method.many_at_once, arm.objective != "grpo"))
-    for arm in slow_first:
+    for arm in sorted(design.arms, key=lambda arm: (arm.objective != "grpo", arm.method.many_at_once)):
         keys = {pair: key_of(described(design, arm.method, arm.objective, *pair)) for pair in pairs(design, arm)}
         left = [pair for pair, key in keys.items() if key not in held]
         size = design.together if arm.method.many_at_once else 1
