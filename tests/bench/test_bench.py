@@ -181,5 +181,5 @@ def test_adapters_in_a_batch_are_checked_and_timed(peft, monkeypatch):
 def test_breakdown_covers_every_part(training):
     parts = breakdown.measure(torch.float32, 4, training=training, rounds=3)
     assert parts["forward", "kernel"][1] == 210
-    assert {("forward", "dispatch"), ("forward", "module")} <= set(parts)
+    assert {("forward", "dispatch"), ("forward", "module"), ("forward", "after product")} <= set(parts)
     assert (("backward", "autograd") in parts) == training

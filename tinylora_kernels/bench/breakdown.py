@@ -2,7 +2,8 @@
 
 Parts are differences of nested calls. On no rows at all nothing but overhead is left, so that
 
-    kernel        op(N rows) - op(0 rows)                   the update itself
+    kernel        op(N rows) - op(0 rows)                   the update itself, called again and again
+    after product op(what x W^T just wrote) - op(N rows)    the same where it stands in a model: code and data are cold
     dispatch      op(0 rows)                                torch's dispatcher, argument checks, M and dv, result tensors
     autograd      apply(0 rows) - linear(0 rows) - op(0)    the node in Python instead of torch's own in C++, both ways
     module        layer(0 rows) - base(0 rows) - the above  TinyLoRALayer.forward: hooks, choice of backend
@@ -81,6 +82,9 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     def op(rows: Tensor, u: int) -> Callable:
         return functools.partial(backend.update, rows, basis, v[:u], projection[:u], None, None)
 
+    def product() -> Tensor:
+        return nn.functional.linear(x, weight)
+
     def op_backward(gradient: Tensor, t: Tensor, u: int) -> Callable:
         return functools.partial(backend.update_backward, gradient, basis, v[:u], projection[:u], t, None, True)
 
@@ -103,6 +107,7 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     node = s["apply"] - s["linear"] - s["op none"] if training else 0.0
     parts = {
         ("forward", "kernel"): s["op"] - s["op none"],
+        ("forward", "after product"): _seconds_after(product, lambda rows: op(rows, u)(), rounds) - s["op"],
         ("forward", "dispatch"): s["op none"],
         ("forward", "module"): s["layer"] - s["base"] - s["op none"] - node,
         ("forward", "contraction"): s["op none"] - s["op one"],
@@ -112,11 +117,27 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
         parts |= {
             ("forward", "autograd"): node,
             ("backward", "kernel"): s["backward"] - s["backward none"],
+            ("backward", "after product"): (
+                _seconds_after(product, lambda rows: op_backward(rows, t, u)(), rounds) - s["backward"]
+            ),
             ("backward", "dispatch"): s["backward none"],
             ("backward", "autograd"): both - s["backward none"],
             ("backward", "contraction"): s["backward none"] - s["backward one"],
         }
     return parts
+
+
+@torch.no_grad()
+def _seconds_after(product: Callable[[], Tensor], call: Callable[[Tensor], object], rounds: int) -> float:
+    """Median time of a call on a fresh result of the matrix product, straight after it."""
+    times = []
+    with no_collector():
+        for _ in range(rounds):
+            rows = product()
+            begun = time.perf_counter()
+            call(rows)
+            times.append(time.perf_counter() - begun)
+    return quantile(times, 0.5)
 
 
 def _backward_seconds(module: nn.Module, x: Tensor, g: Tensor, rounds: int) -> float:
