@@ -4,7 +4,7 @@ Parts are differences of nested calls. On no rows at all nothing but overhead is
 
     kernel        op(N rows) - op(0 rows)                   the update itself, called again and again
     after product op(what x W^T just wrote) - op(N rows)    the same where it stands in a model: code and data are cold
-    dispatch      op(0 rows)                                torch's dispatcher, argument checks, M and dv, result tensors
+    dispatch      op(0 rows)                                torch's dispatcher, checks, M and dv, result tensors
     autograd      apply(0 rows) - linear(0 rows) - op(0)    the node in Python instead of torch's own in C++, both ways
     module        layer(0 rows) - base(0 rows) - the above  TinyLoRALayer.forward: hooks, choice of backend
     contraction   op(0 rows, u = 13) - op(0 rows, u = 1)    M = sum v_i P'_i, dv_i = <P'_i, dM>; a part of dispatch
