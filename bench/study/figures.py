@@ -60,7 +60,7 @@ def ablations(rows: Sequence[dict], path: Path) -> None:
         spread_of(axes[2], TYING, ["tiled", "structured"], found, color)
     axes[0].set(xlabel="frozen rank r, 13 numbers", ylabel="test accuracy, %", ylim=(0, 102))
     axes[1].set(xlabel="42 numbers: groups x u")
-    axes[2].set(xlabel="7 groups of 3 modules x 2")
+    axes[2].set(xlabel="14 numbers, 7 groups")
     sampled = {r.method: r for r in results(rows, SAMPLED) if r.objective == "grpo"}
     for storage, color in zip(STORAGES, ("C0", "C1", "C4")):
         own = [sampled[m.label] for m in STORAGE if m.storage == storage]
