@@ -43,10 +43,10 @@ def study(options: argparse.Namespace) -> None:
     load_model(plan.model)  # converted once, before the processes want it; and a wrong name is an error here
     torch.set_num_threads(1)
     rows = runner.run(plan, out / f"{name}.csv", options.processes)
-    text = summary.table(rows)
+    on_curve = {method.label for method in CURVES.get(options.model, REAL_CURVE)}
+    text = summary.table(rows, on_curve)
     (out / f"{name}.txt").write_text(text + "\n")
     print(text)
-    on_curve = {method.label for method in CURVES.get(options.model, REAL_CURVE)}
     figures.curve(rows, on_curve, plan.model, out / f"curve-{name}.png")
     if options.task is None and options.model in ("tiny", "smollm2"):
         rounding.run(options.model, out / "rounding.csv")

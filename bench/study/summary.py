@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -65,22 +65,32 @@ def results(rows: Iterable[dict], metric: str) -> list[Result]:
     return found
 
 
-def table(rows: list[dict]) -> str:
-    """Greedy and sampled accuracy of every method under every objective: mean (lowest to highest) over seeds, in %."""
-    lines = []
+def table(rows: list[dict], curve: Container[str]) -> str:
+    """Accuracy in %, mean (lowest to highest) over seeds: the curve under every objective, then the other methods."""
+    parts = []
     for metric in METRICS:
-        found = {(result.method, result.objective): result for result in results(rows, metric)}
-        methods = {result.method: result for result in found.values()}
-        width = max(map(len, methods))
-        lines.append(f"{metric} accuracy, %; base model {100 * base_accuracy(rows, metric):.1f}")
-        lines.append(f"{'':{width}}  {'numbers':>7}" + "".join(f"  {name:>18}" for name in OBJECTIVES))
-        for method, first in sorted(methods.items(), key=lambda item: item[1].numbers):
-            cells = [cell(found.get((method, objective))) for objective in OBJECTIVES]
-            lines.append(f"{method:{width}}  {first.numbers:7d}" + "".join(f"  {text:>18}" for text in cells))
-        lines.append("")
-    lines.append("mean over seeds (lowest to highest) at the rate that is best on validation problems; < and >: that")
-    lines.append("rate is the lowest or highest of the sweep")
-    return "\n".join(lines)
+        found = {(r.method, r.objective): r for r in results(rows, metric) if r.method in curve}
+        base = 100 * base_accuracy(rows, metric)
+        parts.append(section(f"{metric} accuracy, %; base model {base:.1f}", found, OBJECTIVES))
+    found = {(r.method, r.metric): r for metric in METRICS for r in results(rows, metric) if r.method not in curve}
+    if found:
+        parts.append(section("ablations, GRPO, %", found, METRICS))
+    parts.append(
+        "mean (lowest to highest) over seeds, at the rate that is best on validation problems;\n"
+        "< and >: that rate is the lowest or the highest of its sweep"
+    )
+    return "\n\n".join(parts)
+
+
+def section(title: str, found: dict[tuple[str, str], Result], columns: Sequence[str]) -> str:
+    """Methods by size, a column for each objective or metric."""
+    methods = {result.method: result for result in found.values()}
+    width = max(len(title), *map(len, methods))
+    lines = [f"{title:{width}}  numbers" + "".join(f"  {name:>18}" for name in columns)]
+    for method, first in sorted(methods.items(), key=lambda item: item[1].numbers):
+        cells = [cell(found.get((method, column))) for column in columns]
+        lines.append(f"{method:{width}}  {first.numbers:7d}" + "".join(f"  {text:>18}" for text in cells))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def cell(result: Result | None) -> str:

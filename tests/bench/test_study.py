@@ -1,18 +1,21 @@
 """The study's rows are complete, resumable and independent of what shares a batch; its choices see no test problem."""
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench.study import demonstrations, figures, methods, rollouts, rounding, runner, summary
-from bench.study.design import OBJECTIVES, REAL, TINY, TINY_QUICK, Arm, design, tied
+from bench.study.design import OBJECTIVES, REAL, REAL_CURVE, TINY, TINY_CURVE, TINY_QUICK, Arm, design, tied
 from bench.study.methods import FULL, LORA_XS, Method, Run, attach
 from bench.study.training import GRPO, SFT
 from tinylora_kernels.bench import table
 from tinylora_kernels.demo.models import load_model
 from tinylora_kernels.demo.tasks import last_number, task
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "study"
 SMALL = replace(
     TINY, settings=replace(TINY.settings, steps=2, samples=4), seeds=(0, 1), validation=10, held_out=20,
     arms=(
@@ -143,8 +146,10 @@ def test_the_rate_is_chosen_by_validation_and_edges_are_marked():
 
 def test_tables_and_figures(finished, tmp_path):
     _, rows = finished
-    text = summary.table(rows)
-    assert all(len(line) <= 120 for line in text.splitlines()) and "TinyLoRA r=2 u=13 n_tie=21" in text
+    text = summary.table(rows, {"TinyLoRA r=2 u=13 n_tie=21", "full"})
+    assert all(len(line) <= 110 for line in text.splitlines())
+    curve, others = text.split("ablations")
+    assert "TinyLoRA r=2 u=13 n_tie=21 bfloat16" in others and "LoRA-XS r=1" not in curve
     figures.curve(rows, {row["method"] for row in rows}, "tiny", tmp_path / "curve.png")
     found = rounding.run("tiny", tmp_path / "rounding.csv")
     figures.rounding(found, {"tiny": [0.1, 0.2]}, tmp_path / "rounding.png")
@@ -172,6 +177,19 @@ def test_rollouts_come_from_the_source_and_leave_the_model_as_it_was(tiny, sourc
     distance = ((sampled - before).norm() / before.norm()).item()
     # merged weights are rounded once more; PEFT adds the same update in another order
     assert distance == 0 if source == rollouts.OWN else 0 < distance < 0.02
+
+
+@pytest.mark.parametrize("model", ["tiny", "smollm2"])
+def test_the_page_shows_what_the_rows_say(model):
+    rows = table.read(RESULTS / f"{model}.csv")
+    plan = design(model, quick=False)
+    rows = {runner.key_of(row): row for row in rows}
+    curve = {method.label for method in (TINY_CURVE if model == "tiny" else REAL_CURVE)}
+    text = summary.table([rows[runner.key_of(row)] for row in runner.rows_of(plan)], curve)
+    assert (RESULTS / f"{model}.txt").read_text() == text + "\n"
+    page = (ROOT / "docs" / "study.md").read_text()
+    for part in text.split("\n\n")[:-1]:
+        assert part in page
 
 
 def test_designs():
