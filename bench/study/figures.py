@@ -15,7 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from .design import EQUAL_SIZE, OBJECTIVES, RANKS, STORAGE, STORAGES, TYING  # noqa: E402
 from .methods import FULL, LORA, LORA_XS, TINYLORA, Method  # noqa: E402
 from .rollouts import NUMBERS, SOURCES  # noqa: E402
-from .summary import GREEDY, METRICS, SAMPLED, Result, base_accuracy, results  # noqa: E402
+from .summary import GREEDY, METRICS, SAMPLED, Result, base_accuracy, fitted, results  # noqa: E402
 
 COLORS = {"grpo": "C0", "sft-own": "C2", "sft-foreign": "C3"}
 TITLES = {"grpo": "GRPO", "sft-own": "SFT, own correct samples", "sft-foreign": "SFT, foreign style"}
@@ -33,6 +33,9 @@ def curve(rows: Sequence[dict], of: set[str], model: str, path: Path) -> None:
             axis.plot([r.numbers for r in line], [100 * r.mean for r in line], color=COLORS[objective], lw=1)
             for result in own:
                 with_spread(axis, result.numbers, result, COLORS[objective], MARKERS[result.kind])
+        for result in fitted(rows, metric):
+            if result.method in of:
+                with_spread(axis, result.numbers, result, COLORS["sft-foreign"], MARKERS[result.kind], hollow=True)
         axis.axhline(100 * base_accuracy(rows, metric), color="0.4", ls=":")
         axis.set(xscale="log", xlabel="trained numbers", ylim=(0, 102))
         axis.set_title(f"{model}, {metric}", fontsize=10)
@@ -42,8 +45,10 @@ def curve(rows: Sequence[dict], of: set[str], model: str, path: Path) -> None:
         pyplot.Line2D([], [], color="0.3", ls="", marker=marker, label="all weights" if kind == FULL else kind)
         for kind, marker in MARKERS.items()
     ]
+    hollow = dict(color=COLORS["sft-foreign"], ls="", marker="o", mfc="white")
+    handles.append(pyplot.Line2D([], [], label="foreign style, fitted best", **hollow))
     handles.append(pyplot.Line2D([], [], color="0.4", ls=":", label="base model"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     finish(figure, axes, path)
 
 
@@ -126,10 +131,13 @@ def spread_of(
     axis.set_xlim(-0.5, len(methods) - 0.5)
 
 
-def with_spread(axis: Axes, x: float, result: Result, color: str, marker: str) -> None:
+def with_spread(axis: Axes, x: float, result: Result, color: str, marker: str, hollow: bool = False) -> None:
     """The mean over seeds, and a line from the lowest to the highest."""
     low, high = result.mean - min(result.scores), max(result.scores) - result.mean
-    axis.errorbar(x, 100 * result.mean, [[100 * low], [100 * high]], color=color, marker=marker, ms=5, lw=1, capsize=2)
+    axis.errorbar(
+        x, 100 * result.mean, [[100 * low], [100 * high]], color=color, marker=marker, ms=5, lw=1, capsize=2,
+        mfc="white" if hollow else color,
+    )  # fmt: skip
 
 
 def finish(figure, axes: Sequence[Axes], path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from .design import OBJECTIVES
 from .runner import BASE
 
 GREEDY, SAMPLED = METRICS = ("greedy", "sampled")
+FITTED = "foreign, fitted"
 COLUMN_OF = {GREEDY: ("validation", "test"), SAMPLED: ("validation_sampled", "test_sampled")}
 
 
@@ -43,9 +44,10 @@ def base_accuracy(rows: Iterable[dict], metric: str) -> float:
     return float(row[COLUMN_OF[metric][1]])
 
 
-def results(rows: Iterable[dict], metric: str) -> list[Result]:
-    """The best of every sweep, in the order of the rows."""
+def results(rows: Iterable[dict], metric: str, chosen_by: str | None = None) -> list[Result]:
+    """The best of every sweep, in the order of the rows; chosen by the metric on validation problems or by a column."""
     validation, test = COLUMN_OF[metric]
+    validation = chosen_by or validation
     arms: dict[tuple[str, str], dict[float, list[dict]]] = {}
     for row in rows:
         if row["method"] != BASE:
@@ -65,19 +67,27 @@ def results(rows: Iterable[dict], metric: str) -> list[Result]:
     return found
 
 
+def fitted(rows: Iterable[dict], metric: str) -> list[Result]:
+    """Fine-tuning in a foreign style at the rate that imitates it best, whatever becomes of the accuracy."""
+    foreign = [row for row in rows if row["objective"] == "sft-foreign"]
+    return [replace(result, objective=FITTED) for result in results(foreign, metric, chosen_by="reward_last5")]
+
+
 def table(rows: list[dict], curve: Container[str]) -> str:
     """Accuracy in %, mean (lowest to highest) over seeds: the curve under every objective, then the other methods."""
     parts = []
     for metric in METRICS:
-        found = {(r.method, r.objective): r for r in results(rows, metric) if r.method in curve}
+        every = results(rows, metric) + fitted(rows, metric)
+        found = {(r.method, r.objective): r for r in every if r.method in curve}
         base = 100 * base_accuracy(rows, metric)
-        parts.append(section(f"{metric} accuracy, %; base model {base:.1f}", found, OBJECTIVES))
+        columns = [name for name in (*OBJECTIVES, FITTED) if any(name == objective for _, objective in found)]
+        parts.append(section(f"{metric} accuracy, %; base model {base:.1f}", found, columns))
     found = {(r.method, r.metric): r for metric in METRICS for r in results(rows, metric) if r.method not in curve}
     if found:
         parts.append(section("ablations, GRPO, %", found, METRICS))
     parts.append(
-        "mean (lowest to highest) over seeds, at the rate that is best on validation problems;\n"
-        "< and >: that rate is the lowest or the highest of its sweep"
+        "mean (lowest-highest) over seeds, at the rate that is best on validation problems; foreign, fitted: at the\n"
+        "rate that imitates the demonstrations best; < and >: that rate is the lowest or the highest of its sweep"
     )
     return "\n\n".join(parts)
 
@@ -85,11 +95,11 @@ def table(rows: list[dict], curve: Container[str]) -> str:
 def section(title: str, found: dict[tuple[str, str], Result], columns: Sequence[str]) -> str:
     """Methods by size, a column for each objective or metric."""
     methods = {result.method: result for result in found.values()}
-    width = max(len(title), *map(len, methods))
-    lines = [f"{title:{width}}  numbers" + "".join(f"  {name:>18}" for name in columns)]
+    width = max(map(len, methods))
+    lines = [title, f"{'':{width}}  numbers" + "".join(f"  {name:>16}" for name in columns)]
     for method, first in sorted(methods.items(), key=lambda item: item[1].numbers):
         cells = [cell(found.get((method, column))) for column in columns]
-        lines.append(f"{method:{width}}  {first.numbers:7d}" + "".join(f"  {text:>18}" for text in cells))
+        lines.append(f"{method:{width}}  {first.numbers:7d}" + "".join(f"  {text:>16}" for text in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -97,4 +107,4 @@ def cell(result: Result | None) -> str:
     if result is None:
         return "-"
     low, high = 100 * min(result.scores), 100 * max(result.scores)
-    return f"{100 * result.mean:.1f} ({low:.0f} to {high:.0f}){result.edge or ' '}"
+    return f"{100 * result.mean:.1f} ({low:.0f}-{high:.0f}){result.edge or ' '}"

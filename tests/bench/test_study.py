@@ -133,6 +133,7 @@ def test_the_rate_is_chosen_by_validation_and_edges_are_marked():
         return dict(
             method="m", objective="grpo", lr=str(rate), seed=str(seed), kind="TinyLoRA", numbers="13", bytes="52",
             validation=str(validation), test=str(test), validation_sampled="0", test_sampled="0",
+            reward_last5=str(rate),
         )  # fmt: skip
 
     rows = [row(0.1, 0, 0.5, 0.9), row(0.1, 1, 0.5, 0.9), row(0.2, 0, 0.7, 0.6), row(0.2, 1, 0.6, 0.2),
@@ -140,6 +141,8 @@ def test_the_rate_is_chosen_by_validation_and_edges_are_marked():
     (result,) = summary.results(rows, summary.GREEDY)
     assert (result.rate, result.scores, result.edge) == (0.2, (0.6, 0.2), "")
     assert result.mean == pytest.approx(0.4)
+    (result,) = summary.results(rows, summary.GREEDY, chosen_by="reward_last5")
+    assert (result.rate, result.scores) == (0.3, (1.0, 1.0))
     (result,) = summary.results(rows[:4], summary.GREEDY)
     assert result.edge == ">"
 
