@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="tiny, smollm2 or a local directory in transformers' format")
     parser.add_argument("--task", help="another task, such as reasoning_gym:<dataset>; without sft-foreign then")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, rates, seeds and steps: minutes")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of one thread each")
+    processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=processes, help=f"of one thread each (default: {processes})")
     parser.add_argument("--out", type=Path, default=environment.results_directory() / "study")
     options = parser.parse_args(argv)
     try:

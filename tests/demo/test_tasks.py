@@ -83,6 +83,8 @@ def test_reasoning_gym_datasets_take_options():
     pytest.importorskip("reasoning_gym", reason="optional: pip install reasoning-gym")
     problems = task("reasoning_gym:chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=2)")
     assert all(len(re.findall(r"\d+", problem.prompt)) == 2 for problem in problems.held_out)
+    with pytest.raises(ValueError, match="no problems left to train on"):
+        next(task("reasoning_gym:gcd(max_value=3)").training(0))
     for wrong in ("chain_sum(2)", "chain_sum(min_terms=print)", "chain_sum(no_such=1)", "a b"):
         with pytest.raises(ValueError, match="TASK: "):
             task(f"reasoning_gym:{wrong}")

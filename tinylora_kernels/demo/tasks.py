@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from . import tiny
 
 HELD_OUT = 200
+MOST_REFUSED = 1000  # problems in a row that are held out, before a task is found to have no others
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,13 @@ def reasoning_gym_task(dataset: str) -> Task:
     known = {problem.prompt for problem in held_out}
 
     def training(seed: int) -> Iterator[Problem]:
-        return (problem for problem in problems(seed + 1, size=1_000_000) if problem.prompt not in known)
+        refused = 0  # in a row
+        for problem in problems(seed + 1, size=1_000_000):
+            refused = refused + 1 if problem.prompt in known else 0
+            if not refused:
+                yield problem
+            elif refused == MOST_REFUSED:
+                raise ValueError(f"TASK: reasoning_gym:{dataset} has no problems left to train on, only held-out ones")
 
     return Task(f"reasoning_gym:{dataset}", f"{dataset} of reasoning-gym", held_out, training, max_new_tokens=48)
 
