@@ -9,6 +9,7 @@ Environment:
     TINYLORA_BUILD_CUDA=0           leave the CUDA kernels out even where nvcc is found
     TINYLORA_CUDA_ARCHITECTURES     CMake's CUDA_ARCHITECTURES, e.g. "80-real;90" (default: this machine's GPUs, or a
                                     short list where there is none)
+    TINYLORA_BUILD_NODE=0           leave out the C++ autograd node, which serves one release of torch (a wheel for all)
     TINYLORA_TORCH_DIR              the installed torch package to build against (default: this environment's)
     TINYLORA_CUDART_DIR             where libcudart_static.a is, instead of the toolkit's own folder
     TINYLORA_BUILD_DIR              keep the objects there, so that the next build compiles only what changed
@@ -22,6 +23,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import site
 import subprocess
@@ -37,6 +39,7 @@ from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "tinylora_kernels"
+NODE = runpy.run_path(str(ROOT / PACKAGE / "ops/linear_node.py"))  # without the package, which needs torch
 LIBRARY = "libtinylora.so"
 RECORD = "_build_record.json"
 OLDEST_TORCH = (2, 10)
@@ -91,9 +94,8 @@ def find_tool(name: str, fix: str) -> str:
 
 
 def find_compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        if path := shutil.which(name.split()[0]):
-            return path
+    if path := NODE["find_compiler"]():
+        return path
     raise BuildFailure(
         "no C++ compiler found",
         "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
@@ -181,6 +183,7 @@ def build_native(destination: Path) -> dict:
             run_cmake(cmake, settings, log)
         record["library"] = True
         log.unlink()
+        record["node_reason"] = build_node(torch, destination, record["compiler"])
     except BuildFailure as failure:
         record |= {"reason": failure.reason, "fix": failure.fix}
     except subprocess.CalledProcessError as error:
@@ -194,6 +197,18 @@ def build_native(destination: Path) -> dict:
         ])  # fmt: skip
     (destination / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def build_node(torch: Path, destination: Path, compiler: str) -> str | None:
+    """Compile the C++ autograd node; None, or why layers will run the one in Python instead."""
+    if os.environ.get("TINYLORA_BUILD_NODE", "1") == "0":
+        return "switched off by TINYLORA_BUILD_NODE=0"
+    try:
+        NODE["compile_for"](torch, destination, compiler)
+        return None
+    except NODE["CompileError"] as error:
+        announce([f"no C++ autograd node: {error}", "layers run the one in Python"])
+        return str(error)
 
 
 def announce(lines: list[str]) -> None:
@@ -218,8 +233,8 @@ class BuildLibrary(build_ext):
         build_native(destination)
 
     def get_outputs(self) -> list[str]:
-        built = (Path(self.build_lib) / PACKAGE / name for name in (LIBRARY, RECORD))
-        return [str(path) for path in built if path.exists()]
+        built = Path(self.build_lib) / PACKAGE
+        return [str(path) for pattern in (LIBRARY, "libtinylora_node-*.so", RECORD) for path in built.glob(pattern)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

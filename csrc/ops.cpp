@@ -1,4 +1,4 @@
-// The CPU entry points of the two ops. Their schemas are defined in Python (tinylora_kernels/ops/schema.py), so that
+// The CPU entry points of the ops. Their schemas are defined in Python (tinylora_kernels/ops/schema.py), so that
 // they exist with or without this library.
 #include <optional>
 #include <tuple>
@@ -30,10 +30,21 @@ std::tuple<Tensor, Tensor> update_backward_cpu(const Tensor& g, const Tensor& ba
   return {g0, dv};
 }
 
+Tensor update_input_grad_cpu(const Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
+                             const Tensor& projection, const std::optional<Tensor>& t,
+                             const std::optional<Tensor>& adapter_ids) {
+  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
+  const InputGrad input = check_input_grad(dx, right, call);
+  Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
+  cpu::update_input_grad(call, input, t ? dv.mutable_data_ptr() : nullptr);
+  return dv;
+}
+
 }  // namespace
 }  // namespace tinylora
 
 STABLE_TORCH_LIBRARY_IMPL(tinylora, CPU, m) {
   m.impl("update", TORCH_BOX(&tinylora::update_cpu));
   m.impl("update_backward", TORCH_BOX(&tinylora::update_backward_cpu));
+  m.impl("update_input_grad", TORCH_BOX(&tinylora::update_input_grad_cpu));
 }

@@ -116,6 +116,7 @@ def build_wheel(flavour: str, nvcc: Nvcc | None, source: Path, out: Path, work: 
         "TINYLORA_BUILD_DIR": str(work / f"objects-{flavour}"),
         "TINYLORA_BUILD_NATIVE": "1",
         "TINYLORA_BUILD_CUDA": "0",
+        "TINYLORA_BUILD_NODE": "0",  # it serves one torch, a wheel all of them
     }
     if flavour != "cpu":
         if nvcc is None or nvcc.flavour != flavour:

@@ -161,10 +161,12 @@ class _Chain:
         mixing = reference.contract(inputs_v[ids.clamp(min=0)], projection)
         return mixing * (ids >= 0).view(-1, 1, 1)
 
+    # Contiguous: where a CPU has AMX, oneDNN's bfloat16 product of a strided matrix multiplies the columns between its
+    # rows by zero, and they are NaN here (torch 2.13, D = 1000, 24 columns of padding).
     @classmethod
     def update(cls, y, basis, v, projection, offset, ids):
         low = basis.to(y.dtype)  # [r, D]
-        t = y @ low.T - (0 if offset is None else offset.to(y.dtype))
+        t = y.contiguous() @ low.T - (0 if offset is None else offset.to(y.dtype))
         mixing = cls._mixing(v, projection, ids, len(y)).to(y.dtype)
         z = t @ mixing.T if ids is None else (mixing @ t.unsqueeze(-1)).squeeze(-1)
         y.copy_(y + z @ low)
@@ -173,7 +175,7 @@ class _Chain:
     @classmethod
     def update_backward(cls, g, basis, v, projection, t, ids, need_input_grad):
         low = basis.to(g.dtype)
-        a = g @ low.T
+        a = g.contiguous() @ low.T
         mixing = cls._mixing(v, projection, ids, len(g)).to(g.dtype)
         z = a @ mixing if ids is None else (a.unsqueeze(-2) @ mixing).squeeze(-2)
         g0 = g + z @ low

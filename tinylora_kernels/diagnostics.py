@@ -36,6 +36,7 @@ def collect(rank: int = 2) -> dict:
             "cpu_isa": status.isa,
             "cuda_architectures": status.build.get("cuda", ""),
             "compiler": status.build.get("compiler"),
+            "node_error": dispatch.why_no_node,
             "build_record": status.record,
         },
         "requested": dispatch.requested_backend(),
@@ -79,6 +80,7 @@ def report(facts: dict) -> str:
     cuda = library["cuda_architectures"] or "none"
     if not library["cuda_architectures"] and (reason := library["build_record"].get("cuda_reason")):
         cuda += f" ({reason})"
+    node = f"Python: the one in C++ is {library['node_error']}" if library["node_error"] else "C++"
     driver = "{}.{}".format(*facts["cuda"]["driver"]) if facts["cuda"]["driver"] else "none"
     packages = ", ".join(f"{name} {version or 'none'}" for name, version in facts["packages"].items())
     lines = [
@@ -94,6 +96,7 @@ def report(facts: dict) -> str:
             f"  CPU kernels    {library['cpu_isa']}",
             f"  CUDA kernels   {cuda}",
             f"  compiler       {library['compiler']}",
+            f"  linear layers  one node of autograd in {node}",
         ]
     lines.append(f"backend asked    {facts['requested'] or 'none: the first available is taken'}")
     for device, table in facts["backends"].items():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .quantised import dequantised_weight
 
 PLAIN = (Tensor, nn.Parameter)
+_ROWS = 1024  # of a weight, widened at a time
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -38,3 +39,12 @@ def dense_weight(module: nn.Module) -> Tensor:
     if type(weight) in PLAIN and weight.is_floating_point():
         return weight.detach()
     return dequantised_weight(module)
+
+
+@torch.no_grad()
+def right_factor(basis: Tensor, matrix: Tensor) -> Tensor:
+    """B^T = U^T W [r, in] from U^T [r, out] and W [out, in], in the basis's dtype, without a whole W in it."""
+    right = basis.new_zeros(basis.shape[0], matrix.shape[1])
+    for columns, rows in zip(basis.split(_ROWS, dim=1), matrix.split(_ROWS)):
+        right.addmm_(columns, rows.to(basis.dtype))
+    return right

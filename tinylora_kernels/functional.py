@@ -69,6 +69,7 @@ def tiny_lora_linear(
     offset: Tensor | None = None,
     adapter_ids: Tensor | None = None,
     *,
+    right: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A frozen linear layer and its update, tiny_lora_update(x W^T + b, ...), as one node of autograd.
@@ -78,6 +79,8 @@ def tiny_lora_linear(
         weight: [out, in] W, frozen: it gets no gradient.
         bias: [out] b, frozen, or None.
         basis, v, projection, offset, adapter_ids, backend: as in tiny_lora_update, with D = out.
+        right: [r, in] B^T = U^T W, dtype of the basis. With it the CPU's backward pass updates dx in place of a copy of
+            the incoming gradient: the same function, faster unless in is much larger than out.
 
     Returns:
         [..., out]. Gradients flow into x and v only. Second derivatives are not defined.
@@ -87,14 +90,14 @@ def tiny_lora_linear(
     """
     basis, v, projection, offset = _as_accumulated(weight.dtype, basis, v, projection, offset)
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
-    return linear_and_update(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, chosen))
+    return linear_and_update(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, chosen))
 
 
 def linear_and_update(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """tiny_lora_linear with the dtypes right and the backend chosen."""
     if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
         return apply_linear(x, v, frozen)
-    weight, bias, basis, projection, offset, adapter_ids, backend = frozen
+    weight, bias, basis, projection, offset, adapter_ids, _, backend = frozen
     y = frozen_linear(x, weight, bias)
     backend.update(y, basis, v, projection, offset, adapter_ids)
     return y

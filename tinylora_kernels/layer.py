@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from .base_layers import FORWARDED, has_fresh_output, kind_of, weight_matrix
 from .channels import update_channels
-from .frozen import PLAIN, dense, is_sharded
+from .frozen import PLAIN, dense, is_sharded, right_factor
 from .functional import tiny_lora_linear, tiny_lora_update
 from .ops.reference import contract
-from .plain_linear import has_hooks, is_plain_linear, make_plan, note_change
+from .plain_linear import has_hooks, is_plain_linear, make_plan, note_change, right_for
 
 
 class TinyLoRALayer(nn.Module):
@@ -51,6 +51,7 @@ class TinyLoRALayer(nn.Module):
     ):
         super().__init__()
         self.__dict__["_plan"] = None  # how the last call ran, if the next ones can run like it
+        self.__dict__["_right"] = None  # B^T and the weight it was computed from: plain_linear.right_for
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
@@ -101,10 +102,10 @@ class TinyLoRALayer(nn.Module):
         if fresh and len(args) == 1 and not kwargs and is_plain_linear(base, args[0]):
             weight, bias = base._parameters["weight"], base._parameters["bias"]
             if self.bank is None:
-                self.__dict__["_plan"] = make_plan(self, self._owner[0])
+                self.__dict__["_plan"] = make_plan(self, self._owner[0], args[0])
             return tiny_lora_linear(
                 args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids,
-                backend=self.backend,
+                right=right_for(self, args[0]), backend=self.backend,
             )  # fmt: skip
         if is_sharded(base._parameters.get("weight")):
             from .distributed import sharded_forward  # loads torch.distributed: only where it is in use
@@ -117,7 +118,7 @@ class TinyLoRALayer(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles carry no bank: it belongs to the layers of one model in one process."""
-        return {**self.__dict__, "bank": None, "_plan": None}
+        return {**self.__dict__, "bank": None, "_plan": None, "_right": None}
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)
@@ -137,10 +138,9 @@ class TinyLoRALayer(nn.Module):
         """M = sum_i v_i P'_i, [r, r]."""
         return contract(self.v.to(self.projection), self.projection)
 
-    @torch.no_grad()
     def right_factor(self) -> Tensor:
         """B^T = U^T W, [r, in]: S V^T up to the SVD's residual, and exactly what the update implies."""
-        return self.basis @ self.weight_matrix().to(self.basis.dtype)
+        return right_factor(self.basis, self.weight_matrix())
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -72,7 +72,12 @@ Dtype activation_dtype(const char* name, const Tensor& tensor) {
 }
 
 // The leading dimensions of [..., D] as N rows with one stride between them.
-void collapse_rows(const char* name, const Tensor& tensor, bool written, Arguments& out) {
+struct Rows {
+  int64_t count, width, stride;
+};
+
+Rows collapse_rows(const char* name, const Tensor& tensor, bool written) {
+  Rows out;
   const int64_t dims = tensor.dim();
   if (dims < 1) fail(name, "expected [..., D], found a scalar");
   const auto sizes = tensor.sizes();
@@ -81,7 +86,7 @@ void collapse_rows(const char* name, const Tensor& tensor, bool written, Argumen
   out.count = 1;
   for (int64_t i = 0; i + 1 < dims; ++i) out.count *= sizes[i];
   out.stride = out.width;
-  if (out.count == 0 || out.width == 0) return;
+  if (out.count == 0 || out.width == 0) return out;
   if (out.width > 1 && strides[dims - 1] != 1) {
     fail(name, "expected last stride 1, found ", strides[dims - 1], "; call .contiguous() first");
   }
@@ -98,6 +103,7 @@ void collapse_rows(const char* name, const Tensor& tensor, bool written, Argumen
   if (written && out.count > 1 && out.stride < out.width) {
     fail(name, "expected rows that do not overlap, found row stride ", out.stride, " below the width ", out.width);
   }
+  return out;
 }
 
 // Same device, dtype Acc, contiguous: what basis, v, projection, offset and t have in common.
@@ -170,7 +176,10 @@ Arguments check_common(const char* name, const Tensor& rows, bool written, const
                        const Tensor& projection, const std::optional<Tensor>& adapter_ids) {
   Arguments out;
   out.dtype = activation_dtype(name, rows);
-  collapse_rows(name, rows, written, out);
+  const Rows collapsed = collapse_rows(name, rows, written);
+  out.count = collapsed.count;
+  out.width = collapsed.width;
+  out.stride = collapsed.stride;
   check_basis(name, rows, basis, out);
   check_adapter(name, rows, v, projection, adapter_ids, out);
   if (adapter_ids) check_ids(name, rows, *adapter_ids, out);
@@ -218,6 +227,23 @@ Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tens
     out.t = t->const_data_ptr();
   }
   out.rows = const_cast<void*>(g.const_data_ptr());
+  return out;
+}
+
+InputGrad check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call) {
+  const Dtype dtype = activation_dtype("dx", dx);
+  if (dtype != call.dtype) fail("dx", "expected the dtype of g, found ", dtype_name(dtype_code(dx)));
+  const Rows rows = collapse_rows("dx", dx, /*written=*/true);
+  if (rows.count != call.count) fail("dx", "expected ", call.count, " rows as in g, found ", shape_text(dx));
+  check_factor("right", right, dx, "dx");
+  if (right.dim() != 2 || right.size(0) != call.rank || right.size(1) != rows.width) {
+    fail("right", "expected shape (", call.rank, ", ", rows.width, "), found ", shape_text(right));
+  }
+  InputGrad out;
+  out.rows = dx.mutable_data_ptr();
+  out.stride = rows.stride;
+  out.width = rows.width;
+  out.right = right.const_data_ptr();
   return out;
 }
 

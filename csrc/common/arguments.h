@@ -1,4 +1,4 @@
-// The arguments of the two ops as plain numbers and pointers, checked before anything is read or written.
+// The arguments of the ops as plain numbers and pointers, checked before anything is read or written.
 // Shared by the CPU and the CUDA entry points.
 #pragma once
 
@@ -45,12 +45,22 @@ struct Arguments {
   bool elementwise = false;  // LoRA-XS: M = projection * v, u = r * r
 };
 
+// Where update_input_grad adds (a M) B^T.
+struct InputGrad {
+  void* rows = nullptr;         // dx [N, E], last stride 1
+  int64_t stride = 0;           // elements between row starts
+  int64_t width = 0;            // E
+  const void* right = nullptr;  // Acc B^T = U^T W, [r, E]
+};
+
 // Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
 // was found. The ids themselves are not looked at: they may live on a GPU.
 Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
                        const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids);
 Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
                                 const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids);
+// dx and right against the arguments that g, basis and the others were checked into.
+InputGrad check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call);
 
 // New uninitialised tensors on the device of `like`; `accumulate` picks the dtype Acc instead of that of `like`.
 Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns);

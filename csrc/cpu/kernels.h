@@ -14,20 +14,26 @@ struct Half {
 };
 
 // One pass over rows, both directions of the method:
-//     s = x U - c        z = s K^T        dst = x + z U^T
-// forward:  x = y0, s = t, K = M,   dst = x (in place);   backward:  x = g, s = a, K = M^T, c = 0, dst = g0.
+//     s = x U - c        z = s K^T        dst = addend + z F
+// forward:    x = y0, s = t, K = M,   addend = dst = x (in place),  F = U^T;
+// backward:   x = g,  s = a, K = M^T, c = 0,  addend = g, dst = g0, F = U^T,
+//             or past the frozen weight:  addend = dst = dx (in place),  F = U^T W.
 // Acc is double for float64 rows, float otherwise.
 struct RowsJob {
   const void* src;      // x [N, D]
   int64_t src_stride;   // elements between row starts
-  void* dst;            // [N, D]: src itself, disjoint from it, or null: s alone is wanted
-  int64_t dst_stride;
   int64_t width;        // D
-  int64_t rank;         // r
   const void* basis;    // Acc U^T [r, D]
+  const void* addend;   // [N, E]
+  int64_t addend_stride;
+  void* dst;            // [N, E]: the addend itself, disjoint from it, or null: s alone is wanted
+  int64_t dst_stride;
+  int64_t dst_width;    // E
+  const void* factor;   // Acc F [r, E]
+  int64_t rank;         // r
   const void* offset;   // Acc c [r], or null for zero
   const void* mixing;   // Acc K [S, r, r], one for each adapter in use
-  const int64_t* slot_of_id;  // [B] index into mixing, or -1: dst = x for these rows; null: every row has adapter 0
+  const int64_t* slot_of_id;  // [B] index into mixing, or -1: dst = addend for these rows; null: every row has adapter 0
   int64_t rows_per_id;  // row n has id n / rows_per_id
   void* projected;      // Acc s [N, r], out
   void* scratch;        // Acc z [N, r]; null for ranks 1, 2, 4 and 8, which keep it in registers

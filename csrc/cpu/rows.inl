@@ -67,9 +67,21 @@ inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* ba
   }
 }
 
-// y = x + z U^T for NR rows; y may be x.
+// Calls for elements that will be read and written soon. Right after the matrix product they lie in the outer caches, or
+// in those of the other core, while the arithmetic here leaves the memory idle: 512 x 576 in bfloat16 on 2 threads of a
+// Sapphire Rapids, 44 us without and 30 with. An address beyond the tensor is a wish that nobody grants.
+template <int Elements, class T>
+inline void fetch_for_writing(const T* x) {
+  constexpr int kLine = 64;  // bytes
+  TINYLORA_UNROLL
+  for (int at = 0; at < int(Elements * sizeof(T)); at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + at, /*for writing*/ 1);
+  }
+}
+
+// y = x + z F for NR rows, F [R, width]; y may be x.
 template <class T, int R, int NR>
-inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* basis,
+inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* factor,
                        int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
@@ -82,18 +94,18 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
     TINYLORA_UNROLL
     for (int k = 0; k < R; ++k) weight[n][k] = L::fill(z[n][k]);
   }
-  const auto step = [&](const auto& load_rows, const auto& load_basis, const auto& store_rows) {
-    Reg low[NR], high[NR], u_low, u_high, x_low, x_high;
+  const auto step = [&](const auto& load_rows, const auto& load_factor, const auto& store_rows) {
+    Reg low[NR], high[NR], f_low, f_high, x_low, x_high;
     TINYLORA_UNROLL
     for (int n = 0; n < NR && !kTermsFirst; ++n) load_rows(n, low[n], high[n]);
     TINYLORA_UNROLL
     for (int k = 0; k < R; ++k) {
-      load_basis(k, u_low, u_high);
+      load_factor(k, f_low, f_high);
       TINYLORA_UNROLL
       for (int n = 0; n < NR; ++n) {
         const bool first = kTermsFirst && k == 0;
-        low[n] = first ? L::multiply(weight[n][k], u_low) : L::multiply_add(weight[n][k], u_low, low[n]);
-        high[n] = first ? L::multiply(weight[n][k], u_high) : L::multiply_add(weight[n][k], u_high, high[n]);
+        low[n] = first ? L::multiply(weight[n][k], f_low) : L::multiply_add(weight[n][k], f_low, low[n]);
+        high[n] = first ? L::multiply(weight[n][k], f_high) : L::multiply_add(weight[n][k], f_high, high[n]);
       }
     }
     TINYLORA_UNROLL
@@ -108,13 +120,15 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
   };
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
+    TINYLORA_UNROLL
+    for (int n = NR; n < 2 * NR; ++n) fetch_for_writing<2 * L::kWidth>(x + n * x_stride + d);
     step([&](int n, Reg& a, Reg& b) { L::load(x + n * x_stride + d, a, b); },
-         [&](int k, Reg& a, Reg& b) { L::load_basis(basis + k * width + d, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis(factor + k * width + d, a, b); },
          [&](int n, Reg a, Reg b) { L::store(y + n * y_stride + d, a, b); });
   }
   if (const int64_t part = width - d; part > 0) {
     step([&](int n, Reg& a, Reg& b) { L::load_part(x + n * x_stride + d, part, a, b); },
-         [&](int k, Reg& a, Reg& b) { L::load_basis_part(basis + k * width + d, part, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis_part(factor + k * width + d, part, a, b); },
          [&](int n, Reg a, Reg b) { L::store_part(y + n * y_stride + d, part, a, b); });
   }
 }
@@ -151,7 +165,9 @@ inline void row_block(const RowsJob& job, int64_t first) {
     }
   }
   if (!job.dst) return;
+  const T* b = static_cast<const T*>(job.addend) + first * job.addend_stride;
   T* y = static_cast<T*>(job.dst) + first * job.dst_stride;
+  const Acc* factor = static_cast<const Acc*>(job.factor);  // [R, E]
   // z = s K^T
   bool every_row = true;
   for (int n = 0; n < NR; ++n) {
@@ -163,18 +179,18 @@ inline void row_block(const RowsJob& job, int64_t first) {
       z[n][j] = sum;
     }
   }
-  // y = x + z U^T
+  // y = b + z F
   if (every_row) {
-    accumulate<T, R, NR>(x, job.src_stride, y, job.dst_stride, basis, job.width, z);
+    accumulate<T, R, NR>(b, job.addend_stride, y, job.dst_stride, factor, job.dst_width, z);
     return;
   }
   for (int n = 0; n < NR; ++n) {
-    const T* from = x + n * job.src_stride;
+    const T* from = b + n * job.addend_stride;
     T* to = y + n * job.dst_stride;
     if (mixing_of<Acc>(job, first + n)) {
-      accumulate<T, R, 1>(from, 0, to, 0, basis, job.width, reinterpret_cast<const Acc(&)[1][R]>(z[n]));
+      accumulate<T, R, 1>(from, 0, to, 0, factor, job.dst_width, reinterpret_cast<const Acc(&)[1][R]>(z[n]));
     } else {
-      copy_row(from, to, job.width);
+      copy_row(from, to, job.dst_width);
     }
   }
 }
@@ -192,8 +208,9 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   using Reg = typename L::Reg;
-  const int64_t r = job.rank, width = job.width;
+  const int64_t r = job.rank, width = job.width, dst_width = job.dst_width;
   const Acc* basis = static_cast<const Acc*>(job.basis);
+  const Acc* factor = static_cast<const Acc*>(job.factor);
   const Acc* offset = static_cast<const Acc*>(job.offset);
   for (int64_t n = begin; n < end; ++n) {
     const T* x = static_cast<const T*>(job.src) + n * job.src_stride;
@@ -205,10 +222,11 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
     for (; k < r; ++k) project<T, 1, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][1]>(s[k]));
     for (k = 0; offset && k < r; ++k) s[k] -= offset[k];
     if (!job.dst) continue;
+    const T* b = static_cast<const T*>(job.addend) + n * job.addend_stride;
     T* y = static_cast<T*>(job.dst) + n * job.dst_stride;
     const Acc* mixing = mixing_of<Acc>(job, n);
     if (!mixing) {
-      copy_row(x, y, width);
+      copy_row(b, y, dst_width);
       continue;
     }
     Acc* z = static_cast<Acc*>(job.scratch) + n * r;  // [r]
@@ -216,16 +234,16 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
       z[j] = 0;
       for (k = 0; k < r; ++k) z[j] += mixing[j * r + k] * s[k];
     }
-    for (int64_t d = 0; d < width; d += 2 * L::kWidth) {
-      const int64_t part = width - d < 2 * L::kWidth ? width - d : 2 * L::kWidth;
-      Reg delta_low = L::fill(0), delta_high = L::fill(0), u_low, u_high, x_low, x_high;
+    for (int64_t d = 0; d < dst_width; d += 2 * L::kWidth) {
+      const int64_t part = dst_width - d < 2 * L::kWidth ? dst_width - d : 2 * L::kWidth;
+      Reg delta_low = L::fill(0), delta_high = L::fill(0), f_low, f_high, b_low, b_high;
       for (int64_t j = 0; j < r; ++j) {
-        L::load_basis_part(basis + j * width + d, part, u_low, u_high);
-        delta_low = L::multiply_add(L::fill(z[j]), u_low, delta_low);
-        delta_high = L::multiply_add(L::fill(z[j]), u_high, delta_high);
+        L::load_basis_part(factor + j * dst_width + d, part, f_low, f_high);
+        delta_low = L::multiply_add(L::fill(z[j]), f_low, delta_low);
+        delta_high = L::multiply_add(L::fill(z[j]), f_high, delta_high);
       }
-      L::load_part(x + d, part, x_low, x_high);
-      L::store_part(y + d, part, L::add(x_low, delta_low), L::add(x_high, delta_high));
+      L::load_part(b + d, part, b_low, b_high);
+      L::store_part(y + d, part, L::add(b_low, delta_low), L::add(b_high, delta_high));
     }
   }
 }

@@ -73,12 +73,11 @@ void update_as(const Arguments& call, void* t) {
   Scratch<Acc, 64> mixing(used.count * call.rank * call.rank);  // M [S, r, r]
   contract<Acc>(call, used, /*transposed=*/false, mixing.data());
   RowsJob job{};
-  job.src = call.rows;
-  job.src_stride = job.dst_stride = call.stride;
-  job.dst = call.rows;
-  job.width = call.width;
+  job.src = job.addend = job.dst = call.rows;
+  job.src_stride = job.addend_stride = job.dst_stride = call.stride;
+  job.width = job.dst_width = call.width;
   job.rank = call.rank;
-  job.basis = call.basis;
+  job.basis = job.factor = call.basis;
   job.offset = call.offset;
   job.mixing = mixing.data();
   job.slot_of_id = used.slots();
@@ -92,8 +91,18 @@ void update_as(const Arguments& call, void* t) {
   });
 }
 
+// What the backward pass adds (a M) F to, and F: g and U^T make g0, dx and B^T = U^T W make the rest of dx.
+struct Target {
+  const void* addend;  // g, or dx
+  int64_t addend_stride;
+  void* dst;           // g0, or dx; null: dv alone is wanted
+  int64_t dst_stride;
+  int64_t width;       // E
+  const void* factor;  // Acc F [r, E]
+};
+
 template <class Acc>
-void update_backward_as(const Arguments& call, void* g0, void* dv) {
+void update_backward_as(const Arguments& call, const Target& target, void* dv) {
   const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.count);
   const UsedAdapters used(call);
   Scratch<Acc, 64> mixing(used.count * square);  // M^T [S, r, r]
@@ -102,11 +111,15 @@ void update_backward_as(const Arguments& call, void* g0, void* dv) {
   RowsJob job{};
   job.src = call.rows;
   job.src_stride = call.stride;
-  job.dst = g0;
-  job.dst_stride = call.width;
   job.width = call.width;
-  job.rank = r;
   job.basis = call.basis;
+  job.addend = target.addend;
+  job.addend_stride = target.addend_stride;
+  job.dst = target.dst;
+  job.dst_stride = target.dst_stride;
+  job.dst_width = target.width;
+  job.factor = target.factor;
+  job.rank = r;
   job.mixing = mixing.data();
   job.slot_of_id = used.slots();
   job.rows_per_id = call.ids.rows_per_id;
@@ -149,7 +162,15 @@ void update(const Arguments& call, void* t) {
 void update_backward(const Arguments& call, void* g0, void* dv) {
   constexpr size_t bytes_of[] = {4, 2, 2, 8};  // by Dtype
   if (g0) prefer_huge_pages(g0, call.count * call.width * bytes_of[static_cast<int>(call.dtype)]);
-  call.dtype == Dtype::float64 ? update_backward_as<double>(call, g0, dv) : update_backward_as<float>(call, g0, dv);
+  const Target target{call.rows, call.stride, g0, call.width, call.width, call.basis};
+  call.dtype == Dtype::float64 ? update_backward_as<double>(call, target, dv)
+                               : update_backward_as<float>(call, target, dv);
+}
+
+void update_input_grad(const Arguments& call, const InputGrad& dx, void* dv) {
+  const Target target{dx.rows, dx.stride, dx.rows, dx.stride, dx.width, dx.right};
+  call.dtype == Dtype::float64 ? update_backward_as<double>(call, target, dv)
+                               : update_backward_as<float>(call, target, dv);
 }
 
 }  // namespace tinylora::cpu

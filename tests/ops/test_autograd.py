@@ -29,6 +29,12 @@ def test_opcheck(case, dtype):
             torch.ops.tinylora.update_backward.default,
             (inputs.g, *frozen, saved, inputs.adapter_ids, need_input_grad),
         )
+    right = torch.randn(case.rank, 7).to(inputs.basis)
+    for saved in (t, None):
+        torch.library.opcheck(
+            torch.ops.tinylora.update_input_grad.default,
+            (torch.randn(case.rows, 7).to(dtype), right, inputs.g, *frozen, saved, inputs.adapter_ids),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

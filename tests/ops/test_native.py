@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.cases import CASES, DTYPES, assert_within_budget, make_case, run_ops
+from tests.cases import CASES, DTYPES, Case, assert_within_budget, error, make_case, run_ops
 from tinylora_kernels.ops import native, reference
 
 pytestmark = pytest.mark.skipif(native.load().error is not None, reason=f"native library: {native.load().error}")
@@ -254,6 +254,58 @@ def test_backward_errors():
         native.update_backward(call["y"], *rest, torch.randn(4, 2), None, True)
     with pytest.raises(ValueError, match=r"g: expected last stride 1, found 0"):
         native.update_backward(torch.ones(1, 1).expand(5, 40), *rest, None, None, True)
+
+
+@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_dx_along_the_basis_is_g0(isa, case, dtype):
+    """With W the identity, B^T = U^T and g W = g."""
+    inputs = make_case(case, dtype)
+    shared = inputs.basis, inputs.v, inputs.projection, torch.randn(case.rows, case.rank).to(inputs.v), inputs.adapter_ids
+    g0, dv = native.update_backward(inputs.g, *shared, True)
+    dx = inputs.g.clone()
+    assert torch.equal(native.update_input_grad(dx, inputs.basis, inputs.g, *shared), dv) and torch.equal(dx, g0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("features", [1, 40, 333])
+@pytest.mark.parametrize("adapters", [0, 3])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_dx_of_another_width(isa, dtype, adapters, features, rank):
+    inputs = make_case(Case(13, 65, rank=rank, numbers=3, adapters=adapters, pad=2), dtype)
+    right, t = torch.randn(rank, features).to(inputs.v), torch.randn(13, rank).to(inputs.v)
+    shared = inputs.basis, inputs.v, inputs.projection, t, inputs.adapter_ids
+    rows = torch.randn(13, features + 5).to(dtype)
+    dx, before = rows[:, :features], rows.clone()
+    exact = before[:, :features].double()
+    exact_dv = reference.update_input_grad(exact, right.double(), *in_float64(inputs.g, *shared))
+    dv = native.update_input_grad(dx, right, inputs.g, *shared)
+    sums = 1e-14 if dtype is torch.float64 else 2e-6  # and one rounding of the result
+    assert error(dx, exact) <= 0.6 * torch.finfo(dtype).eps + sums and error(dv, exact_dv) <= 3 * sums
+    assert torch.equal(rows[:, features:], before[:, features:])
+
+
+def in_float64(*tensors):
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def test_errors_of_dx():
+    inputs = make_case(Case(5, 40), torch.float32)
+    shared = inputs.g, inputs.basis, inputs.v, inputs.projection, None, None
+    right, dx = torch.randn(2, 7), torch.randn(5, 7)
+    for bad_dx, bad_right, message in (
+        (dx.bfloat16(), right, r"dx: expected (the dtype of g|torch.float32 on cpu as g), found"),
+        (dx[:4], right, r"dx: expected (5 rows as in g|the rows of g \(5, 40\)), found \(4, 7\)"),
+        (dx, right[:1], r"right: expected .*\(2, 7\).* found .*\(1, 7\)"),
+        (dx, right.double(), "right: expected "),
+    ):
+        before = bad_dx.clone()
+        for backend in (native, reference):
+            with pytest.raises(ValueError, match=message):
+                backend.update_input_grad(bad_dx, bad_right, *shared)
+        assert torch.equal(bad_dx, before)
+    with pytest.raises(ValueError, match="dx: expected rows that do not overlap"):
+        native.update_input_grad(torch.zeros(1, 7).expand(5, 7), right, *shared)
 
 
 def test_empty_batch_with_empty_ids():

@@ -35,16 +35,21 @@ def _run() -> None:
     inspect.getmembers = functools.cache(inspect.getmembers)  # the interpreter asks at every call of every function
     count = 0
     for case in (case for case in CASES if case.rank in triton_kernels.RANKS):
-        few = max(case.adapters, 1) * case.numbers < 8  # the error of a single dv is small by luck as often as not
-        draws = 6 if few and case.rows * case.features < 20_000 else 2
         for dtype in ("float32", "float16"):
             if ONE_TYPE.get(str(case), dtype) != dtype:
                 continue
-            inputs = [make_case(case, getattr(torch, dtype), draw) for draw in range(draws)]
-            try:
-                assert_within_budget([run_ops(triton_kernels, i) for i in inputs], inputs)
-            except AssertionError as error:
-                raise AssertionError(f"{case}, {dtype}: {error}") from None
+            inputs, found = [], []
+            # Where dv is a number or two, a few draws of the chain's error are small by luck: a case that fails on them
+            # is judged on many.
+            for draws in (2, 6, 24):
+                inputs += [make_case(case, getattr(torch, dtype), draw) for draw in range(len(inputs), draws)]
+                found += [run_ops(triton_kernels, one) for one in inputs[len(found) :]]
+                try:
+                    assert_within_budget(found, inputs)
+                    break
+                except AssertionError as error:
+                    if draws == 24 or max(case.adapters, 1) * case.numbers >= 8:
+                        raise AssertionError(f"{case}, {dtype}: {error}") from None
             count += 1
     print(count)
 

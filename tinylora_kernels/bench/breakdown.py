@@ -95,7 +95,7 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(y.shape[1], len(basis)), torch.randn(0, len(basis))
-        frozen = ops.FrozenLinear(weight, None, basis, projection, None, None, backend)
+        frozen = ops.FrozenLinear(weight, None, basis, projection, None, None, None, backend)
         calls |= {
             "apply": lambda: ops.apply_linear(no_x, layer.v, frozen),
             "linear": lambda: nn.functional.linear(no_x, weight),

@@ -1,6 +1,6 @@
-"""The two ops, their backends and the choice between them."""
+"""The ops, their backends and the choice between them."""
 from .autograd import FrozenLinear, TinyLoRALinear, TinyLoRAUpdate, apply_linear, frozen_linear
-from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table
+from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table, why_no_node
 
 __all__ = [
     "BACKENDS",
@@ -14,4 +14,5 @@ __all__ = [
     "requested_backend",
     "set_backend",
     "table",
+    "why_no_node",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton_kernels
-from .checks import check_arguments
+from .checks import check_arguments, check_input_grad
 from .dispatch import BACKENDS, Backend
 from .schema import accumulation_dtype, library
 
@@ -22,6 +22,7 @@ if not status.has_cuda and triton_kernels.why_not("cuda", torch.float32, 2) is N
     library.impl("update_backward", triton_kernels.update_backward, "CUDA")
 library.impl("update", reference.update, "CompositeExplicitAutograd")
 library.impl("update_backward", reference.update_backward, "CompositeExplicitAutograd")
+library.impl("update_input_grad", reference.update_input_grad, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tinylora::update")
@@ -35,6 +36,13 @@ def _(g, basis, v, projection, t, adapter_ids, need_input_grad):
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     g0 = g.new_empty(g.shape) if need_input_grad else g.new_empty(0)
     return g0, v.new_empty(v.shape if t is not None else (0,))
+
+
+@torch.library.register_fake("tinylora::update_input_grad")
+def _(dx, right, g, basis, v, projection, t, adapter_ids):
+    check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
+    check_input_grad(dx, right, g, basis)
+    return v.new_empty(v.shape if t is not None else (0,))
 
 
 def _rows(y: Tensor):
@@ -85,21 +93,24 @@ class FrozenLinear(NamedTuple):
     projection: Tensor  # [u, r, r] or [r, r]
     offset: Tensor | None  # [r]
     adapter_ids: Tensor | None
+    right: Tensor | None  # [r, in] B^T = U^T W, for backends with update_input_grad
     backend: Backend
 
 
 class TinyLoRALinear(torch.autograd.Function):
     """y = x W^T + b and its update, W and b frozen, as one node: gradients into x and v. Saves t, and refers to W.
 
-    Against the update behind torch's own linear this spares one node each way, which a small batch feels.
+    Against the update behind torch's own linear this spares one node each way, which a small batch feels. What runs
+    instead on the CPU is linear_node.cpp, where that is compiled.
     """
 
     @staticmethod
     def forward(ctx, x, v, frozen: FrozenLinear):
-        weight, bias, basis, projection, offset, adapter_ids, backend = frozen
+        weight, bias, basis, projection, offset, adapter_ids, right, backend = frozen
         y = frozen_linear(x, weight, bias)
         t = backend.update(y, basis, v, projection, offset, adapter_ids)
         ctx.frozen = basis, projection, adapter_ids, backend.update_backward
+        ctx.right = None if right is None or backend.update_input_grad is None else (right, backend.update_input_grad)
         ctx.save_for_backward(t if v.requires_grad else None, v, weight)  # a W changed since is an error
         return y
 
@@ -110,6 +121,14 @@ class TinyLoRALinear(torch.autograd.Function):
 
 def _linear_backward(ctx, g):
     t, v, weight = ctx.saved_tensors
+    if ctx.right is not None and ctx.needs_input_grad[0]:
+        right, update_input_grad = ctx.right
+        basis, projection, adapter_ids, _ = ctx.frozen
+        g = g.contiguous()
+        # dx = g W + (a M) B^T
+        dx = torch.matmul(g, weight)
+        dv = update_input_grad(dx, right, g, basis, v, projection, t, adapter_ids)
+        return dx, (None if t is None else dv), None
     g0, dv = _gradients(ctx, g, t, v)
     # dx = g0 W
     dx = None if g0 is None else torch.matmul(g0, weight)
@@ -127,6 +146,9 @@ def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """TinyLoRALinear.apply by the shortest way there is."""
     if _in_transform() or _is_compiling():
         return TinyLoRALinear.apply(x, v, frozen)
+    weight, bias, basis, projection, offset, adapter_ids, right, backend = frozen
+    if backend.linear is not None:
+        return backend.linear(x, v, weight, bias, basis, projection, offset, adapter_ids, right)
     return _apply_outside_transforms(x, v, frozen)
 
 

@@ -51,6 +51,18 @@ def check_arguments(
         _check_adapter_ids(adapter_ids, rows, activation)
 
 
+def check_input_grad(dx: Tensor, right: Tensor, g: Tensor, basis: Tensor) -> None:
+    """The same for what update_input_grad takes beside g, which check_arguments has seen."""
+    if dx.dtype != g.dtype or dx.device != g.device:
+        raise ValueError(f"dx: expected {g.dtype} on {g.device} as g, found {dx.dtype} on {dx.device}")
+    if dx.dim() < 1 or dx.numel() // max(dx.shape[-1], 1) != g.numel() // max(g.shape[-1], 1):
+        raise ValueError(f"dx: expected the rows of g {tuple(g.shape)}, found {tuple(dx.shape)}")
+    expected = basis.shape[0], dx.shape[-1]
+    if tuple(right.shape) != expected or right.dtype != basis.dtype or right.device != g.device:
+        found = f"{right.dtype} {tuple(right.shape)} on {right.device}"
+        raise ValueError(f"right: expected {basis.dtype} {expected} on {g.device}, found {found}")
+
+
 def _check_projection(v: Tensor, projection: Tensor, rank: int, adapter_ids: Tensor | None) -> None:
     if projection.dim() not in (2, 3) or tuple(projection.shape[-2:]) != (rank, rank):
         raise ValueError(

@@ -14,22 +14,36 @@ from typing import NamedTuple
 
 import torch
 
-from . import native, reference, triton_kernels
+from . import linear_node, native, reference, triton_kernels
 
 
 class Backend(NamedTuple):
-    """One implementation of the two ops; the callables take the arguments of the op schemas, all positional."""
+    """One implementation of the ops; the callables take the arguments of the op schemas, all positional.
+
+    Attributes:
+        why_not: (device type, activation dtype, rank) -> None if the backend serves that, else the reason.
+        update_input_grad: where adding to a linear layer's dx costs less than a changed copy of g, else None.
+        linear: a linear layer and its update as one node of autograd in C++ (linear_node.cpp), where it is compiled.
+    """
 
     name: str
     update: Callable
     update_backward: Callable
-    why_not: Callable[[str, torch.dtype, int], str | None]  # (device type, activation dtype, rank) -> reason or None
+    why_not: Callable[[str, torch.dtype, int], str | None]
+    update_input_grad: Callable | None = None
+    linear: Callable | None = None
+
+
+why_no_node: str | None = linear_node.load()
 
 
 BACKENDS: dict[str, Backend] = {  # in order of preference
     "cuda": Backend("cuda", native.update, native.update_backward, native.why_not_cuda),
     "triton": Backend("triton", triton_kernels.update, triton_kernels.update_backward, triton_kernels.why_not),
-    "cpu": Backend("cpu", native.update, native.update_backward, native.why_not_cpu),
+    "cpu": Backend(
+        "cpu", native.update, native.update_backward, native.why_not_cpu, native.update_input_grad,
+        None if why_no_node else torch.ops.tinylora.linear.default,
+    ),  # fmt: skip
     "reference": Backend("reference", reference.update, reference.update_backward, reference.why_not),
 }
 ON_GPU = ("cuda", "triton")  # passed over in silence for tensors that live elsewhere

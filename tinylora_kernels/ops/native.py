@@ -1,4 +1,4 @@
-"""The native library: CPU and CUDA kernels behind the two ops, loaded once, never an error at import."""
+"""The native library: CPU and CUDA kernels behind the ops, loaded once, never an error at import."""
 from __future__ import annotations
 
 import ctypes
@@ -95,6 +95,7 @@ def use_isa(name: str) -> bool:
 # The overloads, not the packets: no overload resolution on every call.
 update = torch.ops.tinylora.update.default
 update_backward = torch.ops.tinylora.update_backward.default
+update_input_grad = torch.ops.tinylora.update_input_grad.default
 
 
 def why_not_cpu(device_type: str, dtype: torch.dtype, rank: int) -> str | None:

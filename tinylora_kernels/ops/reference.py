@@ -1,4 +1,4 @@
-"""The two ops in plain PyTorch: any device, any dtype, the oracle of every test and benchmark.
+"""The ops in plain PyTorch: any device, any dtype, the oracle of every test and benchmark.
 
 Run it in float64 for the truth; it accumulates in float32 for lower activations, as the kernels do.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_arguments
+from .checks import check_arguments, check_input_grad
 from .schema import accumulation_dtype
 
 
@@ -92,6 +92,32 @@ def update_backward(
             outer = a[keep].unsqueeze(-1) * t[keep].unsqueeze(-2)  # dM of each row  [n, r, r]
             dv = torch.zeros_like(v).index_add_(0, ids[keep], contract_backward(outer, projection))
     return g0, dv
+
+
+def update_input_grad(
+    dx: Tensor,
+    right: Tensor,
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    """dx += ((g U) M) B^T in place; returns dv as update_backward does."""
+    check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
+    check_input_grad(dx, right, g, basis)
+    g1 = g.reshape(-1, basis.shape[1]).to(accumulation_dtype(g.dtype))  # [N, D]
+    a = g1 @ basis.T  # a = g U  [N, r]
+    # dx = dx + (a M) B^T
+    if adapter_ids is None:
+        z = a @ contract(v, projection)  # [N, r]
+    else:
+        ids = _row_ids(adapter_ids, len(g1), len(v))  # [N]
+        mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
+        z = (a.unsqueeze(-2) @ mixing).squeeze(-2) * (ids >= 0).unsqueeze(-1)
+    dx.copy_((dx.reshape(-1, right.shape[1]).to(z.dtype) + z @ right).view(dx.shape))
+    return update_backward(g, basis, v, projection, t, adapter_ids, False)[1]
 
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:

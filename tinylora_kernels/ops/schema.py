@@ -1,12 +1,17 @@
-"""The two ops of the package, declared once.
+"""The ops of the package, declared once.
 
-Every backend implements these two functions and nothing else. With a frozen layer's output y0 = W x + b, the truncated
-SVD W ~ U S V^T and M = sum_i v_i P'_i (Morris et al., arXiv 2602.04118, rewritten on the output side):
+Every backend implements the first two. With a frozen layer's output y0 = W x + b, the truncated SVD W ~ U S V^T and
+M = sum_i v_i P'_i (Morris et al., arXiv 2602.04118, rewritten on the output side):
 
-    update            t = y0 U - c          y  = y0 + (t M^T) U^T         c = b U
-    update_backward   a = g U               g0 = g  + (a M) U^T           dM = a^T t,  dv_i = <P'_i, dM>
+    update              t = y0 U - c          y  = y0 + (t M^T) U^T         c = b U
+    update_backward     a = g U               g0 = g  + (a M) U^T           dM = a^T t,  dv_i = <P'_i, dM>
 
-Shapes: N rows, D output features, r the frozen rank, u trained numbers, K adapters.
+Behind a frozen linear layer dx = g0 W = g W + (a M) U^T W. So with B^T = U^T W at hand the backward pass may run the
+product on g itself and bring the rest to its fresh result, which still lies in the caches, in place of a copy of g:
+
+    update_input_grad   a = g U               dx += (a M) B^T               dM = a^T t,  dv_i = <P'_i, dM>
+
+Shapes: N rows, D output and E input features, r the frozen rank, u trained numbers, K adapters.
 
     y, g         [..., D]   float32, bfloat16, float16 or float64; last stride 1, leading dimensions one row stride
     basis        [r, D]     U^T, contiguous
@@ -16,8 +21,10 @@ Shapes: N rows, D output features, r the frozen rank, u trained numbers, K adapt
     adapter_ids  [B]        int32 or int64, N a multiple of B; row n belongs to adapter_ids[n // (N / B)];
                             -1 leaves the row alone, any other id outside [0, K) is an error
     t, a         [N, r]
+    dx           [..., E]   N rows in the dtype of g; last stride 1, leading dimensions one row stride
+    right        [r, E]     B^T, contiguous
 
-basis, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
+basis, right, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
 """
 import torch
 
@@ -28,10 +35,15 @@ UPDATE_BACKWARD = (
     "update_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "
     "bool need_input_grad) -> (Tensor, Tensor)"
 )
+UPDATE_INPUT_GRAD = (
+    "update_input_grad(Tensor(a!) dx, Tensor right, Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, "
+    "Tensor? adapter_ids) -> Tensor"
+)
 
 library = torch.library.Library("tinylora", "DEF")
 library.define(UPDATE)
 library.define(UPDATE_BACKWARD)
+library.define(UPDATE_INPUT_GRAD)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,133 @@
+// tinylora::linear: a frozen linear layer and its update, y = x W^T + b and y += ((y U - c) M^T) U^T, as one node of
+// autograd in C++. What linear_node.py says of it holds; autograd.py has the same node in Python.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Maybe = std::optional<Tensor>;
+
+// One of the package's own ops, looked up once.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor update(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& offset,
+              const Maybe& adapter_ids) {
+  static const auto call =
+      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&)>("tinylora::update");
+  return call.call(y, basis, v, projection, offset, adapter_ids);
+}
+
+std::tuple<Tensor, Tensor> update_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                           const Tensor& projection, const Maybe& t, const Maybe& adapter_ids,
+                                           bool need_input_grad) {
+  static const auto call =
+      op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                                    const Maybe&, bool)>("tinylora::update_backward");
+  return call.call(g, basis, v, projection, t, adapter_ids, need_input_grad);
+}
+
+Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
+                         const Tensor& projection, const Maybe& t, const Maybe& adapter_ids) {
+  static const auto call =
+      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                const Maybe&)>("tinylora::update_input_grad");
+  return call.call(dx, right, g, basis, v, projection, t, adapter_ids);
+}
+
+// x W^T + b, fresh and contiguous, then updated; also t [N, r].
+std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias,
+                               const Tensor& basis, const Tensor& projection, const Maybe& offset,
+                               const Maybe& adapter_ids) {
+  Tensor y = at::linear(x, weight, bias).contiguous();
+  Tensor t = update(y, basis, v, projection, offset, adapter_ids);
+  return {y, t};
+}
+
+// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W.
+struct TinyLoRALinear : torch::autograd::Function<TinyLoRALinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& weight,
+                        const Maybe& bias, const Tensor& basis, const Tensor& projection, const Maybe& offset,
+                        const Maybe& adapter_ids, const Maybe& right) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, t] = run(x, v, weight, bias, basis, projection, offset, adapter_ids);
+    ctx->save_for_backward({v.requires_grad() ? t : Tensor(), v, weight});  // a W changed since is an error
+    // The frozen factors go on the context: saving a tensor costs both ways, and nobody writes into these.
+    ctx->saved_data["frozen"] =
+        std::vector<Tensor>{basis, projection, adapter_ids.value_or(Tensor()), right.value_or(Tensor())};
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list both = gradients(ctx, grads[0]);
+    if (at::GradMode::is_enabled() && grads[0].requires_grad()) both = differentiable_once(both);
+    both.resize(9);  // one for each argument of forward
+    return both;
+  }
+
+  static variable_list gradients(AutogradContext* ctx, const Tensor& grad) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &t = saved[0], &v = saved[1], &weight = saved[2];
+    const std::vector<Tensor> frozen = ctx->saved_data["frozen"].toTensorVector();
+    const Tensor &basis = frozen[0], &projection = frozen[1], &right = frozen[3];
+    const auto maybe = [](const Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; };
+    const Maybe adapter_ids = maybe(frozen[2]);
+    const Tensor g = grad.contiguous();  // expanded gradients (sum, mean) have stride 0
+    if (ctx->needs_input_grad(0) && right.defined()) {
+      // dx = g W + (a M) B^T
+      Tensor dx = at::matmul(g, weight);
+      Tensor dv = update_input_grad(dx, right, g, basis, v, projection, maybe(t), adapter_ids);
+      return {dx, t.defined() ? dv : Tensor()};
+    }
+    auto [g0, dv] = update_backward(g, basis, v, projection, maybe(t), adapter_ids, ctx->needs_input_grad(0));
+    // dx = g0 W
+    return {ctx->needs_input_grad(0) ? at::matmul(g0, weight) : Tensor(), t.defined() ? dv : Tensor()};
+  }
+
+  // create_graph=True: second derivatives are an error, not zero.
+  static variable_list differentiable_once(variable_list results) {
+    for (Tensor& result : results) {
+      if (result.defined()) result = result.detach().requires_grad_();
+    }
+    const auto error = std::make_shared<torch::autograd::DelayedError>(
+        "trying to differentiate twice a function that was marked with @once_differentiable", results.size());
+    return (*error)(std::move(results));
+  }
+};
+
+Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias,
+                            const Tensor& basis, const Tensor& projection, const Maybe& offset,
+                            const Maybe& adapter_ids, const Maybe& right) {
+  if (at::GradMode::is_enabled() && (x.requires_grad() || v.requires_grad())) {
+    return TinyLoRALinear::apply(x, v, weight, bias, basis, projection, offset, adapter_ids, right);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids));
+}
+
+Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
+                    const Tensor& projection, const Maybe& offset, const Maybe& adapter_ids, const Maybe&) {
+  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tinylora, m) {
+  m.def(
+      "linear(Tensor x, Tensor v, Tensor weight, Tensor? bias, Tensor basis, Tensor projection, Tensor? offset, "
+      "Tensor? adapter_ids, Tensor? right) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_with_autograd); }
+TORCH_LIBRARY_IMPL(tinylora, CPU, m) { m.impl("linear", linear_alone); }  // inference mode
