@@ -113,7 +113,7 @@ TINY_QUICK = replace(
     ),
 )  # fmt: skip
 
-REAL_RATES = (0.003, 0.01)
+REAL_RATES = (0.003, 0.01, 0.03)
 REAL_CURVE = {
     tinylora(1, 210): REAL_RATES, tinylora(13, 210): REAL_RATES,
     tied(1, 1): REAL_RATES, tied(4, 1): REAL_RATES,  # 210, 840

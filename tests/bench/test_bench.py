@@ -83,9 +83,9 @@ def test_written_bytes_count_results_and_in_place_writes():
     problem = contenders.make_problem(TINY)
     built = contenders.build(problem, ["frozen", "ours"])
     frozen, ours = (memory.measure(built[name], problem).written for name in ("frozen", "ours"))
-    y, t, v = problem.g.nbytes, TINY.tokens * shapes.RANK * 4, problem.v.nbytes
-    assert frozen == y + problem.x.nbytes  # y forward, dx backward
-    assert ours - frozen == y + t + y + v  # y in place and t; g0 and dv
+    y, dx, t, v = problem.g.nbytes, problem.x.nbytes, TINY.tokens * shapes.RANK * 4, problem.v.nbytes
+    assert frozen == y + dx
+    assert ours - frozen == y + t + dx + v  # y in place and t; dx in place and dv
 
 
 def test_ratios_are_medians_over_rounds_of_the_same_round():

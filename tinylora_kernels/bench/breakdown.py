@@ -2,10 +2,10 @@
 
 Parts are differences of nested calls. On no rows at all nothing but overhead is left, so that
 
-    kernel        op(N rows) - op(0 rows)                   the update itself, called again and again
-    after product op(what x W^T just wrote) - op(N rows)    the same where it stands in a model: code and data are cold
+    kernel        op(N rows) - op(0 rows)                   the update of y, dx or g, called again and again
+    after product op(what a product just wrote) - the same  the update where it stands in a model: code and data are cold
     dispatch      op(0 rows)                                torch's dispatcher, checks, M and dv, result tensors
-    autograd      apply(0 rows) - linear(0 rows) - op(0)    the node in Python instead of torch's own in C++, both ways
+    autograd      apply(0 rows) - linear(0 rows) - op(0)    our node instead of torch's own, both ways
     module        layer(0 rows) - base(0 rows) - the above  TinyLoRALayer.forward: hooks, choice of backend
     contraction   op(0 rows, u = 13) - op(0 rows, u = 1)    M = sum v_i P'_i, dv_i = <P'_i, dM>; a part of dispatch
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .. import ops
 from ..layer import TinyLoRALayer
+from ..plain_linear import right_for
 from . import environment, table
 from .contenders import our_layer, make_problem
 from .layers import ENVIRONMENT
@@ -78,6 +79,8 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     weight, basis, projection = layer.base.weight, layer.basis, layer.projection
     v = layer.v.detach() * 1e-6  # every call works on y in place: a small v keeps repeated updates finite
     backend = ops.BACKENDS[ops.choose("cpu", x.dtype, len(basis))]
+    right = right_for(layer, x.detach().requires_grad_(training))  # then the backward pass updates dx, not g
+    dx = torch.zeros_like(x)
 
     def op(rows: Tensor, u: int) -> Callable:
         return functools.partial(backend.update, rows, basis, v[:u], projection[:u], None, None)
@@ -85,8 +88,16 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     def product() -> Tensor:
         return nn.functional.linear(x, weight)
 
-    def op_backward(gradient: Tensor, t: Tensor, u: int) -> Callable:
-        return functools.partial(backend.update_backward, gradient, basis, v[:u], projection[:u], t, None, True)
+    def op_backward(gradient: Tensor, dx: Tensor, t: Tensor, u: int) -> Callable:
+        shared = gradient, basis, v[:u], projection[:u], t, None
+        if right is None:
+            return functools.partial(backend.update_backward, *shared, True)
+        return functools.partial(backend.update_input_grad, dx, right, *shared)
+
+    def backward_after_product() -> float:
+        if right is None:  # g comes out of the product of another layer
+            return _seconds_after(product, lambda gradient: op_backward(gradient, dx, t, u)(), rounds)
+        return _seconds_after(lambda: torch.matmul(g, weight), lambda dx: op_backward(g, dx, t, u)(), rounds)
 
     u = len(v)
     calls = {
@@ -95,12 +106,12 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(y.shape[1], len(basis)), torch.randn(0, len(basis))
-        frozen = ops.FrozenLinear(weight, None, basis, projection, None, None, None, backend)
+        frozen = ops.FrozenLinear(weight, None, basis, projection, None, None, right, backend)
         calls |= {
             "apply": lambda: ops.apply_linear(no_x, layer.v, frozen),
             "linear": lambda: nn.functional.linear(no_x, weight),
-            "backward": op_backward(g, t, u), "backward none": op_backward(no_g, no_t, u),
-            "backward one": op_backward(no_g, no_t, 1),
+            "backward": op_backward(g, dx, t, u), "backward none": op_backward(no_g, dx[:, :0], no_t, u),
+            "backward one": op_backward(no_g, dx[:, :0], no_t, 1),
         }  # fmt: skip
     with torch.set_grad_enabled(training):
         s = _medians(calls, rounds)
@@ -117,9 +128,7 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
         parts |= {
             ("forward", "autograd"): node,
             ("backward", "kernel"): s["backward"] - s["backward none"],
-            ("backward", "after product"): (
-                _seconds_after(product, lambda rows: op_backward(rows, t, u)(), rounds) - s["backward"]
-            ),
+            ("backward", "after product"): backward_after_product() - s["backward"],
             ("backward", "dispatch"): s["backward none"],
             ("backward", "autograd"): both - s["backward none"],
             ("backward", "contraction"): s["backward none"] - s["backward one"],

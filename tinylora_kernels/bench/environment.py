@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..ops import native
+from ..ops import dispatch, linear_node, native
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where this is one
 
@@ -67,14 +67,14 @@ def commit() -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """First digits of the SHA-256 of what a step executes: the native library and the Python around it.
+    """First digits of the SHA-256 of what a step executes: the native libraries and the Python around them.
 
     A run is resumed only where this has not changed.
     """
     package = native.LIBRARY.parent
     own = [package / name for name in ("layer.py", "plain_linear.py", "functional.py")]
-    sources = own + sorted((package / "ops").glob("*.py"))
-    digest = hashlib.sha256()
+    sources = own + sorted((package / "ops").glob("*.py")) + [linear_node.SOURCE]
+    digest = hashlib.sha256((dispatch.why_no_node or "linear node").encode())
     for path in [*sources, native.LIBRARY]:
         digest.update(path.read_bytes() if path.is_file() else b"none")
     return digest.hexdigest()[:10]

@@ -29,7 +29,7 @@ from .gate import WrongResult
 from .layers import ENVIRONMENT, QUANTILES
 from .memory import saved_by
 from .shapes import RANK, Shape
-from .timing import interleave
+from .timing import freed_memory_kept, interleave
 
 FILE = "model.csv"
 COLUMNS = [
@@ -246,7 +246,8 @@ def run(out: Path, *, dtypes: Sequence[torch.dtype], quick: bool = False, second
         saved = {variant.name: saved_bytes(variant, tokens) for variant in variants}
         modules = len(target_names_of(variants))
         steps = {variant.name: training_step(variant, tokens) for variant in variants}
-        timed = interleave(steps, FROZEN, seconds=seconds, least=2 if quick else 7, most=30, longest=2 * seconds)
+        with freed_memory_kept():
+            timed = interleave(steps, FROZEN, seconds=seconds, least=2 if quick else 7, most=30, longest=2 * seconds)
         for name, phases in timed.items():
             per_token = (saved[name] - saved[FROZEN]) / (tokens.numel() * modules)
             facts_of = {
