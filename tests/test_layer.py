@@ -1,10 +1,12 @@
 """One adapted layer: exactness around any linear-like base, and when the update may be in place."""
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch import nn
 
 from tests.cases import error
@@ -342,3 +344,33 @@ def test_fullgraph_compilation_of_a_layer_has_one_graph_over_lengths():
         torch.testing.assert_close(*outputs)
         torch.testing.assert_close(*[torch.autograd.grad(o.sum(), (x, layer.v)) for o in outputs])
     assert counter.frame_count == 1
+
+
+def test_the_node_runs_as_any_other_does():
+    """Inference mode, checkpoints, saved tensors moved by hooks, one gradient alone, a graph used twice."""
+    layer, x = linear(), torch.randn(5, 16)
+    y, dx, dv = (tensor.clone() for tensor in gradients(layer, x))
+
+    def results(forward, keep=False) -> list[torch.Tensor]:
+        x1, layer.v.grad = x.detach().requires_grad_(), None
+        out = forward(x1).mul(2).relu()
+        loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+        if keep:
+            torch.autograd.grad(loss, layer.v, retain_graph=True)
+        loss.backward()
+        return [out.detach(), x1.grad, layer.v.grad]
+
+    def offloaded(x):
+        with torch.autograd.graph.save_on_cpu():
+            return layer(x)
+
+    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer)
+    runs = [results(layer), results(layer, keep=True), results(offloaded)]
+    runs += [results(functools.partial(checkpoint, use_reentrant=reentrant)) for reentrant in (True, False)]
+    for found in runs:
+        assert all(torch.equal(one, two) for one, two in zip(found, (y, dx, dv), strict=True))
+    with torch.inference_mode():
+        assert torch.equal(layer(x).mul(2).relu(), y)
+    layer.v.requires_grad_(False)
+    assert torch.equal(results(layer)[1], dx) and layer.v.grad is None
+    assert not layer(x).requires_grad

@@ -76,8 +76,8 @@ struct TinyLoRALinear : torch::autograd::Function<TinyLoRALinear> {
   }
 
   static variable_list gradients(AutogradContext* ctx, const Tensor& grad) {
+    const variable_list saved = ctx->get_saved_variables();  // a checkpoint runs forward again here, with autograd
     at::AutoDispatchBelowADInplaceOrView below;
-    const variable_list saved = ctx->get_saved_variables();
     const Tensor &t = saved[0], &v = saved[1], &weight = saved[2];
     const std::vector<Tensor> frozen = ctx->saved_data["frozen"].toTensorVector();
     const Tensor &basis = frozen[0], &projection = frozen[1], &right = frozen[3];
