@@ -346,6 +346,25 @@ def test_fullgraph_compilation_of_a_layer_has_one_graph_over_lengths():
     assert counter.frame_count == 1
 
 
+def test_a_weight_that_was_cast_gives_the_gradient_of_the_cast_weight():
+    layer, x = linear(), torch.randn(5, 16)
+    gradients(layer, x)
+    layer.bfloat16()
+    x = x.bfloat16()
+    for one, two in zip(gradients(layer, x), gradients(copy.deepcopy(layer), x), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_weight_made_in_inference_mode():
+    with torch.inference_mode():
+        base = nn.Linear(16, 24)
+    layer, x = adapted(base, base.weight.clone()), torch.randn(5, 16)
+    with torch.inference_mode():
+        assert error(layer(x), dense(layer, x)) < 1e-6
+    with torch.no_grad():
+        assert error(layer(x), dense(layer, x)) < 1e-6
+
+
 def test_the_node_runs_as_any_other_does():
     """Inference mode, checkpoints, saved tensors moved by hooks, one gradient alone, a graph used twice."""
     layer, x = linear(), torch.randn(5, 16)

@@ -171,5 +171,6 @@ class TinyLoRALayer(nn.Module):
         if recurse:
             self.base._apply(fn)
         moved = super()._apply(keep_dtype, recurse=False)
+        self.__dict__["_right"] = None  # the weight is the same object, and may hold other values now
         note_change()
         return moved

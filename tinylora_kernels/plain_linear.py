@@ -110,6 +110,8 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:
     accumulate = accumulation_dtype(weight.dtype)
     if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
         return None
+    if weight.is_inference():  # it has no version
+        return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     bias, projection, offset = base._parameters["bias"], buffers["projection"], buffers["offset"]
     right = right_for(layer, x)
@@ -135,11 +137,12 @@ def right_for(layer: nn.Module, x: Tensor) -> Tensor | None:
     Computed once for each state of the weight that torch's version counter can tell apart: the base is frozen.
     """
     weight, basis = layer._modules["base"]._parameters["weight"], layer._buffers["basis"]
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not (x.requires_grad and torch.is_grad_enabled()) or weight.is_inference():
         return None
     if not _right_pays(weight, BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]):
         return None
-    held = layer.__dict__.get("_right")
+    held = layer.__dict__["_right"]
     if held is None or held[0] is not weight or held[1] != weight._version or held[2] is not basis:
-        held = layer.__dict__["_right"] = weight, weight._version, basis, right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
+        right = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
+        held = layer.__dict__["_right"] = weight, weight._version, basis, right
     return held[3]

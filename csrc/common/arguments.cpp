@@ -71,11 +71,11 @@ Dtype activation_dtype(const char* name, const Tensor& tensor) {
   fail(name, "expected dtype float32, bfloat16, float16 or float64, found ", dtype_name(code));
 }
 
-// The leading dimensions of [..., D] as N rows with one stride between them.
 struct Rows {
-  int64_t count, width, stride;
+  int64_t count, width, stride;  // N, D, elements between row starts
 };
 
+// The leading dimensions of [..., D] as N rows with one stride between them.
 Rows collapse_rows(const char* name, const Tensor& tensor, bool written) {
   Rows out;
   const int64_t dims = tensor.dim();
