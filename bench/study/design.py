@@ -144,3 +144,13 @@ def design(model: str, quick: bool, task: str | None = None) -> Design:
     if task is None:
         return plan
     return replace(plan, task=task, arms=tuple(arm for arm in plan.arms if arm.objective != "sft-foreign"))
+
+
+def only(plan: Design, labels: Iterable[str] | None) -> Design:
+    """The arms of the methods with these labels, in a plan whose whole sweep would take too long; None: the plan."""
+    if labels is None:
+        return plan
+    known = {arm.method.label for arm in plan.arms}
+    if unknown := set(labels) - known:
+        raise ValueError(f"methods: expected some of {', '.join(sorted(known))}, found {', '.join(sorted(unknown))}")
+    return replace(plan, arms=tuple(arm for arm in plan.arms if arm.method.label in set(labels)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.study import demonstrations, figures, methods, rollouts, rounding, runner, summary
-from bench.study.design import OBJECTIVES, REAL, REAL_CURVE, TINY, TINY_CURVE, TINY_QUICK, Arm, design, tied
+from bench.study.design import OBJECTIVES, REAL, REAL_CURVE, TINY, TINY_CURVE, TINY_QUICK, Arm, design, only, tied
 from bench.study.methods import FULL, LORA_XS, Method, Run, attach
 from bench.study.training import GRPO, SFT
 from tinylora_kernels.bench import table
@@ -201,6 +201,10 @@ def test_designs():
     other = design("some/directory", quick=False, task="reasoning_gym:chain_sum")
     assert other.model == "some/directory" and {arm.objective for arm in other.arms} == {"grpo", "sft-own"}
     assert len({(arm.method.label, arm.objective) for arm in TINY.arms}) == len(TINY.arms)
+    few = only(other, ["LoRA r=1", "full"])
+    assert {arm.method.label for arm in few.arms} == {"LoRA r=1", "full"} and few.settings == REAL.settings
+    with pytest.raises(ValueError, match="methods: expected some of .*LoRA r=1.*, found LoRA r=3"):
+        only(TINY, ["LoRA r=1", "LoRA r=3"])
 
 
 def test_unknown_methods_and_styles_are_named(tiny):
