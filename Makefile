@@ -73,8 +73,8 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tinylora_kernels bench $(if $(QUICK),--quick)
 
 study: $(VENV)/.test
-	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m bench.study $(if $(MODEL),--model $(MODEL)) \
-	  $(if $(TASK),--task $(TASK)) $(if $(QUICK),--quick) $(STUDY_ARGS)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m bench.study $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(TASK),--task "$(TASK)") $(if $(QUICK),--quick) $(STUDY_ARGS)
 
 # CUDACXX names another nvcc than the one on PATH. Also what .github/workflows/wheels.yml runs.
 wheels: $(VENV)/.torch
