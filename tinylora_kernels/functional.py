@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import BACKENDS, FrozenLinear, TinyLoRAUpdate, apply_linear, choose, frozen_linear
+from .ops import BACKENDS, FrozenLinear, TinyLoRAUpdate, apply_linear, choose
 from .ops.schema import accumulation_dtype
 
 
@@ -90,17 +90,7 @@ def tiny_lora_linear(
     """
     basis, v, projection, offset = _as_accumulated(weight.dtype, basis, v, projection, offset)
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
-    return linear_and_update(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, chosen))
-
-
-def linear_and_update(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
-    """tiny_lora_linear with the dtypes right and the backend chosen."""
-    if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
-        return apply_linear(x, v, frozen)
-    weight, bias, basis, projection, offset, adapter_ids, _, backend = frozen
-    y = frozen_linear(x, weight, bias)
-    backend.update(y, basis, v, projection, offset, adapter_ids)
-    return y
+    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, chosen))
 
 
 def _as_accumulated(dtype: torch.dtype, basis, v, projection, offset):

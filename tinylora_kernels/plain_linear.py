@@ -94,13 +94,7 @@ class Plan(NamedTuple):
             return None
         if backend.linear is not None and not _in_transform():
             return backend.linear(x, v, weight, bias, basis, projection, offset, None, right)
-        if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
-            return apply_linear(x, v, frozen)
-        y = nn.functional.linear(x, weight, bias)
-        if not y.is_contiguous():
-            return None
-        backend.update(y, basis, v, projection, offset, None)
-        return y
+        return apply_linear(x, v, frozen)
 
 
 def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:

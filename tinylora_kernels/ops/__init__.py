@@ -1,5 +1,5 @@
 """The ops, their backends and the choice between them."""
-from .autograd import FrozenLinear, TinyLoRALinear, TinyLoRAUpdate, apply_linear, frozen_linear
+from .autograd import FrozenLinear, TinyLoRALinear, TinyLoRAUpdate, apply_linear
 from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table, why_no_node
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "TinyLoRAUpdate",
     "apply_linear",
     "choose",
-    "frozen_linear",
     "requested_backend",
     "set_backend",
     "table",

@@ -143,13 +143,16 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
-    """TinyLoRALinear.apply by the shortest way there is."""
-    if _in_transform() or _is_compiling():
-        return TinyLoRALinear.apply(x, v, frozen)
+    """The updated output of a linear layer, by the shortest node there is; without one where nothing wants a gradient."""
     weight, bias, basis, projection, offset, adapter_ids, right, backend = frozen
-    if backend.linear is not None:
+    traced = _in_transform() or _is_compiling()
+    if backend.linear is not None and not traced:
         return backend.linear(x, v, weight, bias, basis, projection, offset, adapter_ids, right)
-    return _apply_outside_transforms(x, v, frozen)
+    if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
+        return (TinyLoRALinear.apply if traced else _apply_outside_transforms)(x, v, frozen)
+    y = frozen_linear(x, weight, bias)
+    backend.update(y, basis, v, projection, offset, adapter_ids)
+    return y
 
 
 # create_graph=True: second derivatives are an error, not zero.
