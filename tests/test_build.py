@@ -13,13 +13,14 @@ import torch
 
 from tinylora_kernels import __main__ as command_line
 from tinylora_kernels import _version, diagnostics
-from tinylora_kernels.ops import native
+from tinylora_kernels.ops import linear_node, native
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree beside the tests")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="no c++ and nm on PATH")
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
-VARIABLES = ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR")
+VARIABLES = ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR",
+             "TINYLORA_BUILD_NODE", "TINYLORA_NODE", "CXX")  # fmt: skip
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def failing_cmake(build, monkeypatch, fails):
 
     monkeypatch.setattr(build, "run_cmake", run_cmake)
     monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
+    monkeypatch.setattr(build, "build_node", lambda torch, destination, compiler: None)
     return attempts
 
 
@@ -93,6 +95,53 @@ def test_a_failing_build_leaves_a_reason(build, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     record = build.build_native(tmp_path)
     assert not record["library"] and record["reason"] == "the build failed: x.cu(3): error: no such thing"
+
+
+@needs_sources
+def test_without_the_cpp_node_the_rest_is_built(build, monkeypatch, tmp_path):
+    run_node = build.build_node
+    failing_cmake(build, monkeypatch, fails=lambda settings: False)
+    monkeypatch.setattr(build, "build_node", run_node)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("CXX", str(compiler_that_fails(tmp_path)))
+    record = build.build_native(tmp_path)
+    assert record["library"] and record["node_reason"] == "cxx: linear_node.cpp:1: error: no such header"
+    monkeypatch.setenv("TINYLORA_BUILD_NODE", "0")
+    assert build.build_native(tmp_path)["node_reason"] == "switched off by TINYLORA_BUILD_NODE=0"
+
+
+def compiler_that_fails(folder: Path) -> Path:
+    path = folder / "cxx"
+    path.write_text("#!/bin/sh\necho 'linear_node.cpp:1: error: no such header'\nexit 1\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_node_belongs_to_one_torch(tmp_path):
+    release, commit = torch.__version__.split("+")[0], torch.version.git_version[:8]
+    assert linear_node.file_name(Path(torch.__file__).parent) == f"libtinylora_node-{release}-{commit}.so"
+    (tmp_path / "version.py").write_text("__version__ = '9.1.0a0+local'\ncuda: str = '13.0'\n")
+    assert linear_node.file_name(tmp_path) == "libtinylora_node-9.1.0a0-unknown.so"
+
+
+def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys):
+    compiler, destination = compiler_that_fails(tmp_path), tmp_path / "package"
+    destination.mkdir()
+    with pytest.raises(linear_node.CompileError, match="^cxx: linear_node.cpp:1: error: no such header$"):
+        linear_node.compile_for(Path(torch.__file__).parent, destination, str(compiler))
+    assert not list(destination.iterdir())
+    monkeypatch.setattr(linear_node, "find_compiler", lambda: None)
+    assert command_line.main(["compile"]) == 1
+    assert capsys.readouterr().err == "compile: no C++ compiler found\n"
+
+
+def test_why_the_node_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(linear_node, "PACKAGE", tmp_path)
+    assert linear_node.load().startswith(f"not compiled for torch {torch.__version__}. To change that: python -m ")
+    (tmp_path / linear_node.file_name(Path(torch.__file__).parent)).write_bytes(b"cut short")
+    assert " does not load: " in linear_node.load()
+    monkeypatch.setenv("TINYLORA_NODE", "0")
+    assert linear_node.load() == "switched off by TINYLORA_NODE=0"
 
 
 @needs_sources
