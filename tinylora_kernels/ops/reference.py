@@ -57,6 +57,28 @@ def update(
     return t
 
 
+def _mixed_gradient(g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None):
+    """(a, z): a = g U and z = a M, both [N, r]; z = 0 for rows to leave alone."""
+    a = g.reshape(-1, basis.shape[1]).to(accumulation_dtype(g.dtype)) @ basis.T  # [N, r]
+    if adapter_ids is None:
+        return a, a @ contract(v, projection)
+    ids = _row_ids(adapter_ids, len(a), len(v))  # [N]
+    mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
+    return a, torch.where((ids >= 0).unsqueeze(-1), (a.unsqueeze(-2) @ mixing).squeeze(-2), 0)
+
+
+def _vector_gradient(a: Tensor, t: Tensor | None, v: Tensor, projection: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """dv_i = <P'_i, a^T t>; empty without t."""
+    if t is None:
+        return v.new_empty(0)
+    if adapter_ids is None:
+        return contract_backward(a.T @ t, projection)
+    ids = _row_ids(adapter_ids, len(a), len(v))  # [N]
+    keep = ids >= 0
+    outer = a[keep].unsqueeze(-1) * t[keep].unsqueeze(-2)  # dM of each row  [n, r, r]
+    return torch.zeros_like(v).index_add_(0, ids[keep], contract_backward(outer, projection))
+
+
 def update_backward(
     g: Tensor,
     basis: Tensor,
@@ -68,30 +90,12 @@ def update_backward(
 ) -> tuple[Tensor, Tensor]:
     """(g0, dv): g0 = g + ((g U) M) U^T and dv_i = <P'_i, (g U)^T t>; what is not asked for comes back empty."""
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
-    g1 = g.reshape(-1, basis.shape[1]).to(accumulation_dtype(g.dtype))  # [N, D]
-    a = g1 @ basis.T  # a = g U  [N, r]
-    ids = None if adapter_ids is None else _row_ids(adapter_ids, len(g1), len(v))  # [N]
-
+    a, z = _mixed_gradient(g, basis, v, projection, adapter_ids)
     g0 = g.new_empty(0)
     if need_input_grad:
-        # g0 = g + (a M) U^T
-        if ids is None:
-            g0 = g1 + (a @ contract(v, projection)) @ basis
-        else:
-            mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
-            z = (a.unsqueeze(-2) @ mixing).squeeze(-2)  # [N, r]
-            g0 = torch.where((ids >= 0).unsqueeze(-1), g1 + z @ basis, g1)
-        g0 = g0.to(g.dtype).view(g.shape)
-
-    dv = v.new_empty(0)
-    if t is not None:
-        if ids is None:
-            dv = contract_backward(a.T @ t, projection)
-        else:
-            keep = ids >= 0
-            outer = a[keep].unsqueeze(-1) * t[keep].unsqueeze(-2)  # dM of each row  [n, r, r]
-            dv = torch.zeros_like(v).index_add_(0, ids[keep], contract_backward(outer, projection))
-    return g0, dv
+        # g0 = g + z U^T
+        g0 = (g.reshape(-1, basis.shape[1]).to(z.dtype) + z @ basis).to(g.dtype).view(g.shape)
+    return g0, _vector_gradient(a, t, v, projection, adapter_ids)
 
 
 def update_input_grad(
@@ -107,17 +111,10 @@ def update_input_grad(
     """dx += ((g U) M) B^T in place; returns dv as update_backward does."""
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
-    g1 = g.reshape(-1, basis.shape[1]).to(accumulation_dtype(g.dtype))  # [N, D]
-    a = g1 @ basis.T  # a = g U  [N, r]
-    # dx = dx + (a M) B^T
-    if adapter_ids is None:
-        z = a @ contract(v, projection)  # [N, r]
-    else:
-        ids = _row_ids(adapter_ids, len(g1), len(v))  # [N]
-        mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
-        z = (a.unsqueeze(-2) @ mixing).squeeze(-2) * (ids >= 0).unsqueeze(-1)
+    a, z = _mixed_gradient(g, basis, v, projection, adapter_ids)
+    # dx = dx + z B^T
     dx.copy_((dx.reshape(-1, right.shape[1]).to(z.dtype) + z @ right).view(dx.shape))
-    return update_backward(g, basis, v, projection, t, adapter_ids, False)[1]
+    return _vector_gradient(a, t, v, projection, adapter_ids)
 
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
