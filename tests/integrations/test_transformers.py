@@ -59,12 +59,13 @@ def test_logits_and_gradients_are_those_of_the_dense_update(make):
     assert error(logits(model), logits(dense_twin(model))) < 1e-5
     model(tokens()).logits.square().mean().backward()
     v = trainable_vectors(model)[0]
+    largest = int(v.grad.abs().argmax())  # transformers' norms round to float32: 2% of a small component's difference
     step, losses = 1e-3, []
     for sign in (1, -1):
         moved = copy.deepcopy(model).double()
-        trainable_vectors(moved)[0].data[1] += sign * step
+        trainable_vectors(moved)[0].data[largest] += sign * step
         losses.append(float(logits(dense_twin(moved)).square().mean()))
-    assert float(v.grad[1]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=5e-3)
+    assert float(v.grad[largest]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=5e-3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
