@@ -15,7 +15,7 @@ from tinylora_kernels.bench import environment, table
 from tinylora_kernels.demo.models import load_model
 
 from . import figures, rollouts, rounding, runner, summary
-from .design import REAL_CURVE, TINY_CURVE, design, only
+from .design import OBJECTIVES, REAL_CURVE, TINY_CURVE, design, only
 
 CURVES = {"tiny": TINY_CURVE}
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="tiny, smollm2 or a local directory in transformers' format")
     parser.add_argument("--task", help="another task, such as reasoning_gym:<dataset>; without sft-foreign then")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, by their labels in the table")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, help="only under these")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, rates, seeds and steps: minutes")
     processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=processes, help=f"of one thread each (default: {processes})")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def study(options: argparse.Namespace) -> None:
-    plan = only(design(options.model, options.quick, options.task), options.methods)
+    plan = only(design(options.model, options.quick, options.task), options.methods, options.objectives)
     name = re.sub(r"[^\w.]+", "-", "-".join(filter(None, (Path(options.model).name, options.task)))).strip("-")
     out = options.out / "quick" if options.quick else options.out
     load_model(plan.model)  # converted once, before the processes want it; and a wrong name is an error here

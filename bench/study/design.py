@@ -146,11 +146,13 @@ def design(model: str, quick: bool, task: str | None = None) -> Design:
     return replace(plan, task=task, arms=tuple(arm for arm in plan.arms if arm.objective != "sft-foreign"))
 
 
-def only(plan: Design, labels: Iterable[str] | None) -> Design:
-    """The arms of the methods with these labels, in a plan whose whole sweep would take too long; None: the plan."""
-    if labels is None:
-        return plan
+def only(plan: Design, labels: Iterable[str] | None, objectives: Iterable[str] | None = None) -> Design:
+    """The arms of the methods with these labels under these objectives, where the whole plan would take too long.
+
+    None: all of them.
+    """
     known = {arm.method.label for arm in plan.arms}
-    if unknown := set(labels) - known:
+    labels, objectives = set(labels or known), set(objectives or OBJECTIVES)
+    if unknown := labels - known:
         raise ValueError(f"methods: expected some of {', '.join(sorted(known))}, found {', '.join(sorted(unknown))}")
-    return replace(plan, arms=tuple(arm for arm in plan.arms if arm.method.label in set(labels)))
+    return replace(plan, arms=tuple(a for a in plan.arms if a.method.label in labels and a.objective in objectives))

@@ -203,6 +203,7 @@ def test_designs():
     assert len({(arm.method.label, arm.objective) for arm in TINY.arms}) == len(TINY.arms)
     few = only(other, ["LoRA r=1", "full"])
     assert {arm.method.label for arm in few.arms} == {"LoRA r=1", "full"} and few.settings == REAL.settings
+    assert [arm.objective for arm in only(other, ["LoRA r=1"], ["grpo"]).arms] == ["grpo"]
     with pytest.raises(ValueError, match="methods: expected some of .*LoRA r=1.*, found LoRA r=3"):
         only(TINY, ["LoRA r=1", "LoRA r=3"])
 
