@@ -150,8 +150,9 @@ def test_every_dtype(dtype):
     assert relative(result.sigma, sigma) < (1e-11 if exact else 1e-7)
 
 
-def test_bf16_and_its_fp32_copy_have_the_same_bits():
-    weight = with_spectrum(512, 300, SPECTRA["slow"]).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_weight_and_its_fp32_copy_have_the_same_bits(dtype):
+    weight = with_spectrum(512, 300, SPECTRA["slow"]).to(dtype)
     half, single = truncated_svd(weight, 2, cache=False), truncated_svd(weight.float(), 2, cache=False)
     assert torch.equal(half.basis, single.basis) and torch.equal(half.sigma, single.sigma)
 
@@ -260,6 +261,14 @@ def test_products_of_low_precision_end_the_search(passes, monkeypatch):
     monkeypatch.setattr(subspace, "multiply", coarse)
     assert relative(truncated_svd(weight, 2, cache=False).basis, expected) < 2e-6
     assert len(passes) < 100
+
+
+def test_search_with_and_without_the_kernel(monkeypatch):
+    """Transposed weights, other devices and builds without the library multiply by torch."""
+    weight = with_spectrum(512, 768, SPECTRA["slow"]).bfloat16()
+    expected = truncated_svd(weight, 2, cache=False)
+    monkeypatch.setattr(subspace.native, "can_multiply", lambda weight: False)
+    assert relative(truncated_svd(weight, 2, cache=False).basis, expected.basis) < 2e-6
 
 
 def test_autocast_does_not_matter():

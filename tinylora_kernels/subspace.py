@@ -1,19 +1,21 @@
 """Leading singular triplets of a large matrix by block Lanczos: fp32 finds them, fp64 proves them.
 
 The iteration runs on A = W^T W. One pass over W gives both W x and W^T (W x), block by block of rows while they are in
-cache, for a whole block of vectors x: the matrix is read from memory once a step. The search multiplies in fp32 until
-rounding stops it; the vectors found are then multiplied in fp64, refined there, and accepted on their true residual.
+cache, for a whole block of vectors x: the matrix is read from memory once a step. The search multiplies in fp32, on a CPU
+by a kernel of the library (csrc/cpu/products.inl), until rounding stops it; the vectors found are then multiplied in fp64, refined there, and accepted on their true residual.
 A block, not a single vector, because equal singular values hide from a single one. The first block comes from a few
 steps on a sample of the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .ops import native
 from .projection import STREAM_SOLVER, philox_normal
 from .threads import Run, serial
 
@@ -30,6 +32,7 @@ RANDOM_SHARE = 0.5  # length of the random vector added to each one found in the
 POWER_STEP = 0.5  # what is wrong with a vector shrinks to this share of the bound in _Ritz.good_enough, measured
 CHUNK_BYTES = {"cpu": 3 << 19, "cuda": 1 << 27}  # of W in the product's dtype, multiplied at a time: about a CPU's L2
 CHUNK_ROWS = 16  # a chunk is a multiple of: the products' inner kernels waste what is left over
+FUSED_SLAB = 256  # rows multiplied at a time by the library's kernel, to be shared among threads
 CHUNKS_PER_SLAB = 6  # summed in the precision at hand; slabs are summed in fp64, in order, whatever the threads
 ANGLE_TOL = 2e-6  # accepted bound on the error of a singular vector, radians; the error is below half of it
 ROUNDING = {torch.float32: 5e-7, torch.float64: 4e-15}  # a residual below this share of ||A|| may be rounding
@@ -219,29 +222,38 @@ def _orthonormal(rows: Tensor) -> Tensor:
 def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, image: Tensor) -> None:
     """left = X W^T and image = X W^T W for rows X [b, n], in one pass over W [m, n]."""
     weight, scale = space.weight, space.scale
-    m, n = weight.shape
     x = rows.to(dtype)
-    chunk_rows = CHUNK_BYTES[weight.device.type] // (n * x.element_size())
-    step = max(1, chunk_rows // CHUNK_ROWS) * CHUNK_ROWS
-    slab = step * CHUNKS_PER_SLAB
+    fused = dtype == torch.float32 and scale == 1.0 and native.can_multiply(weight)
+    slab, product = (FUSED_SLAB, native.products) if fused else _by_chunks(weight, x, scale)
 
     def multiply_slab(first: int) -> Tensor:
-        total = torch.zeros_like(x)
-        last = min(first + slab, m)
-        as_is = weight.dtype == dtype and scale == 1.0
-        buffer = None if as_is else torch.empty_like(weight[first : first + step], dtype=dtype)  # one for all chunks
-        for begin in range(first, last, step):
-            end = min(begin + step, last)
-            chunk = weight[begin:end]  # [step, n]
-            if not as_is:
-                chunk = buffer[: end - begin].copy_(chunk)
-                if scale != 1.0:
-                    chunk *= scale
-            y = x @ chunk.T  # [b, step]
-            left[:, begin:end] = y
-            total.addmm_(y, chunk)
+        y, total = product(weight[first : first + slab], x)
+        left[:, first : first + slab] = y
         return total
 
     image.zero_()
-    for partial in space.run(multiply_slab, range(0, m, slab)):
+    for partial in space.run(multiply_slab, range(0, len(weight), slab)):
         image.add_(partial)
+
+
+def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Rows in a slab, and their product with X by torch: a chunk is widened and multiplied twice while it is in cache."""
+    chunk_rows = CHUNK_BYTES[weight.device.type] // (weight.shape[1] * x.element_size())
+    step = max(1, chunk_rows // CHUNK_ROWS) * CHUNK_ROWS
+
+    def product(slab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(x)
+        y = x.new_empty(len(x), len(slab))
+        as_is = slab.dtype == x.dtype and scale == 1.0
+        buffer = None if as_is else torch.empty_like(slab[:step], dtype=x.dtype)  # one for all chunks
+        for begin in range(0, len(slab), step):
+            chunk = slab[begin : begin + step]  # [step, n]
+            if not as_is:
+                chunk = buffer[: len(chunk)].copy_(chunk)
+                if scale != 1.0:
+                    chunk *= scale
+            torch.mm(x, chunk.T, out=y[:, begin : begin + step])
+            total.addmm_(y[:, begin : begin + step], chunk)
+        return y, total
+
+    return step * CHUNKS_PER_SLAB, product

@@ -105,11 +105,14 @@ struct BFloat16Format : Float8Lanes {
 
 #include "cpu/parts_by_buffer.inl"
 #include "cpu/rows.inl"
+#include "cpu/products.inl"
 
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", {rows<float>, rows<BFloat16>, rows<Half>, rows<double>}};
+  static constexpr Kernels kernels{"avx2",
+                                   {rows<float>, rows<BFloat16>, rows<Half>, rows<double>},
+                                   {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>}};
   return kernels;
 }
 

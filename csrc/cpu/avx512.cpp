@@ -51,11 +51,14 @@ struct Lanes<Half> : Float16Lanes {
 };
 
 #include "cpu/rows.inl"
+#include "cpu/products.inl"
 
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", {rows<float>, rows<BFloat16>, rows<Half>, rows<double>}};
+  static constexpr Kernels kernels{"avx512",
+                                   {rows<float>, rows<BFloat16>, rows<Half>, rows<double>},
+                                   {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>}};
   return kernels;
 }
 

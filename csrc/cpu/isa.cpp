@@ -10,10 +10,14 @@ namespace tinylora::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// AVX-512 BF16 changes the bfloat16 kernel alone.
+// AVX-512 BF16 changes one kernel, the update of bfloat16 rows.
 const Kernels& avx512_bf16_kernels() {
-  const RowsKernel* base = avx512_kernels().rows;
-  static const Kernels kernels{"avx512_bf16", {base[0], avx512_bf16_rows, base[2], base[3]}};
+  static const Kernels kernels = [] {
+    Kernels changed = avx512_kernels();
+    changed.isa = "avx512_bf16";
+    changed.rows[1] = avx512_bf16_rows;
+    return changed;
+  }();
   return kernels;
 }
 #endif

@@ -45,9 +45,28 @@ inline bool is_specialised(int64_t rank) { return rank == 1 || rank == 2 || rank
 // Rows [begin, end). A row's result depends on that row alone, not on its neighbours, the range or the thread.
 using RowsKernel = void (*)(const RowsJob& job, int64_t begin, int64_t end);
 
+// Both products of rows of W with vectors x, float32 sums:  Y = W X^T,  S = Y^T W  (subspace.py).
+struct ProductsJob {
+  const void* rows;      // W [N, D]
+  int64_t stride;        // elements between row starts
+  int64_t count;         // N
+  int64_t width;         // D
+  const float* x;        // X [p, D]
+  int64_t vectors;       // p, a multiple of 4
+  float* y;              // Y [N, p], out
+  float* sums;           // S [p, padded width], zero at first, out; beyond D undefined
+  int64_t padded_width;  // D and what makes it a multiple of kProductsStep
+};
+
+constexpr int64_t kProductsTile = 16;  // rows that are still in cache for the second product
+constexpr int64_t kProductsStep = 32;
+
+using ProductsKernel = void (*)(const ProductsJob& job);
+
 struct Kernels {
   const char* isa;
-  RowsKernel rows[4];  // indexed by Dtype: float32, bfloat16, float16, float64
+  RowsKernel rows[4];          // indexed by Dtype: float32, bfloat16, float16, float64
+  ProductsKernel products[3];  // the same, without float64
 };
 
 const Kernels& portable_kernels();

@@ -115,11 +115,14 @@ struct BFloat16Format : FloatFormat {
 
 #include "cpu/parts_by_buffer.inl"
 #include "cpu/rows.inl"
+#include "cpu/products.inl"
 
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable", {rows<float>, rows<BFloat16>, rows<Half>, rows<double>}};
+  static constexpr Kernels kernels{"portable",
+                                   {rows<float>, rows<BFloat16>, rows<Half>, rows<double>},
+                                   {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>}};
   return kernels;
 }
 

@@ -380,3 +380,35 @@ def test_a_missing_library_is_a_reason_not_an_error(monkeypatch, tmp_path):
     assert status.error == "not built: no C++ compiler found. To change that: apt install g++"
     (tmp_path / "libtinylora.so").write_bytes(b"not a library")
     assert native.load.__wrapped__().error.startswith("libtinylora.so does not load: ")
+
+
+PRODUCT_SHAPES = [(1, 1), (3, 5), (16, 32), (17, 31), (33, 64), (100, 97), (40, 1000)]
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 4, 8, 10])
+@pytest.mark.parametrize("dtype", native.PRODUCT_DTYPES)
+def test_products_of_the_factorisation(isa, dtype, vectors):
+    torch.manual_seed(0)
+    for count, width in PRODUCT_SHAPES:
+        rows = torch.randn(3 * count, width).to(dtype)[::3]  # the sample of a weight skips rows
+        x = torch.randn(vectors, width)
+        y, total = native.products(rows, x)
+        w = rows.double()
+        assert y.shape == (vectors, count) and total.shape == (vectors, width)
+        assert (y - x.double() @ w.T).norm() <= 5e-7 * x.norm() * w.norm()
+        assert (total - y.double() @ w).norm() <= 5e-7 * y.norm() * w.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_a_16_bit_weight_are_those_of_its_fp32_copy(isa, dtype):
+    torch.manual_seed(0)
+    rows, x = torch.randn(37, 301).to(dtype), torch.randn(6, 301)
+    for half, single in zip(native.products(rows, x), native.products(rows.float(), x)):
+        assert torch.equal(half, single)
+
+
+def test_which_weights_have_products():
+    weight = torch.randn(8, 6)
+    assert native.can_multiply(weight) and native.can_multiply(weight[::2]) and native.can_multiply(weight.bfloat16())
+    assert not native.can_multiply(weight.T) and not native.can_multiply(weight.double())
+    assert not native.can_multiply(weight.to("meta"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .._version import __version__
 from . import (
@@ -21,6 +23,9 @@ RECORD = library_file.PACKAGE / "_build_record.json"
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CUDA_RANKS = (1, 2, 4, 8)
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the library
+PRODUCT_VECTORS = 4  # a multiple of: multiplied together
+PRODUCT_STEP = 32  # a multiple of: columns of the padded sums
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def load() -> Status:
         library = ctypes.CDLL(str(LIBRARY))
         for function in (library.tinylora_build_info, library.tinylora_isa):
             function.restype = ctypes.c_char_p
+        _ = library.tinylora_products
     except (OSError, RuntimeError, AttributeError) as error:
         reason, fix = library_file.explain(str(error.__cause__ or error))  # torch wraps what the loader said
         return _unusable(f"{LIBRARY.name} does not load: {reason}", fix, record)
@@ -90,6 +96,40 @@ def use_isa(name: str) -> bool:
     if load().error:
         return False
     return bool(ctypes.CDLL(str(LIBRARY)).tinylora_use_isa(name.encode()))
+
+
+def can_multiply(weight: Tensor) -> bool:
+    """Whether `products` takes rows of this weight."""
+    return (
+        weight.device.type == "cpu" and weight.dtype in PRODUCT_DTYPES and weight.stride(1) == 1 and not load().error
+    )
+
+
+def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """X W^T [p, N] and (X W^T) W [p, D] in fp32, reading W once, on the calling thread and without the GIL.
+
+    rows  W [N, D], as `can_multiply` wants it.
+    x     X fp32 [p, D].
+    """
+    (count, width), vectors = rows.shape, len(x)
+    padded = -(-vectors // PRODUCT_VECTORS) * PRODUCT_VECTORS
+    padded_width = -(-width // PRODUCT_STEP) * PRODUCT_STEP
+    x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors)).contiguous()
+    y, sums = torch.empty(count, padded), torch.zeros(padded, padded_width)
+    _products_function()(
+        PRODUCT_DTYPES.index(rows.dtype), rows.data_ptr(), rows.stride(0), count, width,
+        x.data_ptr(), padded, y.data_ptr(), sums.data_ptr(), padded_width,
+    )  # fmt: skip
+    return y[:, :vectors].T, sums[:vectors, :width]
+
+
+@functools.cache
+def _products_function() -> Callable[..., None]:
+    function = ctypes.CDLL(str(LIBRARY)).tinylora_products
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    function.argtypes = [ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size]
+    function.restype = None
+    return function
 
 
 # The overloads, not the packets: no overload resolution on every call.
