@@ -1,10 +1,10 @@
 """Leading singular triplets of a large matrix by block Lanczos: fp32 finds them, fp64 proves them.
 
-The iteration runs on A = W^T W. One pass over W gives both W x and W^T (W x), block by block of rows while they are in
+The iteration runs on A = W^T W. One pass over W gives both W x and W^T (W x), a few rows at a time while they are in
 cache, for a whole block of vectors x: the matrix is read from memory once a step. The search multiplies in fp32, on a CPU
-by a kernel of the library (csrc/cpu/products.inl), until rounding stops it; the vectors found are then multiplied in fp64, refined there, and accepted on their true residual.
-A block, not a single vector, because equal singular values hide from a single one. The first block comes from a few
-steps on a sample of the rows.
+by a kernel of the library (csrc/cpu/products.inl), until rounding stops it; the vectors found are then multiplied in
+fp64, refined there, and accepted on their true residual. A block, not a single vector, because equal singular values
+hide from a single one. The first block comes from a few steps on a sample of the rows.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Callable[[
     step = max(1, chunk_rows // CHUNK_ROWS) * CHUNK_ROWS
 
     def product(slab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        # S = sum over chunks of (X chunk^T) chunk
         total = torch.zeros_like(x)
         y = x.new_empty(len(x), len(slab))
         as_is = slab.dtype == x.dtype and scale == 1.0
@@ -252,8 +253,9 @@ def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Callable[[
                 chunk = buffer[: len(chunk)].copy_(chunk)
                 if scale != 1.0:
                     chunk *= scale
-            torch.mm(x, chunk.T, out=y[:, begin : begin + step])
-            total.addmm_(y[:, begin : begin + step], chunk)
+            part = x @ chunk.T  # [b, step]
+            y[:, begin : begin + step] = part
+            total.addmm_(part, chunk)
         return y, total
 
     return step * CHUNKS_PER_SLAB, product
