@@ -35,58 +35,67 @@ struct Lanes<OrderedHalf> : Lanes<BFloat16> {
   }
 };
 
-// Y = W X^T and S += Y^T W for rows of W [N, D], four vectors x at a time, float32 sums in order of the rows.
+// S += Y^T W for rows [begin, end) and vectors [k, k + V), the sums in the order of lanes that load gives W.
+template <class T, int V>
+inline void add_back(const ProductsJob& job, int64_t begin, int64_t end, int64_t k) {
+  using L = Lanes<T>;
+  using Reg = typename L::Reg;
+  constexpr int kStep = 2 * L::kWidth;
+  for (int64_t d = 0; d < job.width; d += kStep) {
+    Reg low[V], high[V], w_low, w_high;
+    float* sums = job.sums + k * job.padded_width + d;
+    TINYLORA_UNROLL
+    for (int j = 0; j < V; ++j) {
+      __builtin_memcpy(&low[j], sums + j * job.padded_width, sizeof(Reg));
+      __builtin_memcpy(&high[j], sums + j * job.padded_width + L::kWidth, sizeof(Reg));
+    }
+    const int64_t part = job.width - d;
+    for (int64_t n = begin; n < end; ++n) {
+      const T* w = static_cast<const T*>(job.rows) + n * job.stride + d;
+      if (k == 0) __builtin_prefetch(w + kProductsTile * job.stride);  // the next tile comes from memory
+      part >= kStep ? L::load(w, w_low, w_high) : L::load_part(w, part, w_low, w_high);
+      TINYLORA_UNROLL
+      for (int j = 0; j < V; ++j) {
+        const Reg y = L::fill(job.y[n * job.vectors + k + j]);
+        low[j] = L::multiply_add(y, w_low, low[j]);
+        high[j] = L::multiply_add(y, w_high, high[j]);
+      }
+    }
+    TINYLORA_UNROLL
+    for (int j = 0; j < V; ++j) {
+      __builtin_memcpy(sums + j * job.padded_width, &low[j], sizeof(Reg));
+      __builtin_memcpy(sums + j * job.padded_width + L::kWidth, &high[j], sizeof(Reg));
+    }
+  }
+}
+
+// Y = W X^T and S += Y^T W for rows of W [N, D], float32 sums in the order of the rows.
 template <class T>
 void products(const ProductsJob& job) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
-  constexpr int kVectors = 4, kRows = kRowsTogether<kVectors>, kStep = 2 * L::kWidth;
+  constexpr int kRows = kRowsTogether<4>, kStep = 2 * L::kWidth;
   static_assert(kProductsStep % kStep == 0, "the sums are padded to whole steps of every instruction set");
   for (int64_t tile = 0; tile < job.count; tile += kProductsTile) {
     const int64_t end = tile + kProductsTile < job.count ? tile + kProductsTile : job.count;
-    for (int64_t k = 0; k < job.vectors; k += kVectors) {
-      // Y = W X^T
-      const float* x = job.x + k * job.width;  // [4, D]
+    // Y = W X^T, four vectors at a time: rows x vectors sums fill the registers
+    for (int64_t k = 0; k < job.vectors; k += 4) {
       int64_t n = tile;
       const auto project_rows = [&](auto& s) {
         constexpr int rows = sizeof(s) / sizeof(s[0]);
-        project<T, kVectors, rows>(static_cast<const T*>(job.rows) + n * job.stride, job.stride, x, job.width, s);
-        for (int i = 0; i < rows; ++i) {
-          for (int j = 0; j < kVectors; ++j) job.y[(n + i) * job.vectors + k + j] = s[i][j];
+        const T* w = static_cast<const T*>(job.rows) + n * job.stride;
+        project<T, 4, rows>(w, job.stride, job.x + k * job.width, job.width, s);
+        for (int i = 0; i < rows; ++i, ++n) {
+          for (int j = 0; j < 4; ++j) job.y[n * job.vectors + k + j] = s[i][j];
         }
-        n += rows;
       };
-      float together[kRows][kVectors], alone[1][kVectors];
+      float together[kRows][4], alone[1][4];
       while (n + kRows <= end) project_rows(together);
       while (n < end) project_rows(alone);
-      // S += Y^T W, the sums in the order of lanes that load gives W
-      for (int64_t d = 0; d < job.width; d += kStep) {
-        Reg low[kVectors], high[kVectors], w_low, w_high;
-        float* sums = job.sums + k * job.padded_width + d;
-        TINYLORA_UNROLL
-        for (int j = 0; j < kVectors; ++j) {
-          __builtin_memcpy(&low[j], sums + j * job.padded_width, sizeof(Reg));
-          __builtin_memcpy(&high[j], sums + j * job.padded_width + L::kWidth, sizeof(Reg));
-        }
-        const int64_t part = job.width - d;
-        for (n = tile; n < end; ++n) {
-          const T* w = static_cast<const T*>(job.rows) + n * job.stride + d;
-          if (k == 0) __builtin_prefetch(w + kProductsTile * job.stride);  // the next tile: rows are read once, from memory
-          part >= kStep ? L::load(w, w_low, w_high) : L::load_part(w, part, w_low, w_high);
-          TINYLORA_UNROLL
-          for (int j = 0; j < kVectors; ++j) {
-            const Reg y = L::fill(job.y[n * job.vectors + k + j]);
-            low[j] = L::multiply_add(y, w_low, low[j]);
-            high[j] = L::multiply_add(y, w_high, high[j]);
-          }
-        }
-        TINYLORA_UNROLL
-        for (int j = 0; j < kVectors; ++j) {
-          __builtin_memcpy(sums + j * job.padded_width, &low[j], sizeof(Reg));
-          __builtin_memcpy(sums + j * job.padded_width + L::kWidth, &high[j], sizeof(Reg));
-        }
-      }
     }
+    int64_t k = 0;
+    for (; kAccumulators >= 16 && k + 8 <= job.vectors; k += 8) add_back<T, 8>(job, tile, end, k);
+    for (; k < job.vectors; k += 4) add_back<T, 4>(job, tile, end, k);
   }
   // From the order of lanes to that of columns: what load_basis does to a row of positions is what load did to W.
   float positions[kStep], lanes[kStep];
