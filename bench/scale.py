@@ -170,22 +170,25 @@ def decode_step(model: Decoder, sequences: int) -> Step:
 
 @dataclass
 class Work:
-    """Products of one factorisation: rows of X multiplied by W and W^T, passes over W, seconds of CPU; by dtype."""
+    """Products of factorisations of one shape, by dtype; one with a sample of W's rows counts as that share of one.
 
-    rows: dict[torch.dtype, int]
-    passes: dict[torch.dtype, int]
+    rows: vectors multiplied by W and W^T; passes: over W; seconds: of CPU.
+    """
+
+    rows: dict[torch.dtype, float]
+    passes: dict[torch.dtype, float]
     seconds: dict[torch.dtype, float]
     total: float = 0.0  # seconds of CPU, the small problems and the check of the entries included
 
 
-def operations(shape: tuple[int, int], rows: int) -> int:
+def operations(shape: tuple[int, int], rows: float) -> float:
     """W x and W^T (W x) for `rows` vectors."""
     return 4 * shape[0] * shape[1] * rows
 
 
 @contextmanager
-def counted() -> Iterator[Work]:
-    """Count and time the products of the factorisations inside, on one thread."""
+def counted(out: int) -> Iterator[Work]:
+    """Count and time the products of the factorisations of weights [out, ...] inside, on one thread."""
     work = Work({}, {}, {})
     multiply, threads = subspace.multiply, torch.get_num_threads()
 
@@ -193,8 +196,9 @@ def counted() -> Iterator[Work]:
         begin = time.process_time()
         multiply(space, rows, dtype, left, image)
         work.seconds[dtype] = work.seconds.get(dtype, 0.0) + time.process_time() - begin
-        work.rows[dtype] = work.rows.get(dtype, 0) + len(rows)
-        work.passes[dtype] = work.passes.get(dtype, 0) + 1
+        share = len(space.weight) / out
+        work.rows[dtype] = work.rows.get(dtype, 0.0) + share * len(rows)
+        work.passes[dtype] = work.passes.get(dtype, 0.0) + share
 
     subspace.multiply = timed
     torch.set_num_threads(1)
@@ -222,12 +226,12 @@ def measure(shapes: list[tuple[int, int]]) -> list[dict]:
     rows = []
     for shape in shapes:
         weight = synthetic(*shape)
-        with counted() as work:
+        with counted(shape[0]) as work:
             truncated_svd(weight, RANK, cache=False)
         row = {"out": shape[0], "in": shape[1], "cpu_s": f"{work.total:.3f}"}
         for dtype, label in ((torch.float32, "fp32"), (torch.float64, "fp64")):
             done = operations(shape, work.rows[dtype])
-            row |= {f"passes_{label}": work.passes[dtype], f"rows_{label}": work.rows[dtype]}
+            row |= {f"passes_{label}": f"{work.passes[dtype]:g}", f"rows_{label}": f"{work.rows[dtype]:g}"}
             row[f"gflops_{label}"] = f"{done / work.seconds[dtype] / 1e9:.2f}"
         rows.append(row)
     return rows

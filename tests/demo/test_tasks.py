@@ -79,6 +79,14 @@ def test_reasoning_gym_tasks_verify_with_their_own_dataset():
         task("reasoning_gym:no_such")
 
 
+def test_training_streams_of_reasoning_gym_are_separate():
+    """Its problem i of seed s is problem i - 1 of seed s + 1, so that neighbouring seeds would train on the same ones."""
+    pytest.importorskip("reasoning_gym", reason="optional: pip install reasoning-gym")
+    problems = task("reasoning_gym:chain_sum(min_terms=5)")  # so many problems that none comes twice by chance
+    streams = [{problem.prompt for problem in islice(problems.training(seed), 300)} for seed in (0, 1, 2)]
+    assert len(set.union(*streams)) == 900
+
+
 def test_reasoning_gym_datasets_take_options():
     pytest.importorskip("reasoning_gym", reason="optional: pip install reasoning-gym")
     problems = task("reasoning_gym:chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=2)")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from . import tiny
 
 HELD_OUT = 200
+STREAM = 1_000_000  # problems that a training stream of reasoning-gym may give
 MOST_REFUSED = 1000  # problems in a row that are held out, before a task is found to have no others
 
 
@@ -152,7 +153,8 @@ def reasoning_gym_task(dataset: str) -> Task:
 
     def training(seed: int) -> Iterator[Problem]:
         refused = 0  # in a row
-        for problem in problems(seed + 1, size=1_000_000):
+        # reasoning-gym draws problem i of seed s from s + i: streams of neighbouring seeds would be one, shifted.
+        for problem in problems((seed + 1) * STREAM, STREAM):
             refused = refused + 1 if problem.prompt in known else 0
             if not refused:
                 yield problem
