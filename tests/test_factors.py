@@ -271,11 +271,20 @@ def test_search_with_and_without_the_kernel(monkeypatch):
     assert relative(truncated_svd(weight, 2, cache=False).basis, expected.basis) < 2e-6
 
 
-def test_autocast_does_not_matter():
+def test_autocast_and_defaults_do_not_matter(two_default_dtypes):
     weight = gaussian(400, 300)
     expected = truncated_svd(weight, 2, cache=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(truncated_svd(weight, 2, cache=False).basis, expected.basis)
+    for dtype in two_default_dtypes:
+        torch.set_default_dtype(dtype)
+        assert torch.equal(truncated_svd(weight, 2, cache=False).basis, expected.basis)
+
+
+@pytest.fixture
+def two_default_dtypes():
+    yield torch.bfloat16, torch.float64
+    torch.set_default_dtype(torch.float32)
 
 
 def test_low_rank_is_refused_without_a_full_decomposition(monkeypatch):

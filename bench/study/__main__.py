@@ -39,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def file_name(model: str, task: str | None) -> str:
+    """Of the rows, the table and the figure, without what follows the dot."""
+    return re.sub(r"[^\w.]+", "-", "-".join(filter(None, (Path(model).name, task)))).strip("-")
+
+
 def study(options: argparse.Namespace) -> None:
     plan = only(design(options.model, options.quick, options.task), options.methods, options.objectives)
-    name = re.sub(r"[^\w.]+", "-", "-".join(filter(None, (Path(options.model).name, options.task)))).strip("-")
+    name = file_name(options.model, options.task)
     out = options.out / "quick" if options.quick else options.out
     load_model(plan.model)  # converted once, before the processes want it; and a wrong name is an error here
     torch.set_num_threads(1)

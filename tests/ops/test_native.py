@@ -411,4 +411,9 @@ def test_which_weights_have_products():
     weight = torch.randn(8, 6)
     assert native.can_multiply(weight) and native.can_multiply(weight[::2]) and native.can_multiply(weight.bfloat16())
     assert not native.can_multiply(weight.T) and not native.can_multiply(weight.double())
-    assert not native.can_multiply(weight.to("meta"))
+    assert not native.can_multiply(weight.to("meta")) and native.can_multiply(torch.nn.Parameter(weight))
+    assert not native.can_multiply(weight.as_subclass(SubclassedTensor))
+
+
+class SubclassedTensor(torch.Tensor):
+    """Stands for the quantised weights that are subclasses."""

@@ -99,10 +99,10 @@ def use_isa(name: str) -> bool:
 
 
 def can_multiply(weight: Tensor) -> bool:
-    """Whether `products` takes rows of this weight."""
-    return (
-        weight.device.type == "cpu" and weight.dtype in PRODUCT_DTYPES and weight.stride(1) == 1 and not load().error
-    )
+    """Whether `products` takes rows of this weight. Not those of a subclass, whose numbers may lie elsewhere."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.layout == torch.strided
+    on_cpu = plain and weight.device.type == "cpu" and weight.stride(1) == 1
+    return on_cpu and weight.dtype in PRODUCT_DTYPES and not load().error
 
 
 def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,8 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     padded = -(-vectors // PRODUCT_VECTORS) * PRODUCT_VECTORS
     padded_width = -(-width // PRODUCT_STEP) * PRODUCT_STEP
     x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors)).contiguous()
-    y, sums = torch.empty(count, padded), torch.zeros(padded, padded_width)
+    floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    y, sums = torch.empty(count, padded, **floats), torch.zeros(padded, padded_width, **floats)
     _products_function()(
         PRODUCT_DTYPES.index(rows.dtype), rows.data_ptr(), rows.stride(0), count, width,
         x.data_ptr(), padded, y.data_ptr(), sums.data_ptr(), padded_width,
