@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.study import demonstrations, figures, methods, rollouts, rounding, runner, summary
+from bench.study.__main__ import file_name
 from bench.study.design import OBJECTIVES, REAL, REAL_CURVE, TINY, TINY_CURVE, TINY_QUICK, Arm, design, only, tied
 from bench.study.methods import FULL, LORA_XS, Method, Run, attach
 from bench.study.training import GRPO, SFT
@@ -182,14 +183,23 @@ def test_rollouts_come_from_the_source_and_leave_the_model_as_it_was(tiny, sourc
     assert distance == 0 if source == rollouts.OWN else 0 < distance < 0.02
 
 
-@pytest.mark.parametrize("model", ["tiny", "smollm2"])
-def test_the_page_shows_what_the_rows_say(model):
-    rows = table.read(RESULTS / f"{model}.csv")
-    plan = design(model, quick=False)
+@pytest.mark.parametrize(
+    "model, other_task",
+    [
+        ("tiny", None), ("smollm2", None),
+        ("smollm2", "reasoning_gym:chain_sum(max_terms=2,max_digits=2)"),
+    ],
+)  # fmt: skip
+def test_the_page_shows_what_the_rows_say(model, other_task):
+    name = file_name(model, other_task)
+    rows = table.read(RESULTS / f"{name}.csv")
+    plan = design(model, False, other_task)
+    if other_task:
+        plan = only(plan, ["TinyLoRA r=2 u=4"], ["grpo"])
     rows = {runner.key_of(row): row for row in rows}
     curve = {method.label for method in (TINY_CURVE if model == "tiny" else REAL_CURVE)}
     text = summary.table([rows[runner.key_of(row)] for row in runner.rows_of(plan)], curve)
-    assert (RESULTS / f"{model}.txt").read_text() == text + "\n"
+    assert (RESULTS / f"{name}.txt").read_text() == text + "\n"
     page = (ROOT / "docs" / "study.md").read_text()
     for part in text.split("\n\n")[:-1]:
         assert part in page
