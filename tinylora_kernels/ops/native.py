@@ -63,13 +63,14 @@ def load() -> Status:
         library = ctypes.CDLL(str(LIBRARY))
         for function in (library.tinylora_build_info, library.tinylora_isa):
             function.restype = ctypes.c_char_p
-        _ = library.tinylora_products
     except (OSError, RuntimeError, AttributeError) as error:
         reason, fix = library_file.explain(str(error.__cause__ or error))  # torch wraps what the loader said
         return _unusable(f"{LIBRARY.name} does not load: {reason}", fix, record)
     build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
     if build["version"] != __version__:
         return _unusable(f"{LIBRARY.name} is of version {build['version']}, the package of {__version__}", None, record)
+    if not hasattr(library, "tinylora_products"):
+        return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     error = isa.removeprefix("error: ") if isa.startswith("error: ") else None
     return Status(LIBRARY, error, bool(build["cuda"]), None if error else isa, build, record)
