@@ -110,9 +110,8 @@ struct BFloat16Format : Float8Lanes {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels{"avx2",
-                                   {rows<float>, rows<BFloat16>, rows<Half>, rows<double>},
-                                   {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>}};
+  static constexpr ProductsKernel of_dtype[] = {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>};
+  static constexpr Kernels kernels{"avx2", {rows<float>, rows<BFloat16>, rows<Half>, rows<double>}, of_dtype};
   return kernels;
 }
 

@@ -56,9 +56,8 @@ struct Lanes<Half> : Float16Lanes {
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels kernels{"avx512",
-                                   {rows<float>, rows<BFloat16>, rows<Half>, rows<double>},
-                                   {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>}};
+  static constexpr ProductsKernel of_dtype[] = {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>};
+  static constexpr Kernels kernels{"avx512", {rows<float>, rows<BFloat16>, rows<Half>, rows<double>}, of_dtype};
   return kernels;
 }
 

@@ -65,8 +65,8 @@ using ProductsKernel = void (*)(const ProductsJob& job);
 
 struct Kernels {
   const char* isa;
-  RowsKernel rows[4];          // indexed by Dtype: float32, bfloat16, float16, float64
-  ProductsKernel products[3];  // the same, without float64
+  RowsKernel rows[4];              // indexed by Dtype: float32, bfloat16, float16, float64
+  const ProductsKernel* products;  // the same, without float64; null where torch's own products are faster
 };
 
 const Kernels& portable_kernels();

@@ -115,14 +115,11 @@ struct BFloat16Format : FloatFormat {
 
 #include "cpu/parts_by_buffer.inl"
 #include "cpu/rows.inl"
-#include "cpu/products.inl"
 
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels kernels{"portable",
-                                   {rows<float>, rows<BFloat16>, rows<Half>, rows<double>},
-                                   {products<OrderedFloat>, products<BFloat16>, products<OrderedHalf>}};
+  static constexpr Kernels kernels{"portable", {rows<float>, rows<BFloat16>, rows<Half>, rows<double>}, nullptr};
   return kernels;
 }
 

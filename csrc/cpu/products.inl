@@ -1,8 +1,9 @@
 // The search for singular vectors reads W once a step: both products of a few rows while they are in cache. Included
 // after rows.inl, inside the same anonymous namespace. Nothing here may call a template of the standard library.
 
-// Rows of float32 and float16, widened into the order of bfloat16's lanes: a weight and its copy in a wider dtype have the
-// same products, bit for bit.
+// Rows of float32 and float16, widened into the order of bfloat16's lanes: a weight and its copy in a wider dtype have
+// the same products, bit for bit. That is what float32 is here for: torch is as fast on it, 1.3 to 2 times slower on
+// bfloat16 (1 thread, AVX2 and AVX-512; three times faster than registers of 16 bytes).
 struct OrderedFloat {
   float value;
 };

@@ -4,7 +4,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +102,9 @@ def can_multiply(weight: Tensor) -> bool:
     """Whether `products` takes rows of this weight. Not those of a subclass, whose numbers may lie elsewhere."""
     plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.layout == torch.strided
     on_cpu = plain and weight.device.type == "cpu" and weight.stride(1) == 1
-    return on_cpu and weight.dtype in PRODUCT_DTYPES and not load().error
+    if not on_cpu or weight.dtype not in PRODUCT_DTYPES or load().error:
+        return False
+    return bool(_products_library().tinylora_has_products())
 
 
 def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors)).contiguous()
     floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     y, sums = torch.empty(count, padded, **floats), torch.zeros(padded, padded_width, **floats)
-    _products_function()(
+    _products_library().tinylora_products(
         PRODUCT_DTYPES.index(rows.dtype), rows.data_ptr(), rows.stride(0), count, width,
         x.data_ptr(), padded, y.data_ptr(), sums.data_ptr(), padded_width,
     )  # fmt: skip
@@ -126,12 +127,12 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _products_function() -> Callable[..., None]:
-    function = ctypes.CDLL(str(LIBRARY)).tinylora_products
+def _products_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    function.argtypes = [ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size]
-    function.restype = None
-    return function
+    types = [ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size]
+    library.tinylora_products.argtypes, library.tinylora_products.restype = types, None
+    return library
 
 
 # The overloads, not the packets: no overload resolution on every call.
