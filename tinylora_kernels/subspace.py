@@ -224,6 +224,7 @@ def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, imag
     weight, scale = space.weight, space.scale
     x = rows.to(dtype)
     fused = dtype == torch.float32 and scale == 1.0 and native.can_multiply(weight)
+    x = x.contiguous() if fused else x  # once, not for every slab
     slab, product = (FUSED_SLAB, native.products) if fused else _by_chunks(weight, x, scale)
 
     def multiply_slab(first: int) -> Tensor:

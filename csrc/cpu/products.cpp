@@ -10,7 +10,8 @@ extern "C" __attribute__((visibility("default"))) int tinylora_has_products() {
 }
 
 // Y [count, vectors] and S [vectors, padded_width] of W [count, width], given by its first element and row stride.
-// dtype: 0 float32, 1 bfloat16, 2 float16. The caller has checked every argument and that there are such products. On the thread that calls.
+// dtype: 0 float32, 1 bfloat16, 2 float16. The caller has checked every argument and that there are such products. On the
+// thread that calls.
 extern "C" __attribute__((visibility("default"))) void tinylora_products(int dtype, const void* rows, int64_t stride,
                                                                          int64_t count, int64_t width, const float* x,
                                                                          int64_t vectors, float* y, float* sums,

@@ -382,20 +382,14 @@ def test_a_missing_library_is_a_reason_not_an_error(monkeypatch, tmp_path):
     assert native.load.__wrapped__().error.startswith("libtinylora.so does not load: ")
 
 
-@pytest.fixture(params=[name for name in ISAS if name != "portable"])
-def isa_with_products(request):
-    before = native.load().isa
-    assert native.use_isa(request.param) and native.can_multiply(torch.zeros(2, 2))
-    yield request.param
-    native.use_isa(before)
-
-
+with_products = pytest.mark.parametrize("isa", [name for name in ISAS if name != "portable"], indirect=True)
 PRODUCT_SHAPES = [(1, 1), (3, 5), (16, 32), (17, 31), (33, 64), (100, 97), (40, 1000)]
 
 
+@with_products
 @pytest.mark.parametrize("vectors", [1, 3, 4, 8, 10])
 @pytest.mark.parametrize("dtype", native.PRODUCT_DTYPES)
-def test_products_of_the_factorisation(isa_with_products, dtype, vectors):
+def test_products_of_the_factorisation(isa, dtype, vectors):
     torch.manual_seed(0)
     for count, width in PRODUCT_SHAPES:
         rows = torch.randn(3 * count, width).to(dtype)[::3]  # the sample of a weight skips rows
@@ -407,8 +401,9 @@ def test_products_of_the_factorisation(isa_with_products, dtype, vectors):
         assert (total - y.double() @ w).norm() <= 5e-7 * y.norm() * w.norm()
 
 
+@with_products
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_a_16_bit_weight_are_those_of_its_fp32_copy(isa_with_products, dtype):
+def test_products_of_a_16_bit_weight_are_those_of_its_fp32_copy(isa, dtype):
     torch.manual_seed(0)
     rows, x = torch.randn(37, 301).to(dtype), torch.randn(6, 301)
     for half, single in zip(native.products(rows, x), native.products(rows.float(), x)):
@@ -419,10 +414,8 @@ def test_without_wide_registers_torch_multiplies_for_the_factorisation(isa):
     assert native.can_multiply(torch.zeros(2, 2)) == (isa != "portable")
 
 
-@pytest.mark.parametrize("isa", ISAS[-1:], indirect=True)
+@with_products
 def test_which_weights_have_products(isa):
-    if isa == "portable":
-        pytest.skip("this CPU has no wide registers")
     weight = torch.randn(8, 6)
     assert native.can_multiply(weight) and native.can_multiply(weight[::2]) and native.can_multiply(weight.bfloat16())
     assert not native.can_multiply(weight.T) and not native.can_multiply(weight.double())

@@ -116,7 +116,9 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     (count, width), vectors = rows.shape, len(x)
     padded = -(-vectors // PRODUCT_VECTORS) * PRODUCT_VECTORS
     padded_width = -(-width // PRODUCT_STEP) * PRODUCT_STEP
-    x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors)).contiguous()
+    if padded > vectors:
+        x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors))
+    x = x.contiguous()
     floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     y, sums = torch.empty(count, padded, **floats), torch.zeros(padded, padded_width, **floats)
     _products_library().tinylora_products(
