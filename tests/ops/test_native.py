@@ -425,3 +425,24 @@ def test_which_weights_have_products(isa):
 
 class SubclassedTensor(torch.Tensor):
     """Stands for the quantised weights that are subclasses."""
+
+
+@with_products
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps memory by Linux's numbers")
+def test_products_read_nothing_beyond_the_weight(isa):
+    """The last number lies before a page that nobody may read: a process that does is killed."""
+    code = """
+import ctypes, mmap, torch
+from tinylora_kernels.ops import native
+native.use_isa("ISA")
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert libc.mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
+for dtype in native.PRODUCT_DTYPES:
+    size = 3 * 37 * dtype.itemsize
+    rows = torch.frombuffer(memory, dtype=dtype, offset=page - size, count=3 * 37).view(3, 37)
+    native.products(rows, torch.ones(4, 37))
+print("unharmed")
+""".replace("ISA", isa)
+    assert run_python(code) == "unharmed"
