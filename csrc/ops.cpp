@@ -30,13 +30,26 @@ std::tuple<Tensor, Tensor> update_backward_cpu(const Tensor& g, const Tensor& ba
   return {g0, dv};
 }
 
+std::tuple<Tensor, Tensor> low_rank_cpu(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
+                                        const Tensor& projection, const std::optional<Tensor>& bias,
+                                        const std::optional<Tensor>& adapter_ids) {
+  OtherSide out;
+  const Arguments call = check_low_rank(x, right, basis, v, projection, bias, adapter_ids, out);
+  Tensor y = empty_rows_like(x, out.width);
+  Tensor t = empty_matrix(x, /*accumulate=*/true, call.count, call.rank);
+  out.rows = y.mutable_data_ptr();
+  out.stride = out.width;
+  cpu::low_rank(call, out, t.mutable_data_ptr());
+  return {y, t};
+}
+
 Tensor update_input_grad_cpu(const Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
                              const Tensor& projection, const std::optional<Tensor>& t,
-                             const std::optional<Tensor>& adapter_ids) {
+                             const std::optional<Tensor>& adapter_ids, bool add) {
   const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
-  const InputGrad input = check_input_grad(dx, right, call);
+  const OtherSide out = check_input_grad(dx, right, call);
   Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
-  cpu::update_input_grad(call, input, t ? dv.mutable_data_ptr() : nullptr);
+  cpu::update_input_grad(call, out, add, t ? dv.mutable_data_ptr() : nullptr);
   return dv;
 }
 
@@ -46,5 +59,6 @@ Tensor update_input_grad_cpu(const Tensor& dx, const Tensor& right, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(tinylora, CPU, m) {
   m.impl("update", TORCH_BOX(&tinylora::update_cpu));
   m.impl("update_backward", TORCH_BOX(&tinylora::update_backward_cpu));
+  m.impl("low_rank", TORCH_BOX(&tinylora::low_rank_cpu));
   m.impl("update_input_grad", TORCH_BOX(&tinylora::update_input_grad_cpu));
 }

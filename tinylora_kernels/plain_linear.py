@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .frozen import PLAIN, right_factor
 from .ops import BACKENDS, Backend, FrozenLinear, apply_linear, choose, dispatch
+from .ops.linear_rules import product_last, updates_input_grad
 from .ops.schema import accumulation_dtype
 
 _in_transform = torch._C._are_functorch_transforms_active
@@ -65,7 +66,7 @@ class Plan(NamedTuple):
     """How to run a layer for as long as its tensors are these very objects and no adapted layer was changed."""
 
     changes: int
-    version: int  # of the weight: what B^T = U^T W was computed from
+    written: tuple[int, int]  # the weight's version and address: what B^T = U^T W was computed from
     requested: str | None  # backend
     state: dict[str, Any]  # __dict__ of the nn.Linear
     dtype: torch.dtype
@@ -78,7 +79,7 @@ class Plan(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor | None:
         """The adapted output, or None where something is not as it was: then the questions must be asked again."""
-        changes, version, requested, state, dtype, device_type, buffers, parameters, v, lacks_right, frozen = self
+        changes, written, requested, state, dtype, device_type, buffers, parameters, v, lacks_right, frozen = self
         weight, bias, basis, projection, offset, _, right, backend = frozen
         own = state["_parameters"]
         if (
@@ -89,7 +90,7 @@ class Plan(NamedTuple):
             or _has_hooks(state) or "forward" in state
             or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
             or weight.requires_grad or (bias is not None and bias.requires_grad)
-            or weight._version != version or (lacks_right and x.requires_grad and torch.is_grad_enabled())
+            or (weight._version, weight.data_ptr()) != written or (lacks_right and x.requires_grad and torch.is_grad_enabled())
         ):  # fmt: skip
             return None
         if backend.linear is not None and not _in_transform():
@@ -110,33 +111,35 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:
     bias, projection, offset = base._parameters["bias"], buffers["projection"], buffers["offset"]
     right = right_for(layer, x)
     return Plan(
-        _changes, weight._version, dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
-        owner._parameters, v, right is None and _right_pays(weight, backend),
+        _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
+        owner._parameters, v, right is None and _right_pays(weight, bias, backend, training=True),
         FrozenLinear(weight, bias, basis, projection, offset, None, right, backend),
     )  # fmt: skip
 
 
-# The update of dx reads and writes [N, in] that the matrix product has just left in the caches, the copy of g writes
-# [N, out] afresh: up to about this ratio of in to out the former is faster (2 threads, fp32 and bf16, 128 and 512 rows).
-_RIGHT_PAYS = 2
-
-
-def _right_pays(weight: Tensor, backend: Backend) -> bool:
-    return backend.update_input_grad is not None and weight.shape[1] <= _RIGHT_PAYS * weight.shape[0]
+def _right_pays(weight: Tensor, bias: Tensor | None, backend: Backend, training: bool) -> bool:
+    return backend.low_rank is not None and (product_last(weight, bias) or (training and updates_input_grad(weight)))
 
 
 def right_for(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """B^T = U^T W [r, in] of a layer whose base is_plain_linear, where the backward pass of x will be faster with it.
+    """B^T = U^T W [r, in] of a layer whose base is_plain_linear, where x will pass it faster with it.
 
-    Computed once for each state of the weight that torch's version counter can tell apart: the base is frozen.
+    Computed once for each state of the weight that can be told apart: the base is frozen.
     """
-    weight, basis = layer._modules["base"]._parameters["weight"], layer._buffers["basis"]
-    if not (x.requires_grad and torch.is_grad_enabled()) or weight.is_inference():
+    parameters, basis = layer._modules["base"]._parameters, layer._buffers["basis"]
+    weight = parameters["weight"]
+    if weight.is_inference():  # it has no version
         return None
-    if not _right_pays(weight, BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]):
+    backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
+    if not _right_pays(weight, parameters["bias"], backend, training=x.requires_grad and torch.is_grad_enabled()):
         return None
-    held = layer.__dict__["_right"]
-    if held is None or held[0] is not weight or held[1] != weight._version or held[2] is not basis:
+    held, written = layer.__dict__["_right"], (_written(weight), weight.dtype)
+    if held is None or held[0] is not weight or held[1] != written or held[2] is not basis:
         right = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
-        held = layer.__dict__["_right"] = weight, weight._version, basis, right
+        held = layer.__dict__["_right"] = weight, written, basis, right
     return held[3]
+
+
+def _written(weight: Tensor) -> tuple[int, int]:
+    """What changes when other values come into a weight. Only weight.data.copy_() gets past it."""
+    return weight._version, weight.data_ptr()

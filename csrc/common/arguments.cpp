@@ -119,13 +119,14 @@ void check_factor(const char* name, const Tensor& factor, const Tensor& rows, co
   if (!factor.is_contiguous()) fail(name, "expected a contiguous tensor; call .contiguous() first");
 }
 
-void check_basis(const char* rows_name, const Tensor& rows, const Tensor& basis, Arguments& out) {
-  check_factor("basis", basis, rows, rows_name);
+void check_basis(const char* rows_name, const Tensor& rows, const char* basis_name, const Tensor& basis,
+                 Arguments& out) {
+  check_factor(basis_name, basis, rows, rows_name);
   if (basis.dim() != 2 || basis.size(0) < 1) {
-    fail("basis", "expected [r, D] with r at least 1, found ", shape_text(basis));
+    fail(basis_name, "expected [r, D] with r at least 1, found ", shape_text(basis));
   }
   if (basis.size(1) != out.width) {
-    fail(rows_name, "expected last dimension ", basis.size(1), " as in basis ", shape_text(basis), ", found ",
+    fail(rows_name, "expected last dimension ", basis.size(1), " as in ", basis_name, " ", shape_text(basis), ", found ",
          shape_text(rows));
   }
   out.basis = basis.const_data_ptr();
@@ -172,17 +173,31 @@ void check_ids(const char* rows_name, const Tensor& rows, const Tensor& ids, Arg
   out.ids.rows_per_id = count ? out.count / count : 1;
 }
 
-Arguments check_common(const char* name, const Tensor& rows, bool written, const Tensor& basis, const Tensor& v,
-                       const Tensor& projection, const std::optional<Tensor>& adapter_ids) {
+Arguments check_common(const char* name, const Tensor& rows, bool written, const char* basis_name, const Tensor& basis,
+                       const Tensor& v, const Tensor& projection, const std::optional<Tensor>& adapter_ids) {
   Arguments out;
   out.dtype = activation_dtype(name, rows);
   const Rows collapsed = collapse_rows(name, rows, written);
   out.count = collapsed.count;
   out.width = collapsed.width;
   out.stride = collapsed.stride;
-  check_basis(name, rows, basis, out);
+  check_basis(name, rows, basis_name, basis, out);
   check_adapter(name, rows, v, projection, adapter_ids, out);
   if (adapter_ids) check_ids(name, rows, *adapter_ids, out);
+  return out;
+}
+
+// A factor [r, E] of the side that is written; E below zero: any.
+OtherSide other_side(const char* name, const Tensor& factor, int64_t rank, int64_t width, const Tensor& rows,
+                     const char* rows_name) {
+  check_factor(name, factor, rows, rows_name);
+  if (factor.dim() != 2 || factor.size(0) != rank || (width >= 0 && factor.size(1) != width)) {
+    fail(name, "expected shape (", rank, ", ", width >= 0 ? std::to_string(width) : "E", "), found ",
+         shape_text(factor));
+  }
+  OtherSide out;
+  out.width = factor.size(1);
+  out.factor = factor.const_data_ptr();
   return out;
 }
 
@@ -204,7 +219,7 @@ int32_t accumulation_code(const Tensor& like) {
 
 Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
                        const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids) {
-  Arguments out = check_common("y", y, /*written=*/true, basis, v, projection, adapter_ids);
+  Arguments out = check_common("y", y, /*written=*/true, "basis", basis, v, projection, adapter_ids);
   if (offset) {
     check_factor("offset", *offset, y, "y");
     if (offset->dim() != 1 || offset->size(0) != out.rank) {
@@ -218,7 +233,7 @@ Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, co
 
 Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
                                 const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids) {
-  Arguments out = check_common("g", g, /*written=*/false, basis, v, projection, adapter_ids);
+  Arguments out = check_common("g", g, /*written=*/false, "basis", basis, v, projection, adapter_ids);
   if (t) {
     check_factor("t", *t, g, "g");
     if (t->dim() != 2 || t->size(0) != out.count || t->size(1) != out.rank) {
@@ -230,20 +245,33 @@ Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tens
   return out;
 }
 
-InputGrad check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call) {
+Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
+                         const Tensor& projection, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& adapter_ids, OtherSide& out) {
+  Arguments call = check_common("x", x, /*written=*/false, "right", right, v, projection, adapter_ids);
+  out = other_side("basis", basis, call.rank, /*width=*/-1, x, "x");
+  if (bias) {
+    if (dtype_code(*bias) != dtype_code(x)) {
+      fail("bias", "expected the dtype of x, found ", dtype_name(dtype_code(*bias)));
+    }
+    if (bias->dim() != 1 || bias->size(0) != out.width || !bias->is_contiguous()) {
+      fail("bias", "expected a contiguous tensor of shape (", out.width, "), found ", shape_text(*bias));
+    }
+    if (bias->is_cuda() != x.is_cuda()) fail("bias", "expected the device of x, found another");
+    out.bias = bias->const_data_ptr();
+  }
+  call.rows = const_cast<void*>(x.const_data_ptr());
+  return call;
+}
+
+OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call) {
   const Dtype dtype = activation_dtype("dx", dx);
   if (dtype != call.dtype) fail("dx", "expected the dtype of g, found ", dtype_name(dtype_code(dx)));
   const Rows rows = collapse_rows("dx", dx, /*written=*/true);
   if (rows.count != call.count) fail("dx", "expected ", call.count, " rows as in g, found ", shape_text(dx));
-  check_factor("right", right, dx, "dx");
-  if (right.dim() != 2 || right.size(0) != call.rank || right.size(1) != rows.width) {
-    fail("right", "expected shape (", call.rank, ", ", rows.width, "), found ", shape_text(right));
-  }
-  InputGrad out;
+  OtherSide out = other_side("right", right, call.rank, rows.width, dx, "dx");
   out.rows = dx.mutable_data_ptr();
   out.stride = rows.stride;
-  out.width = rows.width;
-  out.right = right.const_data_ptr();
   return out;
 }
 
@@ -252,17 +280,20 @@ Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t c
   return empty_strided(like, accumulate ? accumulation_code(like) : dtype_code(like), 2, sizes, strides);
 }
 
-Tensor empty_contiguous_like(const Tensor& like) {
+Tensor empty_contiguous_like(const Tensor& like) { return empty_rows_like(like, like.size(like.dim() - 1)); }
+
+Tensor empty_rows_like(const Tensor& like, int64_t width) {
   constexpr int64_t most = 64;  // torch's own limit on dimensions
   const int64_t dims = like.dim();
-  if (dims > most) throw std::invalid_argument("g: expected at most 64 dimensions");
-  int64_t strides[most];
+  if (dims > most) throw std::invalid_argument("expected at most 64 dimensions, found " + std::to_string(dims));
+  int64_t sizes[most], strides[most];
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
+    sizes[i] = i == dims - 1 ? width : like.size(i);
     strides[i] = stride;
-    stride *= like.size(i) > 0 ? like.size(i) : 1;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  return empty_strided(like, dtype_code(like), dims, like.sizes().data(), strides);
+  return empty_strided(like, dtype_code(like), dims, sizes, strides);
 }
 
 Tensor empty_vector(const Tensor& like) {

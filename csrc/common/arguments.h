@@ -45,12 +45,13 @@ struct Arguments {
   bool elementwise = false;  // LoRA-XS: M = projection * v, u = r * r
 };
 
-// Where update_input_grad adds (a M) B^T.
-struct InputGrad {
-  void* rows = nullptr;         // dx [N, E], last stride 1
-  int64_t stride = 0;           // elements between row starts
-  int64_t width = 0;            // E
-  const void* right = nullptr;  // Acc B^T = U^T W, [r, E]
+// The other side of a frozen linear layer: [N, E] that is written, by which factor.
+struct OtherSide {
+  void* rows = nullptr;          // y or dx, last stride 1
+  int64_t stride = 0;            // elements between row starts
+  int64_t width = 0;             // E
+  const void* factor = nullptr;  // Acc U^T or B^T = U^T W, [r, E]
+  const void* bias = nullptr;    // [E] in the dtype of the rows, or null
 };
 
 // Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
@@ -59,12 +60,17 @@ Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, co
                        const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids);
 Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
                                 const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids);
+// Of low_rank: x as the rows, `right` as the basis; U^T and the bias are the other side, which has no rows yet.
+Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
+                         const Tensor& projection, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& adapter_ids, OtherSide& out);
 // dx and right against the arguments that g, basis and the others were checked into.
-InputGrad check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call);
+OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call);
 
 // New uninitialised tensors on the device of `like`; `accumulate` picks the dtype Acc instead of that of `like`.
 Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns);
 Tensor empty_contiguous_like(const Tensor& like);
+Tensor empty_rows_like(const Tensor& like, int64_t width);  // the last dimension changed to `width`
 Tensor empty_vector(const Tensor& like);
 
 }  // namespace tinylora

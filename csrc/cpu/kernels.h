@@ -16,16 +16,18 @@ struct Half {
 // One pass over rows, both directions of the method:
 //     s = x U - c        z = s K^T        dst = addend + z F
 // forward:    x = y0, s = t, K = M,   addend = dst = x (in place),  F = U^T;
-// backward:   x = g,  s = a, K = M^T, c = 0,  addend = g, dst = g0, F = U^T,
-//             or past the frozen weight:  addend = dst = dx (in place),  F = U^T W.
+// backward:   x = g,  s = a, K = M^T, c = 0,  addend = g, dst = g0, F = U^T;
+// and around the product of a frozen linear layer, B^T = U^T W:
+// forward:    U = B, c = 0,  addend = bias,  F = U^T;
+// backward:   x = g,  s = a, K = M^T, c = 0,  addend = 0, dst = dx, F = B^T.
 // Acc is double for float64 rows, float otherwise.
 struct RowsJob {
   const void* src;      // x [N, D]
   int64_t src_stride;   // elements between row starts
   int64_t width;        // D
   const void* basis;    // Acc U^T [r, D]
-  const void* addend;   // [N, E]
-  int64_t addend_stride;
+  const void* addend;   // [N, E], or null for zero
+  int64_t addend_stride;  // 0: one row for all
   void* dst;            // [N, E]: the addend itself, disjoint from it, or null: s alone is wanted
   int64_t dst_stride;
   int64_t dst_width;    // E

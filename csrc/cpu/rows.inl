@@ -79,8 +79,8 @@ inline void fetch_for_writing(const T* x) {
   }
 }
 
-// y = x + z F for NR rows, F [R, width]; y may be x.
-template <class T, int R, int NR>
+// y = x + z F for NR rows, F [R, width]; y may be x. Without kAdd x is not looked at: y = z F.
+template <class T, int R, int NR, bool kAdd>
 inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* factor,
                        int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
   using L = Lanes<T>;
@@ -97,20 +97,20 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
   const auto step = [&](const auto& load_rows, const auto& load_factor, const auto& store_rows) {
     Reg low[NR], high[NR], f_low, f_high, x_low, x_high;
     TINYLORA_UNROLL
-    for (int n = 0; n < NR && !kTermsFirst; ++n) load_rows(n, low[n], high[n]);
+    for (int n = 0; n < NR && kAdd && !kTermsFirst; ++n) load_rows(n, low[n], high[n]);
     TINYLORA_UNROLL
     for (int k = 0; k < R; ++k) {
       load_factor(k, f_low, f_high);
       TINYLORA_UNROLL
       for (int n = 0; n < NR; ++n) {
-        const bool first = kTermsFirst && k == 0;
+        const bool first = (kTermsFirst || !kAdd) && k == 0;
         low[n] = first ? L::multiply(weight[n][k], f_low) : L::multiply_add(weight[n][k], f_low, low[n]);
         high[n] = first ? L::multiply(weight[n][k], f_high) : L::multiply_add(weight[n][k], f_high, high[n]);
       }
     }
     TINYLORA_UNROLL
     for (int n = 0; n < NR; ++n) {
-      if constexpr (kTermsFirst) {
+      if constexpr (kTermsFirst && kAdd) {
         load_rows(n, x_low, x_high);
         low[n] = L::add(x_low, low[n]);
         high[n] = L::add(x_high, high[n]);
@@ -121,7 +121,7 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
     TINYLORA_UNROLL
-    for (int n = NR; n < 2 * NR; ++n) fetch_for_writing<2 * L::kWidth>(x + n * x_stride + d);
+    for (int n = NR; n < 2 * NR; ++n) fetch_for_writing<2 * L::kWidth>(y + n * y_stride + d);
     step([&](int n, Reg& a, Reg& b) { L::load(x + n * x_stride + d, a, b); },
          [&](int k, Reg& a, Reg& b) { L::load_basis(factor + k * width + d, a, b); },
          [&](int n, Reg a, Reg b) { L::store(y + n * y_stride + d, a, b); });
@@ -142,9 +142,24 @@ inline const Acc* mixing_of(const RowsJob& job, int64_t n) {
   return slot < 0 ? nullptr : mixing + slot * job.rank * job.rank;
 }
 
+// from may be null, for zeros.
 template <class T>
 inline void copy_row(const T* from, T* to, int64_t width) {
-  if (from != to) __builtin_memcpy(to, from, width * sizeof(T));
+  if (!from) {
+    __builtin_memset(to, 0, width * sizeof(T));
+  } else if (from != to) {
+    __builtin_memcpy(to, from, width * sizeof(T));
+  }
+}
+
+template <class T, int R, int NR>
+inline void accumulate_rows(const T* b, int64_t b_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* factor,
+                            int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
+  if (b) {
+    accumulate<T, R, NR, true>(b, b_stride, y, y_stride, factor, width, z);
+  } else {
+    accumulate<T, R, NR, false>(y, y_stride, y, y_stride, factor, width, z);
+  }
 }
 
 // Rows [first, first + NR).
@@ -165,7 +180,7 @@ inline void row_block(const RowsJob& job, int64_t first) {
     }
   }
   if (!job.dst) return;
-  const T* b = static_cast<const T*>(job.addend) + first * job.addend_stride;
+  const T* b = job.addend ? static_cast<const T*>(job.addend) + first * job.addend_stride : nullptr;
   T* y = static_cast<T*>(job.dst) + first * job.dst_stride;
   const Acc* factor = static_cast<const Acc*>(job.factor);  // [R, E]
   // z = s K^T
@@ -181,14 +196,14 @@ inline void row_block(const RowsJob& job, int64_t first) {
   }
   // y = b + z F
   if (every_row) {
-    accumulate<T, R, NR>(b, job.addend_stride, y, job.dst_stride, factor, job.dst_width, z);
+    accumulate_rows<T, R, NR>(b, job.addend_stride, y, job.dst_stride, factor, job.dst_width, z);
     return;
   }
   for (int n = 0; n < NR; ++n) {
-    const T* from = b + n * job.addend_stride;
+    const T* from = b ? b + n * job.addend_stride : nullptr;
     T* to = y + n * job.dst_stride;
     if (mixing_of<Acc>(job, first + n)) {
-      accumulate<T, R, 1>(from, 0, to, 0, factor, job.dst_width, reinterpret_cast<const Acc(&)[1][R]>(z[n]));
+      accumulate_rows<T, R, 1>(from, 0, to, 0, factor, job.dst_width, reinterpret_cast<const Acc(&)[1][R]>(z[n]));
     } else {
       copy_row(from, to, job.dst_width);
     }
@@ -222,7 +237,7 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
     for (; k < r; ++k) project<T, 1, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][1]>(s[k]));
     for (k = 0; offset && k < r; ++k) s[k] -= offset[k];
     if (!job.dst) continue;
-    const T* b = static_cast<const T*>(job.addend) + n * job.addend_stride;
+    const T* b = job.addend ? static_cast<const T*>(job.addend) + n * job.addend_stride : nullptr;
     T* y = static_cast<T*>(job.dst) + n * job.dst_stride;
     const Acc* mixing = mixing_of<Acc>(job, n);
     if (!mixing) {
@@ -242,8 +257,12 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
         delta_low = L::multiply_add(L::fill(z[j]), f_low, delta_low);
         delta_high = L::multiply_add(L::fill(z[j]), f_high, delta_high);
       }
-      L::load_part(b + d, part, b_low, b_high);
-      L::store_part(y + d, part, L::add(b_low, delta_low), L::add(b_high, delta_high));
+      if (b) {
+        L::load_part(b + d, part, b_low, b_high);
+        delta_low = L::add(b_low, delta_low);
+        delta_high = L::add(b_high, delta_high);
+      }
+      L::store_part(y + d, part, delta_low, delta_high);
     }
   }
 }

@@ -45,9 +45,9 @@ int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows;
 // instead where rows are few for the width (8 x 576, 128 x 1536). To follow it there the threads would have to meet
 // between s and y, and parallel_for does not promise that they run at the same time.
 template <class Body>
-void for_chunks(const Arguments& call, const Body& body) {
-  const int64_t chunks = chunk_count(call.count);
-  if (chunks <= 1 || call.count * call.width < kSerialElements) {
+void for_chunks(int64_t rows, int64_t width, const Body& body) {
+  const int64_t chunks = chunk_count(rows);
+  if (chunks <= 1 || rows * width < kSerialElements) {
     body(0, chunks);
   } else {
     torch::stable::parallel_for(0, chunks, 1, body);
@@ -67,72 +67,80 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 #endif
 }
 
-template <class Acc>
-void update_as(const Arguments& call, void* t) {
-  const UsedAdapters used(call);
-  Scratch<Acc, 64> mixing(used.count * call.rank * call.rank);  // M [S, r, r]
-  contract<Acc>(call, used, /*transposed=*/false, mixing.data());
-  RowsJob job{};
-  job.src = job.addend = job.dst = call.rows;
-  job.src_stride = job.addend_stride = job.dst_stride = call.stride;
-  job.width = job.dst_width = call.width;
-  job.rank = call.rank;
-  job.basis = job.factor = call.basis;
-  job.offset = call.offset;
-  job.mixing = mixing.data();
-  job.slot_of_id = used.slots();
-  job.rows_per_id = call.ids.rows_per_id;
-  job.projected = t;
-  Scratch<Acc, 1> scratch(is_specialised(call.rank) ? 0 : call.count * call.rank);
-  job.scratch = scratch.data();
-  const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
-  for_chunks(call, [&](int64_t first, int64_t last) {
-    kernel(job, first * kChunkRows, std::min(last * kChunkRows, call.count));
-  });
+// dst = addend + z F, the part of a job beyond the projection.
+struct Target {
+  const void* addend;      // [N, E], [1, E] with stride 0 (a bias), or null for zero
+  int64_t addend_stride;
+  void* dst;               // [N, E]: the addend itself or disjoint from it; null: s alone is wanted
+  int64_t dst_stride;
+  int64_t width;           // E
+  const void* factor;      // Acc F [r, E]
+};
+
+Target in_place(const Arguments& call) {
+  return {call.rows, call.stride, call.rows, call.stride, call.width, call.basis};
 }
 
-// What the backward pass adds (a M) F to, and F: g and U^T make g0, dx and B^T = U^T W make the rest of dx.
-struct Target {
-  const void* addend;  // g, or dx
-  int64_t addend_stride;
-  void* dst;           // g0, or dx; null: dv alone is wanted
-  int64_t dst_stride;
-  int64_t width;       // E
-  const void* factor;  // Acc F [r, E]
+// M or M^T of every adapter in use, and the job that runs them over the rows; s goes to `projected`.
+template <class Acc>
+class Job {
+ public:
+  Job(const Arguments& call, const Target& target, const UsedAdapters& used, bool transposed, void* projected)
+      : mixing_(used.count * call.rank * call.rank), scratch_(is_specialised(call.rank) ? 0 : call.count * call.rank) {
+    contract<Acc>(call, used, transposed, mixing_.data());
+    job_.src = call.rows;
+    job_.src_stride = call.stride;
+    job_.width = call.width;
+    job_.basis = call.basis;
+    job_.addend = target.addend;
+    job_.addend_stride = target.addend_stride;
+    job_.dst = target.dst;
+    job_.dst_stride = target.dst_stride;
+    job_.dst_width = target.width;
+    job_.factor = target.factor;
+    job_.rank = call.rank;
+    job_.offset = call.offset;
+    job_.mixing = mixing_.data();
+    job_.slot_of_id = used.slots();
+    job_.rows_per_id = call.ids.rows_per_id;
+    job_.projected = projected;
+    job_.scratch = scratch_.data();
+  }
+
+  // after(first chunk, last chunk) once these are done, on the same thread.
+  template <class After>
+  void run(const Arguments& call, const After& after) {
+    const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
+    for_chunks(call.count, std::max(call.width, job_.dst_width), [&](int64_t first, int64_t last) {
+      kernel(job_, first * kChunkRows, std::min(last * kChunkRows, call.count));
+      after(first, last);
+    });
+  }
+
+ private:
+  RowsJob job_{};
+  Scratch<Acc, 64> mixing_;  // [S, r, r]
+  Scratch<Acc, 1> scratch_;
 };
 
 template <class Acc>
-void update_backward_as(const Arguments& call, const Target& target, void* dv) {
+void forward_as(const Arguments& call, const Target& target, void* t) {
+  const UsedAdapters used(call);
+  Job<Acc> job(call, target, used, /*transposed=*/false, t);
+  job.run(call, [](int64_t, int64_t) {});
+}
+
+template <class Acc>
+void backward_as(const Arguments& call, const Target& target, void* dv) {
   const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.count);
   const UsedAdapters used(call);
-  Scratch<Acc, 64> mixing(used.count * square);  // M^T [S, r, r]
-  contract<Acc>(call, used, /*transposed=*/true, mixing.data());
   Scratch<Acc, 512> projected(call.count * r);  // a [N, r]
-  RowsJob job{};
-  job.src = call.rows;
-  job.src_stride = call.stride;
-  job.width = call.width;
-  job.basis = call.basis;
-  job.addend = target.addend;
-  job.addend_stride = target.addend_stride;
-  job.dst = target.dst;
-  job.dst_stride = target.dst_stride;
-  job.dst_width = target.width;
-  job.factor = target.factor;
-  job.rank = r;
-  job.mixing = mixing.data();
-  job.slot_of_id = used.slots();
-  job.rows_per_id = call.ids.rows_per_id;
-  job.projected = projected.data();
-  Scratch<Acc, 1> scratch(is_specialised(r) ? 0 : call.count * r);
-  job.scratch = scratch.data();
+  Job<Acc> job(call, target, used, /*transposed=*/true, projected.data());
   const Acc* a = projected.data();
   const Acc* t = static_cast<const Acc*>(call.t);
   const bool by_chunk = dv && !call.ids.data;
   Scratch<double, 128> partial(by_chunk ? chunks * square : 0);  // dM of each chunk
-  const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
-  for_chunks(call, [&](int64_t first, int64_t last) {
-    kernel(job, first * kChunkRows, std::min(last * kChunkRows, call.count));
+  job.run(call, [&](int64_t first, int64_t last) {
     for (int64_t c = first; by_chunk && c < last; ++c) {
       double* d_mixing = partial.data() + c * square;
       std::fill_n(d_mixing, square, 0.0);
@@ -153,24 +161,37 @@ void update_backward_as(const Arguments& call, const Target& target, void* dv) {
   contract_backward<Acc>(call, used, d_mixing.data(), static_cast<Acc*>(dv));
 }
 
+void forward(const Arguments& call, const Target& target, void* t) {
+  call.dtype == Dtype::float64 ? forward_as<double>(call, target, t) : forward_as<float>(call, target, t);
+}
+
+void backward(const Arguments& call, const Target& target, void* dv) {
+  call.dtype == Dtype::float64 ? backward_as<double>(call, target, dv) : backward_as<float>(call, target, dv);
+}
+
+// Rows [N, width] without gaps that nothing has been written to yet.
+void expect_writes(const Arguments& call, void* rows, int64_t stride, int64_t width) {
+  constexpr size_t bytes_of[] = {4, 2, 2, 8};  // by Dtype
+  if (rows && stride == width) prefer_huge_pages(rows, call.count * width * bytes_of[static_cast<int>(call.dtype)]);
+}
+
 }  // namespace
 
-void update(const Arguments& call, void* t) {
-  call.dtype == Dtype::float64 ? update_as<double>(call, t) : update_as<float>(call, t);
-}
+void update(const Arguments& call, void* t) { forward(call, in_place(call), t); }
 
 void update_backward(const Arguments& call, void* g0, void* dv) {
-  constexpr size_t bytes_of[] = {4, 2, 2, 8};  // by Dtype
-  if (g0) prefer_huge_pages(g0, call.count * call.width * bytes_of[static_cast<int>(call.dtype)]);
-  const Target target{call.rows, call.stride, g0, call.width, call.width, call.basis};
-  call.dtype == Dtype::float64 ? update_backward_as<double>(call, target, dv)
-                               : update_backward_as<float>(call, target, dv);
+  expect_writes(call, g0, call.width, call.width);
+  backward(call, {call.rows, call.stride, g0, call.width, call.width, call.basis}, dv);
 }
 
-void update_input_grad(const Arguments& call, const InputGrad& dx, void* dv) {
-  const Target target{dx.rows, dx.stride, dx.rows, dx.stride, dx.width, dx.right};
-  call.dtype == Dtype::float64 ? update_backward_as<double>(call, target, dv)
-                               : update_backward_as<float>(call, target, dv);
+void low_rank(const Arguments& call, const OtherSide& y, void* t) {
+  expect_writes(call, y.rows, y.stride, y.width);
+  forward(call, {y.bias, 0, y.rows, y.stride, y.width, y.factor}, t);
+}
+
+void update_input_grad(const Arguments& call, const OtherSide& dx, bool add, void* dv) {
+  if (!add) expect_writes(call, dx.rows, dx.stride, dx.width);
+  backward(call, {add ? dx.rows : nullptr, dx.stride, dx.rows, dx.stride, dx.width, dx.factor}, dv);
 }
 
 }  // namespace tinylora::cpu

@@ -11,7 +11,10 @@ void update(const Arguments& call, void* t);
 // a = g U;  g0 = g + (a M) U^T;  dv_i = <P'_i, a^T t>.  g0 [N, D] contiguous or null; dv: Acc [K, u] or null.
 void update_backward(const Arguments& call, void* g0, void* dv);
 
-// a = g U;  dx += (a M) B^T;  dv_i = <P'_i, a^T t>: the same past the frozen weight, for dx = g W. dv as above.
-void update_input_grad(const Arguments& call, const InputGrad& dx, void* dv);
+// Around the product of a frozen linear layer.
+// t = x B;  y = b + (t M^T) U^T, to which x W^T is to be added.
+void low_rank(const Arguments& call, const OtherSide& y, void* t);
+// a = g U;  dx += (a M) B^T where g W is in it, else dx = (a M) B^T, to which it is to be added;  dv as above.
+void update_input_grad(const Arguments& call, const OtherSide& dx, bool add, void* dv);
 
 }  // namespace tinylora::cpu

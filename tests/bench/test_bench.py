@@ -85,7 +85,7 @@ def test_written_bytes_count_results_and_in_place_writes():
     frozen, ours = (memory.measure(built[name], problem).written for name in ("frozen", "ours"))
     y, dx, t, v = problem.g.nbytes, problem.x.nbytes, TINY.tokens * shapes.RANK * 4, problem.v.nbytes
     assert frozen == y + dx
-    assert ours - frozen == y + t + dx + v  # y in place and t; dx in place and dv
+    assert ours - frozen == y + t + dx + v  # y and t before the product is added; dx and dv as well
 
 
 def test_ratios_are_medians_over_rounds_of_the_same_round():

@@ -30,10 +30,15 @@ def test_opcheck(case, dtype):
             (inputs.g, *frozen, saved, inputs.adapter_ids, need_input_grad),
         )
     right = torch.randn(case.rank, 7).to(inputs.basis)
-    for saved in (t, None):
+    for saved, add in ((t, True), (None, True), (t, False)):
         torch.library.opcheck(
             torch.ops.tinylora.update_input_grad.default,
-            (torch.randn(case.rows, 7).to(dtype), right, inputs.g, *frozen, saved, inputs.adapter_ids),
+            (torch.randn(case.rows, 7).to(dtype), right, inputs.g, *frozen, saved, inputs.adapter_ids, add),
+        )
+    for bias in (None, torch.randn(case.features).to(dtype)):
+        torch.library.opcheck(
+            torch.ops.tinylora.low_rank.default,
+            (torch.randn(case.rows, 7).to(dtype), right, *frozen, bias, inputs.adapter_ids),
         )
 
 

@@ -264,25 +264,57 @@ def test_dx_along_the_basis_is_g0(isa, case, dtype):
     shared = inputs.basis, inputs.v, inputs.projection, torch.randn(case.rows, case.rank).to(inputs.v), inputs.adapter_ids
     g0, dv = native.update_backward(inputs.g, *shared, True)
     dx = inputs.g.clone()
-    assert torch.equal(native.update_input_grad(dx, inputs.basis, inputs.g, *shared), dv) and torch.equal(dx, g0)
+    found = native.update_input_grad(dx, inputs.basis, inputs.g, *shared, True)
+    assert torch.equal(found, dv) and torch.equal(dx, g0)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("features", [1, 40, 333])
+RANKS_AND_WIDTHS = [(rank, width) for rank in (1, 2, 3, 4, 8) for width in (1, 40, 333)]
+
+
+@pytest.mark.parametrize("rank, width", RANKS_AND_WIDTHS)
 @pytest.mark.parametrize("adapters", [0, 3])
+@pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_dx_of_another_width(isa, dtype, adapters, features, rank):
+def test_dx_of_another_width(isa, dtype, add, adapters, rank, width):
     inputs = make_case(Case(13, 65, rank=rank, numbers=3, adapters=adapters, pad=2), dtype)
-    right, t = torch.randn(rank, features).to(inputs.v), torch.randn(13, rank).to(inputs.v)
+    right, t = torch.randn(rank, width).to(inputs.v), torch.randn(13, rank).to(inputs.v)
     shared = inputs.basis, inputs.v, inputs.projection, t, inputs.adapter_ids
-    rows = torch.randn(13, features + 5).to(dtype)
-    dx, before = rows[:, :features], rows.clone()
-    exact = before[:, :features].double()
-    exact_dv = reference.update_input_grad(exact, right.double(), *in_float64(inputs.g, *shared))
-    dv = native.update_input_grad(dx, right, inputs.g, *shared)
-    sums = 1e-14 if dtype is torch.float64 else 2e-6  # and one rounding of the result
-    assert error(dx, exact) <= 0.6 * torch.finfo(dtype).eps + sums and error(dv, exact_dv) <= 3 * sums
-    assert torch.equal(rows[:, features:], before[:, features:])
+    rows = torch.randn(13, width + 5).to(dtype) if add else torch.full((13, width + 5), torch.nan, dtype=dtype)
+    dx, before = rows[:, :width], rows.clone()
+    exact = before[:, :width].double()
+    exact_dv = reference.update_input_grad(exact, right.double(), *in_float64(inputs.g, *shared), add)
+    dv = native.update_input_grad(dx, right, inputs.g, *shared, add)
+    assert_rounded_once(dx, exact)
+    assert error(dv, exact_dv) <= 3 * sums(dtype)
+    assert torch.equal(rows[:, width:].nan_to_num(), before[:, width:].nan_to_num())
+
+
+@pytest.mark.parametrize("rank, width", RANKS_AND_WIDTHS)
+@pytest.mark.parametrize("adapters", [0, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_low_rank(isa, dtype, bias, adapters, rank, width):
+    inputs = make_case(Case(13, 65, rank=rank, numbers=3, adapters=adapters), dtype)
+    right, x = torch.randn(rank, width).to(inputs.v), torch.randn(13, width + 5).to(dtype)[:, :width]
+    b = torch.randn(65).to(dtype) if bias else None
+    shared = right, inputs.basis, inputs.v, inputs.projection, b, inputs.adapter_ids
+    exact_y, exact_t = reference.low_rank(*in_float64(x, *shared))
+    y, t = native.low_rank(x, *shared)
+    assert y.shape == (13, 65) and y.dtype is dtype and y.is_contiguous()
+    assert_rounded_once(y, exact_y)
+    assert error(t, exact_t) <= sums(dtype)
+    if adapters:
+        alone = (inputs.adapter_ids == -1).repeat_interleave(13 // len(inputs.adapter_ids))
+        assert torch.equal(y[alone], (torch.zeros(65, dtype=dtype) if b is None else b).expand(13, 65)[alone])
+
+
+def sums(dtype: torch.dtype) -> float:
+    """The error of sums over what these cases have."""
+    return 1e-14 if dtype is torch.float64 else 2e-6
+
+
+def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor) -> None:
+    assert error(found, exact) <= 0.6 * torch.finfo(found.dtype).eps + sums(found.dtype)
 
 
 def in_float64(*tensors):
@@ -302,10 +334,29 @@ def test_errors_of_dx():
         before = bad_dx.clone()
         for backend in (native, reference):
             with pytest.raises(ValueError, match=message):
-                backend.update_input_grad(bad_dx, bad_right, *shared)
+                backend.update_input_grad(bad_dx, bad_right, *shared, True)
         assert torch.equal(bad_dx, before)
     with pytest.raises(ValueError, match="dx: expected rows that do not overlap"):
-        native.update_input_grad(torch.zeros(1, 7).expand(5, 7), right, *shared)
+        native.update_input_grad(torch.zeros(1, 7).expand(5, 7), right, *shared, True)
+
+
+def test_errors_of_low_rank():
+    inputs = make_case(Case(5, 40), torch.float32)
+    shared = inputs.v, inputs.projection
+    x, right, basis, bias = torch.randn(5, 7), torch.randn(2, 7), inputs.basis, torch.randn(40)
+    for call, message in (
+        ((x[:, :6], right, basis, *shared, bias), r"x: expected last dimension 7 as in right \(2, 7\), found \(5, 6\)"),
+        ((x, right.double(), basis, *shared, bias), "right: expected"),
+        ((x, right, basis[:1], *shared, bias), r"basis: expected .*\(2, E\).*, found .*\(1, 40\)"),
+        ((x, right, basis.double(), *shared, bias), "basis: expected"),
+        ((x, right, basis, *shared, bias[1:]), r"bias: expected .*\(40,?\).*, found .*\(39,?\)"),
+        ((x, right, basis, *shared, bias.double()), "bias: expected .*, found .*float64"),
+        ((x, right, basis, shared[0][:0], shared[1], bias), "v: expected"),
+    ):
+        for backend in (native, reference):
+            with pytest.raises(ValueError, match=message) as caught:
+                backend.low_rank(*call, None)
+            assert "\n" not in str(caught.value)
 
 
 def test_empty_batch_with_empty_ids():

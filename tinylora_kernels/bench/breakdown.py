@@ -2,8 +2,9 @@
 
 Parts are differences of nested calls. On no rows at all nothing but overhead is left, so that
 
-    kernel        op(N rows) - op(0 rows)                   the update of y, dx or g, called again and again
-    after product op(what a product just wrote) - the same  the update where it stands in a model: code and data are cold
+    kernel        op(N rows) - op(0 rows)                   the update of y, dx or g, or the term that y or dx starts from,
+                                                            called again and again
+    after product op(N rows) straight after a product - the same  where it stands in a model: code and data are cold
     dispatch      op(0 rows)                                torch's dispatcher, checks, M and dv, result tensors
     autograd      apply(0 rows) - linear(0 rows) - op(0)    our node instead of torch's own, both ways
     module        layer(0 rows) - base(0 rows) - the above  TinyLoRALayer.forward: hooks, choice of backend
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from .. import ops
 from ..layer import TinyLoRALayer
+from ..ops.linear_rules import product_last, product_last_in_backward
 from ..plain_linear import right_for
 from . import environment, table
 from .contenders import our_layer, make_problem
@@ -75,15 +77,19 @@ def measure(dtype: torch.dtype, tokens: int, *, training: bool, rounds: int) -> 
 def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds: int) -> dict[Part, float]:
     """Part -> seconds a call of one layer."""
     no_x, no_g = x[:, :0].detach().requires_grad_(training), g[:, :0]
-    y, no_y = g.clone(), g[:, :0].clone()
     weight, basis, projection = layer.base.weight, layer.basis, layer.projection
     v = layer.v.detach() * 1e-6  # every call works on y in place: a small v keeps repeated updates finite
     backend = ops.BACKENDS[ops.choose("cpu", x.dtype, len(basis))]
     right = right_for(layer, x.detach().requires_grad_(training))  # then the backward pass updates dx, not g
     dx = torch.zeros_like(x)
 
+    starts_y, starts_dx = product_last(weight, None), product_last_in_backward(weight)
+
     def op(rows: Tensor, u: int) -> Callable:
-        return functools.partial(backend.update, rows, basis, v[:u], projection[:u], None, None)
+        shared = basis, v[:u], projection[:u], None, None
+        return functools.partial(backend.low_rank, rows, right, *shared) if starts_y else functools.partial(
+            backend.update, rows, *shared
+        )
 
     def product() -> Tensor:
         return nn.functional.linear(x, weight)
@@ -92,20 +98,20 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
         shared = gradient, basis, v[:u], projection[:u], t, None
         if right is None:
             return functools.partial(backend.update_backward, *shared, True)
-        return functools.partial(backend.update_input_grad, dx, right, *shared)
+        return functools.partial(backend.update_input_grad, dx, right, *shared, not starts_dx)
 
     def backward_after_product() -> float:
         if right is None:  # g comes out of the product of another layer
             return _seconds_after(product, lambda gradient: op_backward(gradient, dx, t, u)(), rounds)
         return _seconds_after(lambda: torch.matmul(g, weight), lambda dx: op_backward(g, dx, t, u)(), rounds)
 
-    u = len(v)
+    u, rows = len(v), x if starts_y else g.clone()
     calls = {
-        "op": op(y, u), "op none": op(no_y, u), "op one": op(no_y, 1),
+        "op": op(rows, u), "op none": op(rows[:, :0], u), "op one": op(rows[:, :0], 1),
         "layer": lambda: layer(no_x), "base": lambda: layer.base(no_x),
     }  # fmt: skip
     if training:
-        t, no_t = torch.randn(y.shape[1], len(basis)), torch.randn(0, len(basis))
+        t, no_t = torch.randn(g.shape[1], len(basis)), torch.randn(0, len(basis))
         frozen = ops.FrozenLinear(weight, None, basis, projection, None, None, right, backend)
         calls |= {
             "apply": lambda: ops.apply_linear(no_x, layer.v, frozen),
@@ -118,7 +124,8 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     node = s["apply"] - s["linear"] - s["op none"] if training else 0.0
     parts = {
         ("forward", "kernel"): s["op"] - s["op none"],
-        ("forward", "after product"): _seconds_after(product, lambda rows: op(rows, u)(), rounds) - s["op"],
+        ("forward", "after product"): _seconds_after(product, lambda y: op(x if starts_y else y, u)(), rounds)
+        - s["op"],
         ("forward", "dispatch"): s["op none"],
         ("forward", "module"): s["layer"] - s["base"] - s["op none"] - node,
         ("forward", "contraction"): s["op none"] - s["op one"],

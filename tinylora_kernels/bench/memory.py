@@ -88,6 +88,8 @@ class _WriteCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
+            return result  # memory that nothing is written to yet
         arguments = {spec.name: value for spec, value in zip(func._schema.arguments, args)} | kwargs
         written = [
             arguments.get(spec.name) for spec in func._schema.arguments if spec.alias_info and spec.alias_info.is_write

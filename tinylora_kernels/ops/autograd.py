@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton_kernels
-from .checks import check_arguments, check_input_grad
+from .checks import check_arguments, check_input_grad, check_low_rank
 from .dispatch import BACKENDS, Backend
+from .linear_rules import product_last, product_last_in_backward, updates_input_grad
 from .schema import accumulation_dtype, library
 
 # The library fills the CPU key and, if built for it, the CUDA key. Whatever is left falls to Triton or the reference.
@@ -22,6 +23,7 @@ if not status.has_cuda and triton_kernels.why_not("cuda", torch.float32, 2) is N
     library.impl("update_backward", triton_kernels.update_backward, "CUDA")
 library.impl("update", reference.update, "CompositeExplicitAutograd")
 library.impl("update_backward", reference.update_backward, "CompositeExplicitAutograd")
+library.impl("low_rank", reference.low_rank, "CompositeExplicitAutograd")
 library.impl("update_input_grad", reference.update_input_grad, "CompositeExplicitAutograd")
 
 
@@ -38,8 +40,16 @@ def _(g, basis, v, projection, t, adapter_ids, need_input_grad):
     return g0, v.new_empty(v.shape if t is not None else (0,))
 
 
+@torch.library.register_fake("tinylora::low_rank")
+def _(x, right, basis, v, projection, bias, adapter_ids):
+    check_arguments("x", x, right, v, projection, adapter_ids=adapter_ids, basis_name="right")
+    check_low_rank(x, right, basis, bias)
+    t = x.new_empty((_rows(x), right.shape[0]), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty((*x.shape[:-1], basis.shape[1])), t
+
+
 @torch.library.register_fake("tinylora::update_input_grad")
-def _(dx, right, g, basis, v, projection, t, adapter_ids):
+def _(dx, right, g, basis, v, projection, t, adapter_ids, add):
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
     return v.new_empty(v.shape if t is not None else (0,))
@@ -93,7 +103,7 @@ class FrozenLinear(NamedTuple):
     projection: Tensor  # [u, r, r] or [r, r]
     offset: Tensor | None  # [r]
     adapter_ids: Tensor | None
-    right: Tensor | None  # [r, in] B^T = U^T W, for backends with update_input_grad
+    right: Tensor | None  # [r, in] B^T = U^T W, for backends with low_rank
     backend: Backend
 
 
@@ -106,11 +116,11 @@ class TinyLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, v, frozen: FrozenLinear):
-        weight, bias, basis, projection, offset, adapter_ids, right, backend = frozen
-        y = frozen_linear(x, weight, bias)
-        t = backend.update(y, basis, v, projection, offset, adapter_ids)
+        weight, _, basis, projection, _, adapter_ids, right, backend = frozen
+        y, t = _updated_linear(x, v, frozen)
         ctx.frozen = basis, projection, adapter_ids, backend.update_backward
-        ctx.right = None if right is None or backend.update_input_grad is None else (right, backend.update_input_grad)
+        past_weight = right is not None and backend.low_rank is not None and updates_input_grad(weight)
+        ctx.right = (right, backend.update_input_grad) if past_weight else None
         ctx.save_for_backward(t if v.requires_grad else None, v, weight)  # a W changed since is an error
         return y
 
@@ -125,9 +135,12 @@ def _linear_backward(ctx, g):
         right, update_input_grad = ctx.right
         basis, projection, adapter_ids, _ = ctx.frozen
         g = g.contiguous()
-        # dx = g W + (a M) B^T
-        dx = torch.matmul(g, weight)
-        dv = update_input_grad(dx, right, g, basis, v, projection, t, adapter_ids)
+        last = product_last_in_backward(weight)
+        # dx = (a M) B^T + g W
+        dx = g.new_empty((*g.shape[:-1], weight.shape[1])) if last else torch.matmul(g, weight)
+        dv = update_input_grad(dx, right, g, basis, v, projection, t, adapter_ids, not last)
+        if last:
+            _add_product(dx, g, weight)
         return dx, (None if t is None else dv), None
     g0, dv = _gradients(ctx, g, t, v)
     # dx = g0 W
@@ -150,14 +163,32 @@ def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
         return backend.linear(x, v, weight, bias, basis, projection, offset, adapter_ids, right)
     if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
         return (TinyLoRALinear.apply if traced else _apply_outside_transforms)(x, v, frozen)
-    y = frozen_linear(x, weight, bias)
-    backend.update(y, basis, v, projection, offset, adapter_ids)
-    return y
+    return _updated_linear(x, v, frozen)[0]
 
 
 # create_graph=True: second derivatives are an error, not zero.
 _UPDATE_BACKWARD_ONCE = torch.autograd.function.once_differentiable(_update_backward)
 _LINEAR_BACKWARD_ONCE = torch.autograd.function.once_differentiable(_linear_backward)
+
+
+def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+    """The updated output, fresh and no view of another tensor, and t [N, r]."""
+    weight, bias, basis, projection, offset, adapter_ids, right, backend = frozen
+    if right is not None and backend.low_rank is not None and product_last(weight, bias):
+        x = x.contiguous()
+        # y = b + (t M^T) U^T + x W^T
+        y, t = backend.low_rank(x, right, basis, v, projection, bias, adapter_ids)
+        _add_product(y, x, weight.t())
+        return y, t
+    y = frozen_linear(x, weight, bias)
+    return y, backend.update(y, basis, v, projection, offset, adapter_ids)
+
+
+def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:
+    """total += rows @ matrix over the last dimension, in place; total and rows are contiguous."""
+    if total.dim() != 2:
+        total, rows = total.view(-1, total.shape[-1]), rows.view(-1, rows.shape[-1])
+    total.addmm_(rows, matrix)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

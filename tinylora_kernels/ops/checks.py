@@ -18,6 +18,8 @@ def check_arguments(
     offset: Tensor | None = None,
     t: Tensor | None = None,
     adapter_ids: Tensor | None = None,
+    *,
+    basis_name: str = "basis",
 ) -> None:
     """Raise a one-line ValueError that names the argument, what was expected and what was found."""
     if activation.dtype not in ACTIVATION_DTYPES:
@@ -25,12 +27,12 @@ def check_arguments(
         raise ValueError(f"{activation_name}: expected dtype {names}, found {activation.dtype}")
     if activation.dim() < 1 or basis.dim() != 2:
         raise ValueError(
-            f"{activation_name} [..., D] and basis [r, D] expected, found {tuple(activation.shape)} and {tuple(basis.shape)}"
+            f"{activation_name} [..., D] and {basis_name} [r, D] expected, found {tuple(activation.shape)} and {tuple(basis.shape)}"
         )
     rank, features = basis.shape
     if activation.shape[-1] != features:
         raise ValueError(
-            f"{activation_name}: expected last dimension {features} as in basis {tuple(basis.shape)}, "
+            f"{activation_name}: expected last dimension {features} as in {basis_name} {tuple(basis.shape)}, "
             f"found {tuple(activation.shape)}"
         )
     _check_projection(v, projection, rank, adapter_ids)
@@ -40,7 +42,7 @@ def check_arguments(
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
     accumulate = accumulation_dtype(activation.dtype)
-    for name, tensor in (("basis", basis), ("v", v), ("projection", projection), ("offset", offset), ("t", t)):
+    for name, tensor in ((basis_name, basis), ("v", v), ("projection", projection), ("offset", offset), ("t", t)):
         if tensor is None:
             continue
         if tensor.dtype != accumulate:
@@ -49,6 +51,17 @@ def check_arguments(
             raise ValueError(f"{name}: expected device {activation.device} as {activation_name}, found {tensor.device}")
     if adapter_ids is not None:
         _check_adapter_ids(adapter_ids, rows, activation)
+
+
+def check_low_rank(x: Tensor, right: Tensor, basis: Tensor, bias: Tensor | None) -> None:
+    """The same for what low_rank takes beside x and right, which check_arguments has seen."""
+    if basis.dim() != 2 or basis.shape[0] != right.shape[0] or basis.dtype != right.dtype or basis.device != x.device:
+        found = f"{basis.dtype} {tuple(basis.shape)} on {basis.device}"
+        raise ValueError(f"basis: expected {right.dtype} ({right.shape[0]}, E) on {x.device}, found {found}")
+    expected = (basis.shape[1],)
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device or tuple(bias.shape) != expected):
+        found = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        raise ValueError(f"bias: expected {x.dtype} {expected} on {x.device}, found {found}")
 
 
 def check_input_grad(dx: Tensor, right: Tensor, g: Tensor, basis: Tensor) -> None:

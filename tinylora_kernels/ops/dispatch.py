@@ -22,7 +22,7 @@ class Backend(NamedTuple):
 
     Attributes:
         why_not: (device type, activation dtype, rank) -> None if the backend serves that, else the reason.
-        update_input_grad: where adding to a linear layer's dx costs less than a changed copy of g, else None.
+        low_rank, update_input_grad: the update around the product of a frozen linear layer, where that pays, else None.
         linear: a linear layer and its update as one node of autograd in C++ (linear_node.cpp), where it is compiled.
     """
 
@@ -30,6 +30,7 @@ class Backend(NamedTuple):
     update: Callable
     update_backward: Callable
     why_not: Callable[[str, torch.dtype, int], str | None]
+    low_rank: Callable | None = None
     update_input_grad: Callable | None = None
     linear: Callable | None = None
 
@@ -41,7 +42,7 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
     "cuda": Backend("cuda", native.update, native.update_backward, native.why_not_cuda),
     "triton": Backend("triton", triton_kernels.update, triton_kernels.update_backward, triton_kernels.why_not),
     "cpu": Backend(
-        "cpu", native.update, native.update_backward, native.why_not_cpu, native.update_input_grad,
+        "cpu", native.update, native.update_backward, native.why_not_cpu, native.low_rank, native.update_input_grad,
         None if why_no_node else torch.ops.tinylora.linear.default,
     ),  # fmt: skip
     "reference": Backend("reference", reference.update, reference.update_backward, reference.why_not),

@@ -37,19 +37,57 @@ std::tuple<Tensor, Tensor> update_backward(const Tensor& g, const Tensor& basis,
   return call.call(g, basis, v, projection, t, adapter_ids, need_input_grad);
 }
 
-Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
-                         const Tensor& projection, const Maybe& t, const Maybe& adapter_ids) {
+std::tuple<Tensor, Tensor> low_rank(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
+                                    const Tensor& projection, const Maybe& bias, const Maybe& adapter_ids) {
   static const auto call =
-      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
-                const Maybe&)>("tinylora::update_input_grad");
-  return call.call(dx, right, g, basis, v, projection, t, adapter_ids);
+      op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                    const Maybe&, const Maybe&)>("tinylora::low_rank");
+  return call.call(x, right, basis, v, projection, bias, adapter_ids);
 }
 
-// x W^T + b, fresh and contiguous, then updated; also t [N, r].
-std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias,
+Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
+                         const Tensor& projection, const Maybe& t, const Maybe& adapter_ids, bool add) {
+  static const auto call =
+      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                const Maybe&, bool)>("tinylora::update_input_grad");
+  return call.call(dx, right, g, basis, v, projection, t, adapter_ids, add);
+}
+
+// linear_rules.py says why.
+bool product_last(const Tensor& weight, const Maybe& bias) { return weight.element_size() >= 4 || bias; }
+bool product_last_in_backward(const Tensor& weight) { return weight.element_size() >= 4; }
+bool updates_input_grad(const Tensor& weight) {
+  return product_last_in_backward(weight) || weight.size(1) <= 2 * weight.size(0);
+}
+
+// total += rows @ matrix over the last dimension; total and rows are contiguous.
+void add_product(const Tensor& total, const Tensor& rows, const Tensor& matrix) {
+  if (total.dim() == 2) {
+    total.addmm_(rows, matrix);
+  } else {
+    total.view({-1, total.size(-1)}).addmm_(rows.view({-1, rows.size(-1)}), matrix);
+  }
+}
+
+// [..., D] -> [..., width], contents undefined.
+Tensor empty_rows(const Tensor& like, int64_t width) {
+  c10::SmallVector<int64_t, 5> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = width;
+  return at::empty(sizes, like.options());
+}
+
+// The updated output, fresh and contiguous; also t [N, r].
+std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Tensor& weight, const Maybe& bias,
                                const Tensor& basis, const Tensor& projection, const Maybe& offset,
-                               const Maybe& adapter_ids) {
-  Tensor y = at::linear(x, weight, bias).contiguous();
+                               const Maybe& adapter_ids, const Maybe& right) {
+  if (right && product_last(weight, bias)) {
+    const Tensor x = input.contiguous();
+    // y = b + (t M^T) U^T + x W^T
+    auto [y, t] = low_rank(x, *right, basis, v, projection, bias, adapter_ids);
+    add_product(y, x, weight.t());
+    return {y, t};
+  }
+  Tensor y = at::linear(input, weight, bias).contiguous();
   Tensor t = update(y, basis, v, projection, offset, adapter_ids);
   return {y, t};
 }
@@ -60,7 +98,7 @@ struct TinyLoRALinear : torch::autograd::Function<TinyLoRALinear> {
                         const Maybe& bias, const Tensor& basis, const Tensor& projection, const Maybe& offset,
                         const Maybe& adapter_ids, const Maybe& right) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, t] = run(x, v, weight, bias, basis, projection, offset, adapter_ids);
+    auto [y, t] = run(x, v, weight, bias, basis, projection, offset, adapter_ids, right);
     ctx->save_for_backward({v.requires_grad() ? t : Tensor(), v, weight});  // a W changed since is an error
     // The frozen factors go on the context: saving a tensor costs both ways, and nobody writes into these.
     ctx->saved_data["frozen"] =
@@ -84,10 +122,12 @@ struct TinyLoRALinear : torch::autograd::Function<TinyLoRALinear> {
     const auto maybe = [](const Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; };
     const Maybe adapter_ids = maybe(frozen[2]);
     const Tensor g = grad.contiguous();  // expanded gradients (sum, mean) have stride 0
-    if (ctx->needs_input_grad(0) && right.defined()) {
-      // dx = g W + (a M) B^T
-      Tensor dx = at::matmul(g, weight);
-      Tensor dv = update_input_grad(dx, right, g, basis, v, projection, maybe(t), adapter_ids);
+    if (ctx->needs_input_grad(0) && right.defined() && updates_input_grad(weight)) {
+      const bool last = product_last_in_backward(weight);
+      // dx = (a M) B^T + g W
+      Tensor dx = last ? empty_rows(g, weight.size(1)) : at::matmul(g, weight);
+      Tensor dv = update_input_grad(dx, right, g, basis, v, projection, maybe(t), adapter_ids, !last);
+      if (last) add_product(dx, g, weight);
       return {dx, t.defined() ? dv : Tensor()};
     }
     auto [g0, dv] = update_backward(g, basis, v, projection, maybe(t), adapter_ids, ctx->needs_input_grad(0));
@@ -113,12 +153,12 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Tensor& weig
     return TinyLoRALinear::apply(x, v, weight, bias, basis, projection, offset, adapter_ids, right);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids));
+  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids, right));
 }
 
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
-                    const Tensor& projection, const Maybe& offset, const Maybe& adapter_ids, const Maybe&) {
-  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids));
+                    const Tensor& projection, const Maybe& offset, const Maybe& adapter_ids, const Maybe& right) {
+  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids, right));
 }
 
 }  // namespace

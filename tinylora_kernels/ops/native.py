@@ -140,6 +140,7 @@ def _products_library() -> ctypes.CDLL:
 # The overloads, not the packets: no overload resolution on every call.
 update = torch.ops.tinylora.update.default
 update_backward = torch.ops.tinylora.update_backward.default
+low_rank = torch.ops.tinylora.low_rank.default
 update_input_grad = torch.ops.tinylora.update_input_grad.default
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_arguments, check_input_grad
+from .checks import check_arguments, check_input_grad, check_low_rank
 from .schema import accumulation_dtype
 
 
@@ -35,36 +35,35 @@ def _row_ids(adapter_ids: Tensor, rows: int, adapters: int) -> Tensor:
     return adapter_ids.long().repeat_interleave(repeats)
 
 
+def _mix(t: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, transposed: bool = False) -> Tensor:
+    """z = t M^T of each row's adapter, or t M if transposed; zero for rows to leave alone.  [N, r] -> [N, r]"""
+    if adapter_ids is None:
+        mixing = contract(v, projection)
+        return t @ (mixing if transposed else mixing.T)
+    ids = _row_ids(adapter_ids, len(t), len(v))  # [N]
+    mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
+    z = ((mixing.mT if transposed else mixing) @ t.unsqueeze(-1)).squeeze(-1)
+    return torch.where((ids >= 0).unsqueeze(-1), z, 0)
+
+
+def _project(rows: Tensor, basis: Tensor) -> Tensor:
+    """[..., D] times basis^T in the accumulation dtype, [N, r]."""
+    return rows.reshape(-1, basis.shape[1]).to(accumulation_dtype(rows.dtype)) @ basis.T
+
+
 def update(
     y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, adapter_ids: Tensor | None
 ) -> Tensor:
     """y += ((y U - c) M^T) U^T in place; returns t = y U - c, [N, r]. Shapes and dtypes: see schema.py."""
     check_arguments("y", y, basis, v, projection, offset=offset, adapter_ids=adapter_ids)
-    y0 = y.reshape(-1, basis.shape[1]).to(accumulation_dtype(y.dtype))  # [N, D]
     # t = y0 U - c
-    t = y0 @ basis.T  # [N, r]
+    t = _project(y, basis)  # [N, r]
     if offset is not None:
         t = t - offset
     # y = y0 + (t M^T) U^T
-    if adapter_ids is None:
-        y1 = y0 + (t @ contract(v, projection).T) @ basis
-    else:
-        ids = _row_ids(adapter_ids, len(y0), len(v))  # [N]
-        mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
-        z = (mixing @ t.unsqueeze(-1)).squeeze(-1)  # [N, r]
-        y1 = torch.where((ids >= 0).unsqueeze(-1), y0 + z @ basis, y0)
-    y.copy_(y1.view(y.shape))
+    delta = _mix(t, v, projection, adapter_ids) @ basis
+    y.copy_(y.to(delta.dtype) + delta.view(y.shape))
     return t
-
-
-def _mixed_gradient(g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None):
-    """(a, z): a = g U and z = a M, both [N, r]; z = 0 for rows to leave alone."""
-    a = g.reshape(-1, basis.shape[1]).to(accumulation_dtype(g.dtype)) @ basis.T  # [N, r]
-    if adapter_ids is None:
-        return a, a @ contract(v, projection)
-    ids = _row_ids(adapter_ids, len(a), len(v))  # [N]
-    mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
-    return a, torch.where((ids >= 0).unsqueeze(-1), (a.unsqueeze(-2) @ mixing).squeeze(-2), 0)
 
 
 def _vector_gradient(a: Tensor, t: Tensor | None, v: Tensor, projection: Tensor, adapter_ids: Tensor | None) -> Tensor:
@@ -90,12 +89,34 @@ def update_backward(
 ) -> tuple[Tensor, Tensor]:
     """(g0, dv): g0 = g + ((g U) M) U^T and dv_i = <P'_i, (g U)^T t>; what is not asked for comes back empty."""
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
-    a, z = _mixed_gradient(g, basis, v, projection, adapter_ids)
+    a = _project(g, basis)  # [N, r]
     g0 = g.new_empty(0)
     if need_input_grad:
-        # g0 = g + z U^T
-        g0 = (g.reshape(-1, basis.shape[1]).to(z.dtype) + z @ basis).to(g.dtype).view(g.shape)
+        # g0 = g + (a M) U^T
+        delta = _mix(a, v, projection, adapter_ids, transposed=True) @ basis
+        g0 = (g.to(delta.dtype) + delta.view(g.shape)).to(g.dtype)
     return g0, _vector_gradient(a, t, v, projection, adapter_ids)
+
+
+def low_rank(
+    x: Tensor,
+    right: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y, t): t = x B, [N, r], and y = b + (t M^T) U^T, which x W^T is to be added to."""
+    check_arguments("x", x, right, v, projection, adapter_ids=adapter_ids, basis_name="right")
+    check_low_rank(x, right, basis, bias)
+    # t = x B
+    t = _project(x, right)  # [N, r]
+    # y = b + (t M^T) U^T
+    y = _mix(t, v, projection, adapter_ids) @ basis
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(x.dtype).view(*x.shape[:-1], basis.shape[1]), t
 
 
 def update_input_grad(
@@ -107,13 +128,15 @@ def update_input_grad(
     projection: Tensor,
     t: Tensor | None,
     adapter_ids: Tensor | None,
+    add: bool,
 ) -> Tensor:
-    """dx += ((g U) M) B^T in place; returns dv as update_backward does."""
+    """dx = ((g U) M) B^T in place, or dx += the same with add; returns dv as update_backward does."""
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
-    a, z = _mixed_gradient(g, basis, v, projection, adapter_ids)
-    # dx = dx + z B^T
-    dx.copy_((dx.reshape(-1, right.shape[1]).to(z.dtype) + z @ right).view(dx.shape))
+    a = _project(g, basis)  # [N, r]
+    # dx (+)= (a M) B^T
+    delta = (_mix(a, v, projection, adapter_ids, transposed=True) @ right).view(dx.shape)
+    dx.copy_(dx.to(delta.dtype) + delta if add else delta)
     return _vector_gradient(a, t, v, projection, adapter_ids)
 
 

@@ -6,23 +6,27 @@ M = sum_i v_i P'_i (Morris et al., arXiv 2602.04118, rewritten on the output sid
     update              t = y0 U - c          y  = y0 + (t M^T) U^T         c = b U
     update_backward     a = g U               g0 = g  + (a M) U^T           dM = a^T t,  dv_i = <P'_i, dM>
 
-Behind a frozen linear layer dx = g0 W = g W + (a M) U^T W. So with B^T = U^T W at hand the backward pass may run the
-product on g itself and bring the rest to its fresh result, which still lies in the caches, in place of a copy of g:
+Around a frozen linear layer, with B^T = U^T W at hand, the matrix product may be added to a term of low rank instead:
+y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU has the terms in brackets:
 
-    update_input_grad   a = g U               dx += (a M) B^T               dM = a^T t,  dv_i = <P'_i, dM>
+    low_rank            t = x B               y  = b + (t M^T) U^T
+    update_input_grad   a = g U               dx (+)= (a M) B^T             dM = a^T t,  dv_i = <P'_i, dM>
+
+linear_rules.py says when that pays, and when the product had better come first (add=True).
 
 Shapes: N rows, D output and E input features, r the frozen rank, u trained numbers, K adapters.
 
     y, g         [..., D]   float32, bfloat16, float16 or float64; last stride 1, leading dimensions one row stride
+    x, dx        [..., E]   the same
+    bias         [D]        b, or None, dtype of x
     basis        [r, D]     U^T, contiguous
+    right        [r, E]     B^T, contiguous
     v            [u], or [K, u] with adapter_ids
     projection   [u, r, r]  P': M = sum_i v_i P'_i;   or [r, r] (LoRA-XS, u = r * r): M = projection * v.view(r, r)
     offset       [r]        c, or None for a layer without bias
     adapter_ids  [B]        int32 or int64, N a multiple of B; row n belongs to adapter_ids[n // (N / B)];
                             -1 leaves the row alone, any other id outside [0, K) is an error
     t, a         [N, r]
-    dx           [..., E]   N rows in the dtype of g; last stride 1, leading dimensions one row stride
-    right        [r, E]     B^T, contiguous
 
 basis, right, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
 """
@@ -35,14 +39,19 @@ UPDATE_BACKWARD = (
     "update_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "
     "bool need_input_grad) -> (Tensor, Tensor)"
 )
+LOW_RANK = (
+    "low_rank(Tensor x, Tensor right, Tensor basis, Tensor v, Tensor projection, Tensor? bias, Tensor? adapter_ids) "
+    "-> (Tensor, Tensor)"
+)
 UPDATE_INPUT_GRAD = (
     "update_input_grad(Tensor(a!) dx, Tensor right, Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, "
-    "Tensor? adapter_ids) -> Tensor"
+    "Tensor? adapter_ids, bool add) -> Tensor"
 )
 
 library = torch.library.Library("tinylora", "DEF")
 library.define(UPDATE)
 library.define(UPDATE_BACKWARD)
+library.define(LOW_RANK)
 library.define(UPDATE_INPUT_GRAD)
 
 
