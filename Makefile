@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
-SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/ops/linear_node.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/ops/linear_*) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help build test demo bench study gpu wheels matrix clean

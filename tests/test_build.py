@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,10 @@ def compiler_that_fails(folder: Path) -> Path:
 
 def test_the_node_belongs_to_one_torch(tmp_path):
     release, commit = torch.__version__.split("+")[0], torch.version.git_version[:8]
-    assert linear_node.file_name(Path(torch.__file__).parent) == f"libtinylora_node-{release}-{commit}.so"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert linear_node.file_name(Path(torch.__file__).parent) == f"libtinylora_node-{release}-{commit}{suffix}"
     (tmp_path / "version.py").write_text("__version__ = '9.1.0a0+local'\ncuda: str = '13.0'\n")
-    assert linear_node.file_name(tmp_path) == "libtinylora_node-9.1.0a0-unknown.so"
+    assert linear_node.file_name(tmp_path) == f"libtinylora_node-9.1.0a0-unknown{suffix}"
 
 
 def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys):
@@ -130,6 +132,9 @@ def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tm
     with pytest.raises(linear_node.CompileError, match="^cxx: linear_node.cpp:1: error: no such header$"):
         linear_node.compile_for(Path(torch.__file__).parent, destination, str(compiler))
     assert not list(destination.iterdir())
+    monkeypatch.setattr(linear_node.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(linear_node.CompileError, match=r"^no Python.h in .*: install the headers of Python"):
+        linear_node.compile_for(Path(torch.__file__).parent, destination, str(compiler))
     monkeypatch.setattr(linear_node, "find_compiler", lambda: None)
     assert command_line.main(["compile"]) == 1
     assert capsys.readouterr().err == "compile: no C++ compiler found\n"
@@ -137,11 +142,11 @@ def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tm
 
 def test_why_the_node_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setattr(linear_node, "PACKAGE", tmp_path)
-    assert linear_node.load().startswith(f"not compiled for torch {torch.__version__}. To change that: python -m ")
+    assert linear_node.load()[1].startswith(f"not compiled for torch {torch.__version__}. To change that: python -m ")
     (tmp_path / linear_node.file_name(Path(torch.__file__).parent)).write_bytes(b"cut short")
-    assert " does not load: " in linear_node.load()
+    assert " does not load: " in linear_node.load()[1]
     monkeypatch.setenv("TINYLORA_NODE", "0")
-    assert linear_node.load() == "switched off by TINYLORA_NODE=0"
+    assert linear_node.load() == (None, "switched off by TINYLORA_NODE=0")
 
 
 @needs_sources

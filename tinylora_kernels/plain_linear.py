@@ -18,6 +18,10 @@ from .ops.schema import accumulation_dtype
 
 _in_transform = torch._C._are_functorch_transforms_active
 _all_modules = nn.modules.module
+_GLOBAL_HOOKS = (
+    _all_modules._global_forward_hooks, _all_modules._global_forward_pre_hooks,
+    _all_modules._global_backward_hooks, _all_modules._global_backward_pre_hooks,
+)  # fmt: skip
 _changes = 0  # attributes set on adapted layers so far, in the whole process
 
 
@@ -39,10 +43,7 @@ def _has_hooks(state: dict) -> bool:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or _all_modules._global_forward_hooks
-        or _all_modules._global_forward_pre_hooks
-        or _all_modules._global_backward_hooks
-        or _all_modules._global_backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
     )
 
 
@@ -99,7 +100,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:
-    """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call."""
+    """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
+
+    Where the node in C++ is compiled, the plan is too (ops/linear_plan.inl): what asks here must ask there.
+    """
     base, buffers, v = layer._modules["base"], layer._buffers, owner._parameters["v"]
     weight, basis = base._parameters["weight"], buffers["basis"]
     accumulate = accumulation_dtype(weight.dtype)
@@ -110,11 +114,12 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     bias, projection, offset = base._parameters["bias"], buffers["projection"], buffers["offset"]
     right = right_for(layer, x)
-    return Plan(
+    plan = Plan(
         _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
         owner._parameters, v, right is None and _right_pays(weight, bias, backend, training=True),
         FrozenLinear(weight, bias, basis, projection, offset, None, right, backend),
     )  # fmt: skip
+    return plan if backend.plan is None else backend.plan(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
 
 
 def _right_pays(weight: Tensor, bias: Tensor | None, backend: Backend, training: bool) -> bool:

@@ -73,7 +73,7 @@ def code_fingerprint() -> str:
     """
     package = native.LIBRARY.parent
     own = [package / name for name in ("layer.py", "plain_linear.py", "functional.py")]
-    sources = own + sorted((package / "ops").glob("*.py")) + [linear_node.SOURCE]
+    sources = own + sorted((package / "ops").glob("*.py")) + [linear_node.SOURCE, linear_node.INCLUDED]
     digest = hashlib.sha256((dispatch.why_no_node or "linear node").encode())
     for path in [*sources, native.LIBRARY]:
         digest.update(path.read_bytes() if path.is_file() else b"none")

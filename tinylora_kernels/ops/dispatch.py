@@ -24,6 +24,7 @@ class Backend(NamedTuple):
         why_not: (device type, activation dtype, rank) -> None if the backend serves that, else the reason.
         low_rank, update_input_grad: the update around the product of a frozen linear layer, where that pays, else None.
         linear: a linear layer and its update as one node of autograd in C++ (linear_node.cpp), where it is compiled.
+        plan: what runs plain_linear.Plan in C++, where it is compiled.
     """
 
     name: str
@@ -33,9 +34,10 @@ class Backend(NamedTuple):
     low_rank: Callable | None = None
     update_input_grad: Callable | None = None
     linear: Callable | None = None
+    plan: Callable | None = None
 
 
-why_no_node: str | None = linear_node.load()
+_node, why_no_node = linear_node.load()
 
 
 BACKENDS: dict[str, Backend] = {  # in order of preference
@@ -43,7 +45,7 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
     "triton": Backend("triton", triton_kernels.update, triton_kernels.update_backward, triton_kernels.why_not),
     "cpu": Backend(
         "cpu", native.update, native.update_backward, native.why_not_cpu, native.low_rank, native.update_input_grad,
-        None if why_no_node else torch.ops.tinylora.linear.default,
+        _node and torch.ops.tinylora.linear.default, _node and _node.Plan,
     ),  # fmt: skip
     "reference": Backend("reference", reference.update, reference.update_backward, reference.why_not),
 }

@@ -1,10 +1,18 @@
-// tinylora::linear: a frozen linear layer and its update, y = x W^T + b and y += ((y U - c) M^T) U^T, as one node of
-// autograd in C++. What linear_node.py says of it holds; autograd.py has the same node in Python.
+// tinylora::linear: a frozen linear layer and its update, y = x W^T + b + (t M^T) U^T, as one node of autograd in C++. What
+// linear_node.py says of it holds; autograd.py has the same node in Python.
+#include <Python.h>
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -171,3 +179,5 @@ TORCH_LIBRARY_FRAGMENT(tinylora, m) {
 
 TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_with_autograd); }
 TORCH_LIBRARY_IMPL(tinylora, CPU, m) { m.impl("linear", linear_alone); }  // inference mode
+
+#include "linear_plan.inl"
