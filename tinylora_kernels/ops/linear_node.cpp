@@ -5,21 +5,26 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Maybe = std::optional<Tensor>;
 
@@ -101,46 +106,59 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Tenso
 }
 
 // Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W.
-struct TinyLoRALinear : torch::autograd::Function<TinyLoRALinear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& v, const Tensor& weight,
-                        const Maybe& bias, const Tensor& basis, const Tensor& projection, const Maybe& offset,
-                        const Maybe& adapter_ids, const Maybe& right) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, t] = run(x, v, weight, bias, basis, projection, offset, adapter_ids, right);
-    ctx->save_for_backward({v.requires_grad() ? t : Tensor(), v, weight});  // a W changed since is an error
-    // The frozen factors go on the context: saving a tensor costs both ways, and nobody writes into these.
-    ctx->saved_data["frozen"] =
-        std::vector<Tensor>{basis, projection, adapter_ids.value_or(Tensor()), right.value_or(Tensor())};
-    return y;
+//
+// A node by hand: torch::autograd::Function keeps maps and lists on the heap for what any function might want, and that has
+// to be made and found again around every product.
+struct TinyLoRALinear : torch::autograd::Node {
+  SavedVariable t;  // where v wants a gradient
+  Tensor v, weight, basis, projection;
+  Maybe adapter_ids, right;
+  int64_t v_version, weight_version;
+  bool released = false;
+
+  std::string name() const override { return "TinyLoRALinear (C++)"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    t.reset_data();
+    released = true;
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list both = gradients(ctx, grads[0]);
-    if (at::GradMode::is_enabled() && grads[0].requires_grad()) both = differentiable_once(both);
-    both.resize(9);  // one for each argument of forward
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list both(2);
+    if (!grads[0].defined()) return both;
+    both = gradients(grads[0]);
+    if (at::GradMode::is_enabled() && grads[0].requires_grad()) both = differentiable_once(std::move(both));
     return both;
   }
 
-  static variable_list gradients(AutogradContext* ctx, const Tensor& grad) {
-    const variable_list saved = ctx->get_saved_variables();  // a checkpoint runs forward again here, with autograd
+  variable_list gradients(const Tensor& grad) {
+    const Tensor saved = t.unpack();  // a checkpoint runs forward again here, with autograd
+    expect_version("v", v, v_version);
+    expect_version("the frozen weight", weight, weight_version);
     at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor &t = saved[0], &v = saved[1], &weight = saved[2];
-    const std::vector<Tensor> frozen = ctx->saved_data["frozen"].toTensorVector();
-    const Tensor &basis = frozen[0], &projection = frozen[1], &right = frozen[3];
-    const auto maybe = [](const Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; };
-    const Maybe adapter_ids = maybe(frozen[2]);
+    const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
+    const bool need_dx = task_should_compute_output(0);
     const Tensor g = grad.contiguous();  // expanded gradients (sum, mean) have stride 0
-    if (ctx->needs_input_grad(0) && right.defined() && updates_input_grad(weight)) {
+    if (need_dx && right && updates_input_grad(weight)) {
       const bool last = product_last_in_backward(weight);
       // dx = (a M) B^T + g W
       Tensor dx = last ? empty_rows(g, weight.size(1)) : at::matmul(g, weight);
-      Tensor dv = update_input_grad(dx, right, g, basis, v, projection, maybe(t), adapter_ids, !last);
+      Tensor dv = update_input_grad(dx, *right, g, basis, v, projection, maybe_t, adapter_ids, !last);
       if (last) add_product(dx, g, weight);
-      return {dx, t.defined() ? dv : Tensor()};
+      return {dx, maybe_t ? dv : Tensor()};
     }
-    auto [g0, dv] = update_backward(g, basis, v, projection, maybe(t), adapter_ids, ctx->needs_input_grad(0));
+    auto [g0, dv] = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
     // dx = g0 W
-    return {ctx->needs_input_grad(0) ? at::matmul(g0, weight) : Tensor(), t.defined() ? dv : Tensor()};
+    return {need_dx ? at::matmul(g0, weight) : Tensor(), maybe_t ? dv : Tensor()};
+  }
+
+  static void expect_version(const char* name, const Tensor& tensor, int64_t expected) {
+    TORCH_CHECK(tensor._version() == expected,
+                "one of the variables needed for gradient computation has been modified by an inplace operation: ", name,
+                " ", tensor.sizes(), " is at version ", tensor._version(), "; expected version ", expected, " instead.");
   }
 
   // create_graph=True: second derivatives are an error, not zero.
@@ -154,14 +172,42 @@ struct TinyLoRALinear : torch::autograd::Function<TinyLoRALinear> {
   }
 };
 
+// Torch's pointer to a node: std::shared_ptr up to some release, its own counted pointer from then on.
+template <class N, class Pointer = decltype(torch::autograd::Edge::function)>
+Pointer new_node(N*& node) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    Pointer pointer(node = new N, [](auto* old) { deleteNode(old); });  // torch's: without deep recursion
+    return pointer;
+  } else {
+    auto pointer = c10::make_intrusive<N>();
+    node = pointer.get();
+    return pointer;
+  }
+}
+
 Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias,
                             const Tensor& basis, const Tensor& projection, const Maybe& offset,
                             const Maybe& adapter_ids, const Maybe& right) {
-  if (at::GradMode::is_enabled() && (x.requires_grad() || v.requires_grad())) {
-    return TinyLoRALinear::apply(x, v, weight, bias, basis, projection, offset, adapter_ids, right);
-  }
-  at::AutoDispatchBelowADInplaceOrView below;
-  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids, right));
+  const auto below = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return run(x, v, weight, bias, basis, projection, offset, adapter_ids, right);
+  };
+  if (!at::GradMode::is_enabled() || !(x.requires_grad() || v.requires_grad())) return std::get<0>(below());
+  TinyLoRALinear* node = nullptr;
+  const auto pointer = new_node(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(x, v));
+  auto [y, t] = below();
+  if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
+  node->v = v;
+  node->v_version = v._version();
+  node->weight = weight;
+  node->weight_version = weight._version();
+  node->basis = basis;
+  node->projection = projection;
+  node->adapter_ids = adapter_ids;
+  node->right = right;
+  torch::autograd::set_history(y, pointer);
+  return y;
 }
 
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
