@@ -1,7 +1,9 @@
 """One adapted layer: exactness around any linear-like base, and when the update may be in place."""
 import copy
 import functools
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -237,13 +239,27 @@ def replace_factors(layer):
     layer.basis = 2 * layer.basis
 
 
+def write_weight_in_place(layer):
+    layer.base.weight.mul_(-3)
+
+
+def exchange_weight(layer):
+    layer.base.weight.data = layer.base.weight.detach() * -3
+
+
 CHANGES = [replace_v, replace_v_behind_the_layer, replace_weight, change_dtype, add_hook, wrap_forward, switch_off,
-           replace_factors]  # fmt: skip
+           replace_factors, write_weight_in_place, exchange_weight]  # fmt: skip
+
+
+@pytest.fixture(params=["plan as it is", "plan in Python"])
+def plans(request, monkeypatch):
+    if request.param == "plan in Python":
+        monkeypatch.setitem(ops.BACKENDS, "cpu", ops.BACKENDS["cpu"]._replace(plan=None))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_layer_that_was_called_before_follows_every_change(change, tied):
+def test_a_layer_that_was_called_before_follows_every_change(change, tied, plans):
     first = linear()
     layer = TinyLoRALayer(first.base, first.basis, first.sigma, first.projection, first) if tied else first
     x = torch.randn(3, 16)
@@ -258,7 +274,56 @@ def test_a_layer_that_was_called_before_follows_every_change(change, tied):
         assert torch.equal(layer(x), fresh) and not torch.equal(fresh.float(), before)
 
 
-def test_a_call_without_gradients_does_not_answer_one_with():
+class Counter(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.products += func is torch.ops.tinylora.linear.default or func is nn.functional.linear
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_watches_a_call_sees_one_with_a_plan_as_well(plans):
+    layer, x = linear(), torch.randn(3, 16)
+    exact = layer(x)
+    calls = []
+    with nn.modules.module.register_module_forward_hook(lambda module, args, out: calls.append(module)):
+        torch.testing.assert_close(layer(x), exact)
+    assert layer.base in calls
+    with Counter() as counter:
+        assert torch.equal(layer(x), exact) and counter.products == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    assert torch.equal(layer(x), exact)
+
+
+def test_a_wrong_input_raises_the_same_with_a_plan(plans):
+    layer = linear()
+    layer(torch.randn(3, 16))
+    assert layer._plan is not None
+    with pytest.raises(ValueError, match=r"x: expected last dimension 16 as in right \(2, 16\), found \(3, 15\)"):
+        layer(torch.randn(3, 15))
+    with pytest.raises((RuntimeError, TypeError)):
+        layer(torch.randn(3, 16).double())
+    with pytest.raises((AttributeError, TypeError)):
+        layer([1.0] * 16)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_plan_keeps_nothing_alive(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setitem(ops.BACKENDS, "cpu", ops.BACKENDS["cpu"]._replace(plan=None))
+    layer, x = linear(), torch.randn(3, 16)
+    layer(x)
+    layer.base.register_forward_hook(lambda module, args, out: layer and None)  # a cycle through the plan
+    weight, gone = weakref.ref(layer.base.weight), weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None and weight() is None
+
+
+def test_a_call_without_gradients_does_not_answer_one_with(plans):
     layer, x = linear(), torch.randn(3, 16)
     with torch.no_grad():
         assert not layer(x).requires_grad and not layer(x).requires_grad

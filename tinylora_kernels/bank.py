@@ -85,7 +85,7 @@ class AdapterBank:
         self._free = list(range(capacity))  # a heap: the lowest slot is handed out first
         self._live = torch.zeros(capacity, dtype=torch.bool)
         self._lock = threading.Lock()
-        self._selection: contextvars.ContextVar[Selection | None] = contextvars.ContextVar("selection", default=None)
+        self.selected: contextvars.ContextVar[Selection | None] = contextvars.ContextVar("selection", default=None)
         self._layers = list(layers.values())
         self.own_projections = OwnProjections(self._layers, capacity, trainable) if own_seeds else None
         for layer in self._layers:
@@ -273,11 +273,11 @@ class AdapterBank:
         """
         with self._lock:
             selection = Selection(self, self._resolve(adapters))
-        token = self._selection.set(selection)
+        token = self.selected.set(selection)
         try:
             yield
         finally:
-            self._selection.reset(token)
+            self.selected.reset(token)
 
     def _resolve(self, adapters: Sequence[Hashable | None] | Tensor) -> Tensor:
         """Ids [B] int64, every one of them live or BARE."""
@@ -301,7 +301,7 @@ class AdapterBank:
 
     def selection(self) -> Selection | None:
         """What this thread's innermost ``use`` block selected; None outside."""
-        selected = self._selection.get()
+        selected = self.selected.get()
         if selected is None and torch._C._current_graph_task_id() != -1 and self.parameters():
             raise RuntimeError(
                 "adapter bank: activations are being recomputed outside the block that made them; "

@@ -11,7 +11,7 @@ from .channels import update_channels
 from .frozen import PLAIN, dense, is_sharded, right_factor
 from .functional import tiny_lora_linear, tiny_lora_update
 from .ops.reference import contract
-from .plain_linear import has_hooks, is_plain_linear, make_plan, note_change, right_for
+from .plain_linear import Chosen, has_hooks, is_plain_linear, make_plan, note_change, right_for
 
 
 class TinyLoRALayer(nn.Module):
@@ -52,6 +52,7 @@ class TinyLoRALayer(nn.Module):
         super().__init__()
         self.__dict__["_plan"] = None  # how the last call ran, if the next ones can run like it
         self.__dict__["_right"] = None  # B^T and the weight it was computed from: plain_linear.right_for
+        self.__dict__["_selection"] = None  # the bank's at the last call
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
@@ -93,16 +94,17 @@ class TinyLoRALayer(nn.Module):
         if not self.enabled:
             return base(*args, **kwargs)
         basis, projection = buffers["basis"], buffers["projection"]
-        v, adapter_ids = self._owner[0]._parameters["v"], None
+        v, adapter_ids, chosen = self._owner[0]._parameters["v"], None, None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
-            v, projection, adapter_ids = selection.of(self, basis.device)
+            chosen = Chosen(selection, *selection.of(self, basis.device))
+            _, v, projection, adapter_ids = chosen
         if v.device != basis.device:
             v = v.to(basis.device)  # a tie group that spans devices
         fresh = self._fresh_output and not has_hooks(base)
         if fresh and len(args) == 1 and not kwargs and is_plain_linear(base, args[0]):
             weight, bias = base._parameters["weight"], base._parameters["bias"]
-            if self.bank is None:
-                self.__dict__["_plan"] = make_plan(self, self._owner[0], args[0])
+            if self._worth_a_plan(chosen):
+                self.__dict__["_plan"] = make_plan(self, self._owner[0], args[0], chosen)
             return tiny_lora_linear(
                 args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids,
                 right=right_for(self, args[0]), backend=self.backend,
@@ -116,9 +118,16 @@ class TinyLoRALayer(nn.Module):
             inplace=fresh and type(base._parameters.get("weight")) in PLAIN, backend=self.backend,
         )  # fmt: skip
 
+    def _worth_a_plan(self, chosen: Chosen | None) -> bool:
+        """Whether calls like this one are to be expected: of a bank's block from its second on, as in generation."""
+        if chosen is None:
+            return self.bank is None
+        before, self.__dict__["_selection"] = self._selection, chosen.selection
+        return before is chosen.selection
+
     def __getstate__(self) -> dict:
         """Copies and pickles carry no bank: it belongs to the layers of one model in one process."""
-        return {**self.__dict__, "bank": None, "_plan": None, "_right": None}
+        return {**self.__dict__, "bank": None, "_plan": None, "_right": None, "_selection": None}
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)

@@ -6,6 +6,7 @@ all questions asked, 14 to 15 with a plan, and 6 to 8 with nothing asked at all.
 """
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,15 @@ def is_plain_linear(base: nn.Module, x: Tensor) -> bool:
     )  # fmt: skip
 
 
+class Chosen(NamedTuple):
+    """What a bank's selection has for the rows of one layer: bank.Selection.of."""
+
+    selection: Any
+    vectors: Tensor  # [K, u]
+    projection: Tensor
+    adapter_ids: Tensor  # [B]
+
+
 class Plan(NamedTuple):
     """How to run a layer for as long as its tensors are these very objects and no adapted layer was changed."""
 
@@ -77,11 +87,13 @@ class Plan(NamedTuple):
     v: Tensor
     lacks_right: bool  # the first x that wants a gradient wants B^T as well
     frozen: FrozenLinear
+    selected: ContextVar | None  # of the layer's bank
+    selection: Any  # what it holds inside the block of bank.use that the plan is for
 
     def run(self, x: Tensor) -> Tensor | None:
         """The adapted output, or None where something is not as it was: then the questions must be asked again."""
-        changes, written, requested, state, dtype, device_type, buffers, parameters, v, lacks_right, frozen = self
-        weight, bias, basis, projection, offset, _, right, backend = frozen
+        changes, written, requested, state, dtype, device_type, buffers, parameters, v, lacks_right = self[:10]
+        weight, bias, basis, projection, offset, adapter_ids, right, backend = self.frozen
         own = state["_parameters"]
         if (
             changes != _changes
@@ -91,20 +103,34 @@ class Plan(NamedTuple):
             or _has_hooks(state) or "forward" in state
             or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
             or weight.requires_grad or (bias is not None and bias.requires_grad)
-            or (weight._version, weight.data_ptr()) != written or (lacks_right and x.requires_grad and torch.is_grad_enabled())
+            or (weight._version, weight.data_ptr()) != written
+            or (lacks_right and x.requires_grad and torch.is_grad_enabled())
+            or (self.selected is not None and self.selected.get() is not self.selection)
         ):  # fmt: skip
             return None
         if backend.linear is not None and not _in_transform():
-            return backend.linear(x, v, weight, bias, basis, projection, offset, None, right)
-        return apply_linear(x, v, frozen)
+            return backend.linear(x, v, weight, bias, basis, projection, offset, adapter_ids, right)
+        return apply_linear(x, v, self.frozen)
 
 
-def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:
+def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor, chosen: Chosen | None = None) -> Plan | None:
     """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
 
     Where the node in C++ is compiled, the plan is too (ops/linear_plan.inl): what asks here must ask there.
+
+    Args:
+        owner: the layer that holds v.
+        x: the input of a call like those to come.
+        chosen: the vectors that the layer's bank has for the rows, instead of v.
     """
-    base, buffers, v = layer._modules["base"], layer._buffers, owner._parameters["v"]
+    base, buffers = layer._modules["base"], layer._buffers
+    projection, adapter_ids, parameters, selected, selection = buffers["projection"], None, owner._parameters, None, None
+    if chosen is not None:
+        if layer.bank.tables[layer.group].requires_grad:  # with gradients its rows are read anew at every call
+            return None
+        selection, v, projection, adapter_ids = chosen
+        parameters, selected = {"v": v}, layer.bank.selected
+    v = parameters["v"]
     weight, basis = base._parameters["weight"], buffers["basis"]
     accumulate = accumulation_dtype(weight.dtype)
     if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
@@ -112,12 +138,12 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor) -> Plan | None:
     if weight.is_inference():  # it has no version
         return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
-    bias, projection, offset = base._parameters["bias"], buffers["projection"], buffers["offset"]
+    bias, offset = base._parameters["bias"], buffers["offset"]
     right = right_for(layer, x)
     plan = Plan(
         _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
-        owner._parameters, v, right is None and _right_pays(weight, bias, backend, training=True),
-        FrozenLinear(weight, bias, basis, projection, offset, None, right, backend),
+        parameters, v, right is None and _right_pays(weight, bias, backend, training=True),
+        FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, backend), selected, selection,
     )  # fmt: skip
     return plan if backend.plan is None else backend.plan(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
 

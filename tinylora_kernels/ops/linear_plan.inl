@@ -31,6 +31,7 @@ struct Questions {
   PyObject* global_hooks;      // tuple of dictionaries
   PyObject *changes, *requested, *state, *buffers, *parameters;
   PyObject *weight, *bias, *v, *basis;
+  PyObject *selected, *selection;  // a ContextVar and its value, or None
   uint32_t version;
   const void* address;  // of the weight's numbers
   bool lacks_right;
@@ -38,7 +39,7 @@ struct Questions {
 
 struct Answer {
   Tensor v, weight, basis, projection;
-  Maybe bias, offset, right;
+  Maybe bias, offset, adapter_ids, right;
 };
 
 struct PlanObject {
@@ -52,6 +53,13 @@ PyObject* look_up(PyObject* dict, PyObject* name) { return PyDict_GetItemWithErr
 
 bool is_empty(PyObject* dict) { return dict && PyDict_GET_SIZE(dict) == 0; }
 
+bool selection_is_as_it_was(const Questions& q) {
+  if (q.selected == Py_None) return true;
+  PyObject* value = nullptr;
+  if (PyContextVar_Get(q.selected, nullptr, &value) < 0) throw python_error();
+  return Owned(value).get() == q.selection;
+}
+
 bool python_is_as_it_was(const Questions& q) {
   if (look_up(q.plans, names->changes) != q.changes || look_up(q.dispatch, names->requested) != q.requested) return false;
   PyObject* own = look_up(q.state, names->parameters);
@@ -64,7 +72,7 @@ bool python_is_as_it_was(const Questions& q) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(q.global_hooks); ++i) {
     if (!is_empty(PyTuple_GET_ITEM(q.global_hooks, i))) return false;
   }
-  return true;
+  return selection_is_as_it_was(q);
 }
 
 bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor& x) {
@@ -94,9 +102,12 @@ PyObject* plan_run(PyObject* self, PyObject* input) {
   Tensor y;
   try {
     pybind11::gil_scoped_release others_may_run;
-    y = linear_with_autograd(x, a.v, a.weight, a.bias, a.basis, a.projection, a.offset, std::nullopt, a.right);
-  } catch (const std::invalid_argument& error) {  // as torch.ops raises it
+    y = linear_with_autograd(x, a.v, a.weight, a.bias, a.basis, a.projection, a.offset, a.adapter_ids, a.right);
+  } catch (const std::invalid_argument& error) {  // as torch.ops raises it, and std::out_of_range
     PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::out_of_range& error) {
+    PyErr_SetString(PyExc_IndexError, error.what());
     return nullptr;
   }
   return THPVariable_Wrap(std::move(y));
@@ -130,12 +141,12 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   auto answer = std::make_unique<Answer>(Answer{
       THPVariable_Unpack(field(plan, "v")), tensor(frozen, "weight"), tensor(frozen, "basis"),
       tensor(frozen, "projection"), optional_tensor(frozen, "bias"), optional_tensor(frozen, "offset"),
-      optional_tensor(frozen, "right")});
+      optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right")});
   const Questions questions{
       plans, dispatch, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
-      field(frozen, "basis"), uint32_t(answer->weight._version()), answer->weight.const_data_ptr(),
+      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->weight._version()), answer->weight.const_data_ptr(),
       field(plan, "lacks_right") == Py_True};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
