@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from tests.cases import error
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import AdapterError, LoRAXSConfig, TinyLoRAConfig, apply_lora_xs, apply_tiny_lora
-from tinylora_kernels import load_adapter, save_adapter, trainable_vectors
+from tinylora_kernels import load_adapter, ops, save_adapter, trainable_vectors
 from tinylora_kernels.bank import AdapterBank
+from tinylora_kernels.model import adapted_layers
 
 
 def adapted(**changes):
@@ -150,6 +151,43 @@ def test_rows_that_do_not_divide_are_refused_before_anything_is_written():
     bank, _ = filled_bank(model)
     with bank.use(["a0", "a1"]), pytest.raises((ValueError, RuntimeError), match="divides the 9 rows"):
         model(torch.randint(0, 17, (3, 3)))
+
+
+@pytest.fixture(params=["plan as it is", "plan in Python"])
+def plans(request, monkeypatch):
+    if request.param == "plan in Python":
+        monkeypatch.setitem(ops.BACKENDS, "cpu", ops.BACKENDS["cpu"]._replace(plan=None))
+
+
+def planned(model) -> int:
+    return sum(layer._plan is not None for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("own_seeds", [False, True])
+def test_a_block_is_planned_at_its_second_call_and_no_other_runs_by_its_plan(plans, own_seeds):
+    model = adapted()
+    bank, _ = filled_bank(model, own_seeds=own_seeds, trainable=True)
+    tokens, layers = torch.randint(0, 17, (2, 3)), len(adapted_layers(model))
+    found = {}
+    for batch in (["a0", "a1"], ["a2", "a3"], ["a2", None]):
+        with torch.no_grad(), bank.use(batch):
+            found[tuple(batch)] = model(tokens)
+            assert planned(model) == (layers if len(found) > 1 else 0)  # those of the block before are still there
+            for _ in range(2):
+                assert torch.equal(model(tokens), found[tuple(batch)])
+            assert planned(model) == layers
+    with bank.use(["a0", "a1"]):
+        for repeat in range(3):
+            tables = list(bank.tables.values())
+            out = model(tokens)
+            torch.testing.assert_close(out.detach(), found["a0", "a1"])
+            assert all(g[:2].any() and not g[2:].any() for g in torch.autograd.grad(out.square().sum(), tables))
+            with torch.no_grad():  # and back
+                assert torch.equal(model(tokens), found["a0", "a1"])
+    with torch.no_grad():
+        bare = model(tokens)
+        bank.close()
+        assert torch.equal(model(tokens), bare) and not torch.equal(bare, found["a0", "a1"])
 
 
 def test_a_bare_model_and_copies_carry_no_bank():

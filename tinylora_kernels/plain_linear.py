@@ -89,6 +89,8 @@ class Plan(NamedTuple):
     frozen: FrozenLinear
     selected: ContextVar | None  # of the layer's bank
     selection: Any  # what it holds inside the block of bank.use that the plan is for
+    table: Tensor | None  # the bank's, whose rows were read with or without gradients:
+    live: bool
 
     def run(self, x: Tensor) -> Tensor | None:
         """The adapted output, or None where something is not as it was: then the questions must be asked again."""
@@ -105,12 +107,16 @@ class Plan(NamedTuple):
             or weight.requires_grad or (bias is not None and bias.requires_grad)
             or (weight._version, weight.data_ptr()) != written
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
-            or (self.selected is not None and self.selected.get() is not self.selection)
+            or (self.selected is not None and not self._selects())
         ):  # fmt: skip
             return None
         if backend.linear is not None and not _in_transform():
             return backend.linear(x, v, weight, bias, basis, projection, offset, adapter_ids, right)
         return apply_linear(x, v, self.frozen)
+
+    def _selects(self) -> bool:
+        wants_gradients = self.table.requires_grad and torch.is_grad_enabled()
+        return self.selected.get() is self.selection and wants_gradients is self.live
 
 
 def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor, chosen: Chosen | None = None) -> Plan | None:
@@ -124,12 +130,15 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor, chosen: Chosen | No
         chosen: the vectors that the layer's bank has for the rows, instead of v.
     """
     base, buffers = layer._modules["base"], layer._buffers
-    projection, adapter_ids, parameters, selected, selection = buffers["projection"], None, owner._parameters, None, None
+    parameters, projection, adapter_ids = owner._parameters, buffers["projection"], None
+    of_bank = None, None, None, False
     if chosen is not None:
-        if layer.bank.tables[layer.group].requires_grad:  # with gradients its rows are read anew at every call
+        selection, vectors, projection, adapter_ids = chosen
+        parameters, table = {"v": vectors}, layer.bank.tables[layer.group]
+        live = table.requires_grad and torch.is_grad_enabled()
+        if live and vectors is not table:  # made from the table's rows at every call
             return None
-        selection, v, projection, adapter_ids = chosen
-        parameters, selected = {"v": v}, layer.bank.selected
+        of_bank = layer.bank.selected, selection, table, live
     v = parameters["v"]
     weight, basis = base._parameters["weight"], buffers["basis"]
     accumulate = accumulation_dtype(weight.dtype)
@@ -143,7 +152,7 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor, chosen: Chosen | No
     plan = Plan(
         _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
         parameters, v, right is None and _right_pays(weight, bias, backend, training=True),
-        FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, backend), selected, selection,
+        FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, backend), *of_bank,
     )  # fmt: skip
     return plan if backend.plan is None else backend.plan(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
 

@@ -34,11 +34,11 @@ struct Questions {
   PyObject *selected, *selection;  // a ContextVar and its value, or None
   uint32_t version;
   const void* address;  // of the weight's numbers
-  bool lacks_right;
+  bool lacks_right, live;
 };
 
 struct Answer {
-  Tensor v, weight, basis, projection;
+  Tensor v, weight, basis, projection, table;
   Maybe bias, offset, adapter_ids, right;
 };
 
@@ -53,14 +53,15 @@ PyObject* look_up(PyObject* dict, PyObject* name) { return PyDict_GetItemWithErr
 
 bool is_empty(PyObject* dict) { return dict && PyDict_GET_SIZE(dict) == 0; }
 
-bool selection_is_as_it_was(const Questions& q) {
+bool selection_is_as_it_was(const Questions& q, const Tensor& table) {
   if (q.selected == Py_None) return true;
+  if ((table.requires_grad() && at::GradMode::is_enabled()) != q.live) return false;
   PyObject* value = nullptr;
   if (PyContextVar_Get(q.selected, nullptr, &value) < 0) throw python_error();
   return Owned(value).get() == q.selection;
 }
 
-bool python_is_as_it_was(const Questions& q) {
+bool python_is_as_it_was(const Questions& q, const Tensor& table) {
   if (look_up(q.plans, names->changes) != q.changes || look_up(q.dispatch, names->requested) != q.requested) return false;
   PyObject* own = look_up(q.state, names->parameters);
   if (!own || look_up(own, names->weight) != q.weight || look_up(own, names->bias) != q.bias) return false;
@@ -72,7 +73,7 @@ bool python_is_as_it_was(const Questions& q) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(q.global_hooks); ++i) {
     if (!is_empty(PyTuple_GET_ITEM(q.global_hooks, i))) return false;
   }
-  return selection_is_as_it_was(q);
+  return selection_is_as_it_was(q, table);
 }
 
 bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor& x) {
@@ -96,7 +97,7 @@ PyObject* plan_run(PyObject* self, PyObject* input) {
   if (Py_TYPE(input) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(input);
   const Answer& a = *plan.answer;
-  if (!python_is_as_it_was(plan.questions) || !tensors_are_as_they_were(plan.questions, a, x) || is_watched(x)) {
+  if (!python_is_as_it_was(plan.questions, a.table) || !tensors_are_as_they_were(plan.questions, a, x) || is_watched(x)) {
     Py_RETURN_NONE;
   }
   Tensor y;
@@ -140,14 +141,14 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   PyObject* frozen = field(plan, "frozen");
   auto answer = std::make_unique<Answer>(Answer{
       THPVariable_Unpack(field(plan, "v")), tensor(frozen, "weight"), tensor(frozen, "basis"),
-      tensor(frozen, "projection"), optional_tensor(frozen, "bias"), optional_tensor(frozen, "offset"),
+      tensor(frozen, "projection"), optional_tensor(plan, "table").value_or(Tensor()), optional_tensor(frozen, "bias"), optional_tensor(frozen, "offset"),
       optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right")});
   const Questions questions{
       plans, dispatch, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
       field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->weight._version()), answer->weight.const_data_ptr(),
-      field(plan, "lacks_right") == Py_True};
+      field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   self->arguments = Py_NewRef(arguments);
