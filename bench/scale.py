@@ -233,7 +233,7 @@ def measure(shapes: list[tuple[int, int]]) -> list[dict]:
             done = operations(shape, work.rows[dtype])
             row |= {f"passes_{label}": f"{work.passes[dtype]:g}", f"rows_{label}": f"{work.rows[dtype]:g}"}
             row[f"gflops_{label}"] = f"{done / work.seconds[dtype] / 1e9:.2f}"
-        rows.append(row)
+        rows.append(row | environment.describe())
     return rows
 
 

@@ -106,6 +106,7 @@ class Job {
     job_.projected = projected;
     job_.scratch = scratch_.data();
   }
+  Job(const Job&) = delete;  // job_ points into the others
 
   // after(first chunk, last chunk) once these are done, on the same thread.
   template <class After>

@@ -24,8 +24,9 @@ def test_outputs_and_gradients_are_those_of_one_process(measured):
     for deviation in measured[0]:
         if deviation.dtype == "float64":
             assert deviation.output < 1e-14 and deviation.gradient < 1e-14, deviation
-        else:  # no further from one process than rounding has put that one from the truth
-            assert deviation.output <= deviation.own_output and deviation.gradient <= deviation.own_gradient, deviation
+        else:  # no further from one process than rounding puts either of the two from the truth
+            assert deviation.output <= 2 * deviation.own_output, deviation
+            assert deviation.gradient <= 2 * deviation.own_gradient, deviation
 
 
 def test_data_parallelism_costs_one_all_reduce_of_v(measured):

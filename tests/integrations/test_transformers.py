@@ -226,9 +226,10 @@ def test_a_model_with_accelerates_hooks_before_and_after():
     device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
                   "lm_head": "cpu"}  # fmt: skip
     hooked = accelerate.dispatch_model(llama(), device_map=device_map, main_device="cpu", force_hooks=True)
-    assert torch.equal(logits(adapt(hooked)), expected)
+    # A layer with hooks has its output updated, another's product is added to the low-rank term: two roundings.
+    torch.testing.assert_close(logits(adapt(hooked)), expected)
     after = accelerate.dispatch_model(adapt(llama()), device_map=device_map, main_device="cpu", force_hooks=True)
-    assert torch.equal(logits(after), expected)
+    torch.testing.assert_close(logits(after), expected)
 
 
 def test_a_device_map_on_loading(tmp_path):
