@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tinylora_kernels import subspace  # noqa: E402
+from tinylora_kernels.bench import environment  # noqa: E402
 from tinylora_kernels.distributed import deal  # noqa: E402
 from tinylora_kernels.factors import truncated_svd  # noqa: E402
 

@@ -1,15 +1,15 @@
 """Which way around the product of a frozen linear layer is fastest on the CPU. linear_node.cpp has the same rules.
 
 MKL's products of 32 and 64 bits add to what is there at no cost that can be measured, where a pass over the finished
-result has to fetch it again. oneDNN's of 16 bits pay for it about what that pass costs, so there the product comes first;
+result has to fetch it again. oneDNN's of 16 bits pay for it more than that pass costs, so there the product comes first;
 but for a bias torch copies it into y and adds to that anyway. Measured on two threads of a Zen 4, forward and backward over
-the frozen layer, geometric means of 9 layers 128 to 4864 wide, with the product first and last:
+the frozen layer, geometric means of 9 layers 128 to 4864 wide, with the product first and last throughout:
 
     tokens            1      8    128    512
-    fp32, first   1.151  1.105  1.064  1.020
-    fp32, last    1.131  1.049  0.998  1.011
-    bf16, first   1.119  1.120  1.061  1.046
-    bf16, last    1.135  1.131  1.081  1.075
+    fp32, first   1.027  1.026  1.017  1.033
+    fp32, last    1.012  0.997  1.002  1.002
+    bf16, first   1.007  1.010  1.023  1.024
+    bf16, last    1.028  1.027  1.042  1.046
 """
 from __future__ import annotations
 
