@@ -1,8 +1,10 @@
 """Many adapters in one batch: each row exactly as it would be alone, forward and gradient, whatever other threads do."""
 import contextlib
 import copy
+import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -188,6 +190,20 @@ def test_a_block_is_planned_at_its_second_call_and_no_other_runs_by_its_plan(pla
         bare = model(tokens)
         bank.close()
         assert torch.equal(model(tokens), bare) and not torch.equal(bare, found["a0", "a1"])
+
+
+def test_a_closed_bank_is_given_back():
+    model = adapted()
+    bank, _ = filled_bank(model)
+    with torch.no_grad(), bank.use(["a0"]):
+        for _ in range(3):
+            model(torch.randint(0, 17, (1, 3)))
+    assert planned(model)
+    bank.close()
+    gone = weakref.ref(bank)
+    del bank
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_bare_model_and_copies_carry_no_bank():

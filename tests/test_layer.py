@@ -342,6 +342,37 @@ def test_one_node_notices_a_weight_rewritten_before_backward():
         out.sum().backward()
 
 
+def test_one_node_notices_a_vector_rewritten_before_backward():
+    layer, x = linear(), torch.randn(3, 16, requires_grad=True)
+    out = layer(x)
+    with torch.no_grad():
+        layer.v.mul_(2)  # a step of the optimizer
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_second_backward_needs_the_graph_retained(trained):
+    layer, x = linear(), torch.randn(3, 16, requires_grad=True)
+    layer.v.requires_grad_(trained)
+    out = layer(x).sum()
+    out.backward(retain_graph=True)
+    first, x.grad = x.grad, None
+    out.backward()
+    assert torch.equal(x.grad, first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.backward()
+
+
+def test_a_layer_called_in_inference_mode_first_is_trained_all_the_same():
+    layer, x = linear(), torch.randn(3, 16)
+    twin = copy.deepcopy(layer)
+    with torch.inference_mode():
+        layer(x)
+    for one, two in zip(gradients(layer, x), gradients(twin, x), strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("watched", [False, True])
 def test_second_derivatives_are_an_error(watched):
     layer, x = linear(), torch.randn(3, 16, requires_grad=True)

@@ -103,11 +103,12 @@ class TinyLoRALayer(nn.Module):
         fresh = self._fresh_output and not has_hooks(base)
         if fresh and len(args) == 1 and not kwargs and is_plain_linear(base, args[0]):
             weight, bias = base._parameters["weight"], base._parameters["bias"]
+            right = right_for(self, args[0])
             if self._worth_a_plan(chosen):
-                self.__dict__["_plan"] = make_plan(self, self._owner[0], args[0], chosen)
+                self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen)
             return tiny_lora_linear(
-                args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids,
-                right=right_for(self, args[0]), backend=self.backend,
+                args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids, right=right,
+                backend=self.backend,
             )  # fmt: skip
         if is_sharded(base._parameters.get("weight")):
             from .distributed import sharded_forward  # loads torch.distributed: only where it is in use
@@ -131,6 +132,7 @@ class TinyLoRALayer(nn.Module):
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)
+        self.__dict__["_plan"] = self.__dict__["_selection"] = None  # they would keep a bank that was closed
         note_change()
 
     @property

@@ -118,14 +118,14 @@ class Plan(NamedTuple):
         return self.selected.get() is self.selection and wants_gradients is self.live
 
 
-def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor, chosen: Chosen | None = None) -> Plan | None:
+def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: Chosen | None = None) -> Plan | None:
     """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
 
     Where the node in C++ is compiled, the plan is too (ops/linear_plan.inl): what asks here must ask there.
 
     Args:
         owner: the layer that holds v.
-        x: the input of a call like those to come.
+        right: B^T, where right_for has it for calls like those to come.
         chosen: the vectors that the layer's bank has for the rows, instead of v.
     """
     base, buffers = layer._modules["base"], layer._buffers
@@ -147,7 +147,6 @@ def make_plan(layer: nn.Module, owner: nn.Module, x: Tensor, chosen: Chosen | No
         return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     bias, offset = base._parameters["bias"], buffers["offset"]
-    right = right_for(layer, x)
     plan = Plan(
         _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
         parameters, v, right is None and _right_pays(weight, bias, backend, training=True),
