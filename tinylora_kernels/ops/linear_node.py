@@ -6,12 +6,14 @@ one serves one release of torch and one of Python: those it was compiled with, w
 package is installed from its sources, or by `python -m tinylora_kernels compile`, in half a minute. Beside any other torch
 or Python, and on a GPU, autograd.py has the same node and plain_linear.py the same plan: the same bits, slower.
 
-One token through 40 layers of 576 x 576, microseconds a layer beyond the frozen one's (2 threads of a Zen 4; fp32, bf16):
+One token through 40 layers of 576 x 576, microseconds a layer beyond the frozen one's (bench/dispatch.py, 2 threads of a
+Zen 4, fp32 and bf16):
 
                     forward, no gradients   forward, training   backward
-    in Python                    24    18            44    39     38  20
-    node in C++                  15    11            13    14     -1   2
-    node and plan in C++          4     1             3     1      0   3
+    in Python                    20    19            33    38     34  25
+    node in C++                  12    12             9    13      0   1
+    node and plan in C++          2    -1             3    -2      9   4
+    noise                         1    -1             3    -4      2  -4
 
 setup.py runs this file without the package, and pip without torch: it imports neither at the top.
 """
