@@ -8,22 +8,50 @@ namespace {
 
 #include "cpu/avx512.inl"
 
-struct BFloat16Format {
+// bfloat16 is the upper half of a float. 32 of them seen as 16 words of 32 bits: the even ones sit in the lower halves,
+// the odd ones are floats already once the lower half is cleared. So registers hold even and odd lanes here, one
+// instruction each, and the basis is put into that order where it is loaded, once for several rows.
+template <>
+struct Lanes<BFloat16> : Float16Lanes {
+  static void widen(__m512i packed, Reg& even, Reg& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(packed, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(packed, _mm512_set1_epi32(0xffff0000)));
+  }
+  static void load(const BFloat16* p, Reg& even, Reg& odd) { widen(_mm512_loadu_si512(p), even, odd); }
+  static void load_part(const BFloat16* p, int64_t n, Reg& even, Reg& odd) {
+    widen(_mm512_maskz_loadu_epi16(first_lanes(n), p), even, odd);
+  }
+  static void store(BFloat16* p, Reg even, Reg odd) { _mm512_storeu_si512(p, narrow(even, odd)); }
+  static void store_part(BFloat16* p, int64_t n, Reg even, Reg odd) {
+    _mm512_mask_storeu_epi16(p, first_lanes(n), narrow(even, odd));
+  }
+  static void sort(Reg& low, Reg& high) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const Reg first = low;
+    low = _mm512_permutex2var_ps(first, even, high);
+    high = _mm512_permutex2var_ps(first, odd, high);
+  }
+  static void load_basis(const float* p, Reg& even, Reg& odd) {
+    load32(p, even, odd);
+    sort(even, odd);
+  }
+  static void load_basis_part(const float* p, int64_t n, Reg& even, Reg& odd) {
+    load32_part(p, n, even, odd);
+    sort(even, odd);
+  }
   // To nearest, ties to even: add 0x7fff and the last bit that stays. NaN stays NaN.
-  static __m512i round(__m512 x) {
+  static __m512i round(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   }
-  static __m512i narrow(__m512 even, __m512 odd) {
+  static __m512i narrow(Reg even, Reg odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(round(even), 16), round(odd));
   }
 };
-
-template <>
-struct Lanes<BFloat16> : EvenOddLanes<BFloat16Format> {};
 
 template <>
 struct Lanes<Half> : Float16Lanes {
@@ -43,10 +71,6 @@ struct Lanes<Half> : Float16Lanes {
   static void store(Half* p, Reg low, Reg high) { _mm512_storeu_si512(p, narrow(low, high)); }
   static void store_part(Half* p, int64_t n, Reg low, Reg high) {
     _mm512_mask_storeu_epi16(p, first_lanes(n), narrow(low, high));
-  }
-  static void load_basis(const float* p, Reg& low, Reg& high) { Lanes<float>::load(p, low, high); }
-  static void load_basis_part(const float* p, int64_t n, Reg& low, Reg& high) {
-    Lanes<float>::load_part(p, n, low, high);
   }
 };
 
