@@ -55,12 +55,14 @@ void for_chunks(int64_t rows, int64_t width, const Body& body) {
 }
 
 // A fresh block this large comes from the system a page at a time, each page an interrupt and zeroed as it is first
-// written: several times the cost of the update. In pages of 2 MB it is a fraction of that. A wish, not a need:
-// whatever the system answers, the result is the same.
+// written: several times the cost of the update. In pages of 2 MB it is a fraction of that, once: malloc keeps the block
+// for the next call. Beyond 32 MB (its DEFAULT_MMAP_THRESHOLD_MAX) it does not, and huge pages would be made anew at every
+// call; a virtual machine that reports free ones to its host even has to get them back from there, slower than 4 KB ones.
+// A wish, not a need: whatever the system answers, the result is the same.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t least = size_t{4} << 20, page = size_t{1} << 12;
-  if (bytes < least) return;
+  constexpr size_t least = size_t{4} << 20, most = size_t{32} << 20, page = size_t{1} << 12;
+  if (bytes < least || bytes > most) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -1,4 +1,5 @@
 """The benchmark measures what it says: the gate rejects wrong results, ratios are taken round by round, runs resume."""
+import gc
 import math
 from itertools import cycle
 
@@ -77,6 +78,19 @@ def test_ours_saves_r_numbers_a_token_and_nothing_else():
     assert saved["frozen"] == 0
     assert saved["ours"] == tokens * shapes.RANK * 4
     assert saved["delta"] >= tokens * features * 2 + problem.weight.nbytes  # x and the dense sum
+
+
+@pytest.mark.parametrize("name", ["ours", "delta", "chain"])
+def test_counting_keeps_nothing(name):
+    """The graph of W + delta holds what it saves: counted for every layer of the grid, that was 12 GB."""
+    problem = contenders.make_problem(TINY)
+    contender = contenders.build(problem, [name])[name]
+    memory.measure(contender, problem)
+    gc.collect()
+    before = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    memory.measure(contender, problem)
+    gc.collect()
+    assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) == before
 
 
 def test_written_bytes_count_results_and_in_place_writes():
