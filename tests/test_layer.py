@@ -145,7 +145,7 @@ def test_linear_and_update_as_one_node_give_the_results_of_two(bias, shape, dtyp
     exact = gradients(copy.deepcopy(general(layer)).double(), x.double())
     # x W^T and g W, added to their low-rank terms or updated, against the update of x W^T and of g
     for found, other, truth in zip(one, two, exact, strict=True):
-        assert error(found, truth) <= max(1.5 * error(other, truth), 4 * torch.finfo(dtype).eps)
+        assert error(found, truth) <= max(1.5 * error(other, truth), 8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -164,7 +164,7 @@ def test_zeros_give_the_bits_of_the_frozen_layer(bias, shape, dtype):
 
 @pytest.mark.parametrize("shape", [(5, 16), (0, 16), (2, 1, 3, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("out_features", [24, 7])  # so narrow that bfloat16 leaves dx alone
+@pytest.mark.parametrize("out_features", [24, 7])  # so narrow that y and a copy of g are updated instead
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_node_in_python_gives_the_bits_of_the_one_in_cpp(shape, dtype, out_features, bias, monkeypatch):
     layer, x = linear(bias, dtype, out_features), torch.randn(shape).to(dtype)

@@ -67,11 +67,11 @@ Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const
 }
 
 // linear_rules.py says why.
-bool product_last(const Tensor& weight, const Maybe& bias) { return weight.element_size() >= 4 || bias; }
-bool product_last_in_backward(const Tensor& weight) { return weight.element_size() >= 4; }
-bool updates_input_grad(const Tensor& weight) {
-  return product_last_in_backward(weight) || weight.size(1) <= 2 * weight.size(0);
+bool updates_input_grad(const Tensor& weight) { return weight.size(1) <= 2 * weight.size(0); }
+bool product_last(const Tensor& weight, const Maybe& bias) {
+  return (weight.element_size() >= 4 || bias) && updates_input_grad(weight);
 }
+bool product_last_in_backward(const Tensor& weight) { return weight.element_size() >= 4; }
 
 // total += rows @ matrix over the last dimension; total and rows are contiguous.
 void add_product(const Tensor& total, const Tensor& rows, const Tensor& matrix) {

@@ -141,14 +141,14 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   PyObject* frozen = field(plan, "frozen");
   auto answer = std::make_unique<Answer>(Answer{
       THPVariable_Unpack(field(plan, "v")), tensor(frozen, "weight"), tensor(frozen, "basis"),
-      tensor(frozen, "projection"), optional_tensor(plan, "table").value_or(Tensor()), optional_tensor(frozen, "bias"), optional_tensor(frozen, "offset"),
-      optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right")});
+      tensor(frozen, "projection"), optional_tensor(plan, "table").value_or(Tensor()), optional_tensor(frozen, "bias"),
+      optional_tensor(frozen, "offset"), optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right")});
   const Questions questions{
       plans, dispatch, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
-      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->weight._version()), answer->weight.const_data_ptr(),
-      field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
+      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->weight._version()),
+      answer->weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   self->arguments = Py_NewRef(arguments);
