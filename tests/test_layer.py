@@ -180,6 +180,21 @@ def test_the_node_in_python_gives_the_bits_of_the_one_in_cpp(shape, dtype, out_f
     assert "C++" not in twin(x).grad_fn.name()
 
 
+@pytest.mark.skipif(ops.choose("cpu", torch.float32, 2) != "cpu", reason="the reference knows no B^T")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("out_features, wide", [(8, False), (7, True)])  # of 16 inputs
+def test_right_factor_is_kept_where_it_is_used(dtype, bias, training, out_features, wide):
+    layer, x = linear(bias, dtype, out_features), torch.randn(3, 16, dtype=dtype, requires_grad=training)
+    with torch.set_grad_enabled(training):
+        layer(x)
+    forward = dtype.itemsize >= 4 or bias
+    assert (layer._right is not None) is (not wide and (forward or training))
+    if layer._right is not None:
+        torch.testing.assert_close(layer._right[-1], layer.right_factor().to(layer.basis.dtype))
+
+
 def write_weight(weight):
     with torch.no_grad():
         weight.mul_(-3)
