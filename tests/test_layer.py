@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.cases import error
 from tinylora_kernels import ops
+from tinylora_kernels.functional import tiny_lora_linear
 from tinylora_kernels.layer import TinyLoRALayer
 from tinylora_kernels.ops.reference import contract
 
@@ -178,6 +179,26 @@ def test_the_node_in_python_gives_the_bits_of_the_one_in_cpp(shape, dtype, out_f
     for one, two in zip(in_cpp, gradients(twin, x), strict=True):
         assert torch.equal(one, two)
     assert "C++" not in twin(x).grad_fn.name()
+
+
+@pytest.mark.skipif(ops.BACKENDS["cpu"].linear is None, reason=f"no node in C++: {ops.why_no_node}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("out_features", [24, 8, 7, 3])
+def test_a_right_factor_that_is_given_is_used_alike_in_both_nodes(dtype, out_features, monkeypatch):
+    """The layer hands none over where the rules have no use for it; a caller of tiny_lora_linear may."""
+    layer, x = linear(False, dtype, out_features), torch.randn(5, 16).to(dtype).requires_grad_()
+    frozen = layer.base.weight, None, layer.basis, layer.v, layer.projection
+
+    def results():
+        y = tiny_lora_linear(x, *frozen, right=layer.right_factor().float())
+        return y.grad_fn.name(), [y, *torch.autograd.grad(y, (x, layer.v), torch.ones_like(y))]
+
+    name, in_cpp = results()
+    monkeypatch.setitem(ops.BACKENDS, "cpu", ops.BACKENDS["cpu"]._replace(linear=None, plan=None))
+    other, in_python = results()
+    assert "C++" in name and "C++" not in other
+    for one, two in zip(in_cpp, in_python, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.skipif(ops.choose("cpu", torch.float32, 2) != "cpu", reason="the reference knows no B^T")
