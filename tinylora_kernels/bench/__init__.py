@@ -8,7 +8,7 @@
     timing.py        interleaved rounds and their quantiles
     memory.py        bytes saved for backward, peak temporaries, bytes written
     roofline.py      the physical limit: one read and one write of y at the stream bandwidth of this machine
-    layers.py        the grid of single layers       -> layers.csv, memory.csv
+    layers.py        the grid of single layers       -> layers.csv.gz, memory.csv
     whole_model.py   training step and generation    -> model.csv
     breakdown.py     where adapter time goes         -> breakdown.csv
     report.py        tables for the terminal; plots.py draws the PNGs

@@ -19,7 +19,7 @@ ENVIRONMENT = list(environment.describe())
 QUANTILES = ["p20_us", "p50_us", "p80_us", "ratio_p20", "ratio_p50", "ratio_p80"]
 TIMES = [*CASE, "phase", "rounds", *QUANTILES, "limit_us", "stream_gb_s", *ENVIRONMENT]
 MEMORY = [*CASE, "error_y", "error_dx", "error_dv", "saved_bytes", "peak_bytes", "written_bytes", *ENVIRONMENT]
-TIMES_FILE, MEMORY_FILE = "layers.csv", "memory.csv"
+TIMES_FILE, MEMORY_FILE = "layers.csv.gz", "memory.csv"
 
 INFERENCE_TOKENS = 128  # up to here the forward without autograd, that of generation, is timed as well
 MEMORY_TOKENS = 128  # bytes are proportional to tokens: up to here they are counted
