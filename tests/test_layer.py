@@ -140,13 +140,17 @@ def gradients(layer: TinyLoRALayer, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (0, 16), (2, 1, 3, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_linear_and_update_as_one_node_give_the_results_of_two(bias, shape, dtype):
-    layer, x = linear(bias, dtype), torch.randn(shape).to(dtype)
+    layer, draws = linear(bias, dtype), [torch.randn(shape).to(dtype) for _ in range(8)]
+    x = draws[0]
     assert "TinyLoRALinear" in layer(x).grad_fn.name() and "TinyLoRAUpdate" in general(layer)(x).grad_fn.name()
-    one, two = gradients(layer, x), gradients(general(layer), x)
-    exact = gradients(copy.deepcopy(general(layer)).double(), x.double())
+    errors = []  # [draws, y dx dv, one node or two]; dv of a single row may be a small difference of large numbers
+    for x in draws:
+        one, two = gradients(layer, x), gradients(general(layer), x)
+        exact = gradients(copy.deepcopy(general(layer)).double(), x.double())
+        errors.append([[error(found, truth) for found in pair] for *pair, truth in zip(one, two, exact, strict=True)])
     # x W^T and g W, added to their low-rank terms or updated, against the update of x W^T and of g
-    for found, other, truth in zip(one, two, exact, strict=True):
-        assert error(found, truth) <= max(1.5 * error(other, truth), 8 * torch.finfo(dtype).eps)
+    for found, other in torch.tensor(errors).mean(0).tolist():
+        assert found <= max(1.5 * other, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("bias", [True, False])
