@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
-SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/ops/linear_*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/node.cpp tinylora_kernels/linear/plan.inl) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help build test demo bench study gpu wheels matrix clean
@@ -53,7 +53,7 @@ test: $(VENV)/.test
 # slower than one.
 demo: $(VENV)/.demo
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} \
-	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m tinylora_kernels demo
+	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m demo
 
 # On a machine with a GPU and nvcc: everything that runs elsewhere in simulation, on the card itself; then the grid.
 # The virtual environment sees the system's packages, so that a CUDA torch that is there already is the one tested.
@@ -67,10 +67,10 @@ gpu:
 	TINYLORA_REPEATS=1000 $(BIN)/python -m pytest tests/ops tests/test_layer.py tests/test_model.py tests/test_bank.py
 	! command -v compute-sanitizer || TINYLORA_REPEATS=1 compute-sanitizer --error-exitcode 1 \
 	  $(BIN)/python -m pytest -q tests/ops/test_backends.py -k "budget or autograd"
-	$(BIN)/python -m tinylora_kernels.bench.gpu $(if $(QUICK),--quick)
+	$(BIN)/python -m bench.grid.gpu $(if $(QUICK),--quick)
 
 bench: $(VENV)/.test
-	$(BIN)/python -m tinylora_kernels bench $(if $(QUICK),--quick)
+	$(BIN)/python -m bench.grid $(if $(QUICK),--quick)
 
 study: $(VENV)/.test
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m bench.study $(if $(MODEL),--model "$(MODEL)") \

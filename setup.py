@@ -39,7 +39,7 @@ from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "tinylora_kernels"
-NODE = runpy.run_path(str(ROOT / PACKAGE / "ops/linear_node.py"))  # without the package, which needs torch
+NODE = runpy.run_path(str(ROOT / PACKAGE / "linear/build.py"))  # without the package, which needs torch
 LIBRARY = "libtinylora.so"
 RECORD = "_build_record.json"
 OLDEST_TORCH = (2, 10)

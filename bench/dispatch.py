@@ -1,22 +1,24 @@
 """What an adapted layer costs beyond the frozen one at one token, by how much of the way to the kernels is in C++.
 
-A row of layers, called one after another as a model calls them: each product empties the caches for the code of the next
-layer, which is most of what a layer then costs. The update itself takes a microsecond here.
+A row of layers, called one after another as a model calls them: each product empties the caches for the code of the
+next layer, which is most of what a layer then costs. The update itself takes a microsecond here.
 
-    in Python        autograd.py's node, plain_linear.py's plan (TINYLORA_NODE=0, or a wheel as it comes)
-    node             linear_node.cpp
-    node and plan    linear_node.cpp, linear_plan.inl
+    no plan          linear/node.py, and all questions asked at every call
+    in Python        linear/node.py and plan.py (TINYLORA_NODE=0, or a wheel as it comes)
+    node             linear/node.cpp, plan.py
+    node and plan    linear/node.cpp, plan.inl
 
     python bench/dispatch.py            bench/results/dispatch.csv and a table; a minute
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +26,22 @@ from torch import Tensor, nn
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinylora_kernels import ops  # noqa: E402
-from tinylora_kernels.bench import environment, table  # noqa: E402
-from tinylora_kernels.bench.contenders import AGAIN, FROZEN, Problem, make_base, make_problem, our_layer  # noqa: E402
-from tinylora_kernels.bench.shapes import Case, layer  # noqa: E402
-from tinylora_kernels.bench.timing import interleave  # noqa: E402
+from bench.grid import environment, table  # noqa: E402
+from bench.grid.contenders import AGAIN, FROZEN, Problem, make_base, make_problem, our_layer  # noqa: E402
+from bench.grid.shapes import Case, layer  # noqa: E402
+from bench.grid.timing import interleave  # noqa: E402
+from tinylora_kernels.layers.layer import TinyLoRALayer  # noqa: E402
+from tinylora_kernels.linear import node, plan  # noqa: E402
 
 FILE = "dispatch.csv"
 COLUMNS = ["dtype", "way", "phase", "rounds", "us_per_layer", "ratio_p50", "beyond_us", *environment.describe()]
-WAYS = {"in Python": {"linear": None, "plan": None}, "node": {"plan": None}, "node and plan": {}}
+TWINS = node.twin, plan.twin
+WAYS = {  # twin of the node, twin of the plan, whether plans are made
+    "no plan": (None, None, False),
+    "in Python": (None, None, True),
+    "node": (TWINS[0], None, True),
+    "node and plan": (*TWINS, True),
+}
 LAYERS, NUMBERS, SECONDS = 40, 13, 8.0
 
 
@@ -41,24 +50,34 @@ def row_of_layers(problems: list[Problem], way: str) -> list[nn.Module]:
     return [build(problem) for problem in problems]
 
 
-def plan(layers: list[nn.Module], x: Tensor, way: str) -> None:
-    """Have the layers make their plans on a way, which they keep as long as nobody changes any adapted layer."""
-    whole = ops.BACKENDS["cpu"]
-    ops.BACKENDS["cpu"] = whole._replace(**WAYS[way])
+@contextlib.contextmanager
+def on_way(way: str) -> Iterator[None]:
+    """Layers run this way inside; a plan that one of them made inside is kept as long as nobody changes any adapted layer."""
+    if way not in WAYS:
+        yield
+        return
+    node.twin, plan.twin, planned = WAYS[way]
+    worth_a_plan = TinyLoRALayer._worth_a_plan
+    if not planned:
+        TinyLoRALayer._worth_a_plan = lambda self, chosen: False
     try:
-        for module in layers:
-            module(x.detach().requires_grad_())
+        yield
     finally:
-        ops.BACKENDS["cpu"] = whole
+        node.twin, plan.twin = TWINS
+        TinyLoRALayer._worth_a_plan = worth_a_plan
 
 
-def sweep(layers: list[nn.Module], x: Tensor, g: Tensor) -> Callable[[], dict[str, float]]:
+def sweep(layers: list[nn.Module], x: Tensor, g: Tensor, way: str) -> Callable[[], dict[str, float]]:
     """Seconds a layer: forward without gradients, forward with them, backward to x and v."""
     x = x.detach().requires_grad_()
     inputs = [[x, *(p for p in module.parameters() if p.requires_grad)] for module in layers]
     clock, grad = time.perf_counter, torch.autograd.grad
 
     def step() -> dict[str, float]:
+        with on_way(way):
+            return timed_step()
+
+    def timed_step() -> dict[str, float]:
         times = dict.fromkeys(("inference", "forward", "backward"), 0.0)
         for module, wanted in zip(layers, inputs):
             begun = clock()
@@ -83,13 +102,16 @@ def measure(dtype: torch.dtype, seconds: float) -> list[dict]:
     case = Case(layer("SmolLM2-135M", "q"), 1, dtype, NUMBERS)
     problem = make_problem(case)
     problems = [dataclasses.replace(problem, weight=problem.weight.clone()) for _ in range(LAYERS)]  # too many for L2
-    ways = [FROZEN, AGAIN, *WAYS] if ops.BACKENDS["cpu"].linear else [FROZEN, AGAIN, "in Python"]
+    ways = [FROZEN, AGAIN, *(WAYS if node.twin is not None else ["no plan", "in Python"])]
     rows = {way: row_of_layers(problems, way) for way in ways}
+    outputs = []
     for way in ways[2:]:
-        plan(rows[way], problem.x, way)
-    first, *others = (rows[way][0](problem.x) for way in ways[2:])
-    assert all(torch.equal(first, other) for other in others), "the ways give different bits"
-    steps = {way: sweep(layers, problem.x, problem.g) for way, layers in rows.items()}
+        with on_way(way):
+            for module in rows[way]:
+                module(problem.x.detach().requires_grad_())  # makes its plan
+            outputs.append(rows[way][0](problem.x))
+    assert all(torch.equal(outputs[0], other) for other in outputs), "the ways give different bits"
+    steps = {way: sweep(layers, problem.x, problem.g, way) for way, layers in rows.items()}
     timed = interleave(steps, FROZEN, seconds=seconds, most=10_000)
     return [
         {

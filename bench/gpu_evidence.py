@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
+from bench.grid.shapes import MODELS, RANK, layer  # noqa: E402
 from tests.cases import Case, make_case, run_ops  # noqa: E402
 from tests.sim import static  # noqa: E402
 from tests.sim.checks import CHECKS, MODE  # noqa: E402
@@ -32,7 +33,6 @@ from tests.sim.cuda_gpu import SimulatedCuda  # noqa: E402
 from tests.sim.host import emulator  # noqa: E402
 from tests.sim.host.plan import TILES, plan_rows, shape  # noqa: E402
 from tests.sim.mutants import MUTANTS, SMALL, edited_copy  # noqa: E402
-from tinylora_kernels.bench.shapes import MODELS, RANK, layer  # noqa: E402
 
 HEAD = 152064  # the output layer of Qwen2.5
 # NVIDIA's datasheets: H100 SXM5 80 GB, A100 SXM4 80 GB; dense bf16 operations and bytes of memory traffic a second.

@@ -2,8 +2,8 @@
 
     python bench/same_bits.py > before.txt;  ...;  python bench/same_bits.py | diff before.txt -
 
-Public names alone, so that it runs on either side of a move. The digests differ between machines (instruction sets round
-differently) and hold for one torch and one number of threads, which is 1 here.
+Public names alone, so that it runs on either side of a move. The digests differ between machines (instruction sets
+round differently) and hold for one torch and one number of threads, which is 1 here.
 """
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinylora_kernels import subspace  # noqa: E402
-from tinylora_kernels.bench import environment  # noqa: E402
+from bench.grid import environment  # noqa: E402
 from tinylora_kernels.distributed import deal  # noqa: E402
-from tinylora_kernels.factors import truncated_svd  # noqa: E402
+from tinylora_kernels.factors import subspace  # noqa: E402
+from tinylora_kernels.factors.svd import truncated_svd  # noqa: E402
 
 MEASURED = ROOT / "bench" / "results" / "factorisation.csv"
 REPEATS = 5

@@ -27,8 +27,8 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tinylora_kernels import factor_cache  # noqa: E402
-from tinylora_kernels.factors import factorize_many, truncated_svd, weight_fingerprint  # noqa: E402
+from tinylora_kernels.factors import cache as factor_cache  # noqa: E402
+from tinylora_kernels.factors.svd import factorize_many, truncated_svd, weight_fingerprint  # noqa: E402
 
 LAYERS = 28
 HIDDEN, KV, FFN = 3584, 512, 18944

@@ -37,16 +37,16 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench.grid import environment, table  # noqa: E402
+from bench.grid.timing import quantile  # noqa: E402
 from bench.study.design import tinylora  # noqa: E402
 from bench.study.methods import Alone, Method, Run, Together, attach  # noqa: E402
 from bench.study.training import GRPO, Batch, base_scores, scores  # noqa: E402
-from tinylora_kernels.bench import environment, table  # noqa: E402
-from tinylora_kernels.bench.timing import quantile  # noqa: E402
-from tinylora_kernels.demo.models import PROJECTIONS, LanguageModel, load_model  # noqa: E402
-from tinylora_kernels.demo.recipes import recipe, resolve_numbers  # noqa: E402
-from tinylora_kernels.demo.tasks import Task, task  # noqa: E402
-from tinylora_kernels.demo.training import Settings  # noqa: E402
-from tinylora_kernels.model import target_names  # noqa: E402
+from demo.models import PROJECTIONS, LanguageModel, load_model  # noqa: E402
+from demo.recipes import recipe, resolve_numbers  # noqa: E402
+from demo.tasks import Task, task  # noqa: E402
+from demo.training import Settings  # noqa: E402
+from tinylora_kernels.model.targets import target_names  # noqa: E402
 
 FILE, PLOT = "sweep.csv", "sweep.png"
 # Of |v together - v alone| / |v alone|. Sums of another order differ by 1e-6; Adam divides a gradient by its own size,

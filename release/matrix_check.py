@@ -13,7 +13,8 @@ from torch import nn
 
 import tinylora_kernels as tl
 from tinylora_kernels.functional import tiny_lora_update
-from tinylora_kernels.ops import choose, native
+from tinylora_kernels.ops import choose
+from tinylora_kernels.ops.native import library as native
 
 # Against the float64 reference on the same inputs: four times the error of the plain PyTorch chain, which is that of dv
 # (a float32 sum that cancels) in float32, and the rounding of the outputs in the others.

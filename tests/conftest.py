@@ -10,7 +10,7 @@ import torch
 LONGEST_FIRST = (  # half a minute or more of one core each; the rest in the order they are collected
     "sim/test_ptx_cuda.py", "sim/test_triton.py", "bench/test_bench.py", "integrations/test_trl.py",
     "sim/test_cuda_static.py", "ops/test_triton_interpreter.py", "sim/test_cuda_host.py",
-    "integrations/test_compile.py", "test_factors.py", "demo/test_demo.py", "sim/test_cuda_ops.py",
+    "integrations/test_compile.py", "factors/test_svd.py", "demo/test_demo.py", "sim/test_cuda_ops.py",
 )  # fmt: skip
 
 

@@ -5,9 +5,15 @@ import torch
 from torch import Tensor
 
 from tinylora_kernels import TinyLoRALayer
-from tinylora_kernels.base_layers import as_stored, kind_of
-from tinylora_kernels.fused import singular_basis
-from tinylora_kernels.projection import philox_projection
+from tinylora_kernels.base.kinds import as_stored, kind_of
+from tinylora_kernels.method.philox import philox_projection
+from tinylora_kernels.ops.reference import contract
+
+
+def delta_weight(layer: TinyLoRALayer) -> Tensor:
+    """W' - W = U M U^T W, [out, in], in the basis's dtype."""
+    v, basis = layer.v.detach().to(layer.projection), layer.basis
+    return basis.T @ (contract(v, layer.projection) @ (basis @ layer.weight_matrix().to(basis)))
 
 
 def paper_weight(layer: TinyLoRALayer, v: Tensor) -> Tensor:
@@ -19,7 +25,7 @@ def paper_weight(layer: TinyLoRALayer, v: Tensor) -> Tensor:
     assert layer.config.scaling == "left"
     weight = layer.weight_matrix().double()  # [out, in]
     parts = layer.parts or (len(weight),)
-    columns = singular_basis(layer).double().split(parts, dim=1)  # each [r, part]
+    columns = layer.singular_basis().double().split(parts, dim=1)  # each [r, part]
     sigmas = layer.sigma.double().view(len(parts), -1)  # [parts, r]
     updated = []
     for part, (W, U, sigma) in enumerate(zip(weight.split(parts), columns, sigmas)):

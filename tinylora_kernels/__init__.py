@@ -4,14 +4,16 @@
     model = apply_tiny_lora(model, config)
 """
 from . import functional
-from .adapter import AdapterError, inspect_adapter, load_adapter, save_adapter
-from .bank import AdapterBank
-from .config import TinyLoRAConfig
-from .export import export_lora
-from .layer import TinyLoRALayer
-from .lora_xs import LoRAXSConfig, apply_lora_xs
-from .merge import merge, merge_fidelity, merged_weights, unmerge
-from .model import adapted_layers, apply_tiny_lora, count_trainable_params, remove_adapter, trainable_vectors
+from .bank.bank import AdapterBank
+from .files.adapter import AdapterError, load_adapter, save_adapter
+from .files.export import export_lora
+from .files.inspect import inspect_adapter
+from .layers.layer import TinyLoRALayer
+from .method.config import LoRAXSConfig, TinyLoRAConfig
+from .model.adapted import adapted_layers, count_trainable_params, trainable_vectors
+from .model.attach import apply_lora_xs, apply_tiny_lora, remove_adapter
+from .model.fidelity import merge_fidelity
+from .model.merging import merge, merged_weights, unmerge
 from .ops import set_backend
 from .rl import GRPOTrainer, SFTTrainer, token_log_probs
 

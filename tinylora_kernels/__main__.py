@@ -7,11 +7,9 @@ import sys
 # command -> (module with main(argv) -> exit status, one line of help)
 COMMANDS = {
     "info": ("tinylora_kernels.diagnostics", "what is installed, which backends run here, and why others do not"),
-    "compile": ("tinylora_kernels.ops.linear_node", "the C++ autograd node of linear layers, for the torch installed here"),
-    "demo": ("tinylora_kernels.demo", "train a real language model by a handful of numbers, beside controls"),
-    "bench": ("tinylora_kernels.bench", "what an adapted layer costs beside the frozen one and beside its rivals"),
-    "inspect": ("tinylora_kernels.adapter", "what an adapter file holds"),
-    "export": ("tinylora_kernels.export", "an adapter file as a standard LoRA directory"),
+    "compile": ("tinylora_kernels.linear.build", "the C++ autograd node of linear layers, for the torch installed here"),
+    "inspect": ("tinylora_kernels.files.inspect", "what an adapter file holds"),
+    "export": ("tinylora_kernels.files.export", "an adapter file as a standard LoRA directory"),
 }
 DEFAULT = "info"
 

@@ -9,7 +9,10 @@ import platform
 import torch
 
 from ._version import __version__
-from .ops import cuda_driver, dispatch, native
+from .linear import node
+from .ops import dispatch
+from .ops.native import cuda_driver
+from .ops.native import library as native
 
 PACKAGES = ("numpy", "safetensors", "triton", "transformers", "peft", "trl")  # used, where they are installed
 DTYPES = (torch.float32, torch.bfloat16)  # the ones backends are asked about
@@ -36,7 +39,7 @@ def collect(rank: int = 2) -> dict:
             "cpu_isa": status.isa,
             "cuda_architectures": status.build.get("cuda", ""),
             "compiler": status.build.get("compiler"),
-            "node_error": dispatch.why_no_node,
+            "node_error": node.why_no_twin,
             "build_record": status.record,
         },
         "requested": dispatch.requested_backend(),

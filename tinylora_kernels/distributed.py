@@ -1,14 +1,8 @@
 """The adapter on torch's own engines: DDP, FSDP2 (fully_shard) and tensor parallelism (parallelize_module).
 
-Every rank holds the whole adapter: v, and U, P' and c of each layer, none of which is ever gathered. What travels is
-
-    data parallel     the gradients of v, one all-reduce of v's bytes a backward pass
-    column shards     y_p = x W_p^T + b_p on rank p:   t = sum_p y_p U_p - c,   a = sum_p g_p U_p    r numbers a token
-    row shards        y = sum_p y_p before the engine's own reduction: the update is linear, y_p takes its share with
-                      c / ranks, and dv = sum_p dv_p: u numbers a layer
-    sharded rows      (sequence parallelism)  dv = sum_p dv_p
-
-U_p being the rows of U that belong to the rank's outputs. docs/distributed.md has the few lines each engine takes.
+Every rank holds the whole adapter, and data parallelism sends the gradients of v: one all-reduce of v's bytes a
+backward pass. What a layer does whose weight is sharded stands in layers/sharded.py; docs/distributed.md has the few
+lines that each engine takes.
 """
 from __future__ import annotations
 
@@ -20,21 +14,17 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Shard
 
-from .adapter import describe_model
-from .adapter_format import config_rank, encode, write_atomically
-from .base_layers import CONVOLUTION, kind_of, weight_matrix
-from .config import TinyLoRAConfig
-from .factors import Factors
-from .frozen import is_sharded
-from .functional import tiny_lora_update
-from .fused import factorize_matrix, fused_parts
-from .layer import TinyLoRALayer
-from .lora_xs import LoRAXSConfig
-from .model import base_module, target_names, trainable_vectors
-from .ops.reference import contract, contract_backward
-from .ops.schema import accumulation_dtype
+from .base.kinds import weight_matrix
+from .base.weights import is_sharded
+from .common.atomic import write_atomically
+from .factors.modules import factorize_matrix
+from .factors.svd import Factors
+from .files.adapter import describe_model
+from .files.format import encode
+from .method.config import LoRAXSConfig, TinyLoRAConfig
+from .model.adapted import trainable_vectors
+from .model.targets import base_module, fused_parts, target_names
 
 Group = dist.ProcessGroup | None
 
@@ -133,7 +123,7 @@ def factorize_shared(
         if mine is None:
             continue
         try:
-            found[turn[me]] = factorize_matrix(turn[me], mine, config_rank(config), parts, cache=config.cache)
+            found[turn[me]] = factorize_matrix(turn[me], mine, config.rank, parts, cache=config.cache)
         except ValueError as error:  # all raise it together below: a rank that stops here leaves the others waiting
             failed[turn[me]] = str(error)
     gathered: list = [None] * dist.get_world_size(group)
@@ -173,122 +163,3 @@ def save_adapter_once(
     dist.broadcast_object_list(outcome, group_src=0, group=group)
     if outcome[0] is not None:
         raise outcome[0]
-
-
-def sharded_forward(
-    layer: TinyLoRALayer, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, args: tuple, kwargs: dict
-) -> Tensor:
-    """The layer's forward where its weight is a DTensor.
-
-    A parallel style reduces and reshards the output in a forward hook of the base. The update goes before it, where
-    the output is a DTensor that says which part of the whole each rank holds.
-    """
-
-    def update(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
-        if isinstance(y, DTensor):
-            return update_sharded(y, layer, v, projection, adapter_ids)
-        # FSDP2 has gathered the weight for this one call
-        return layer._update(y, layer.basis, v, projection, layer.offset, adapter_ids, backend=layer.backend)
-
-    handle = layer.base.register_forward_hook(update, prepend=True)
-    try:
-        return layer.base(*args, **kwargs)
-    finally:
-        handle.remove()
-
-
-def update_sharded(
-    y: DTensor, layer: TinyLoRALayer, v: Tensor, projection: Tensor, adapter_ids: Tensor | None
-) -> DTensor:
-    """The update of an output that is spread over a mesh; its layout stays as it was.
-
-    Raises:
-        ValueError: a layout without an update, or rows of different adapters on shards.
-    """
-    if kind_of(layer.base) is CONVOLUTION:
-        raise ValueError(
-            f"{layer.name}: expected a layer whose features are the last dimension, found a convolution with a sharded "
-            "output; leave it out of target_modules"
-        )
-    mesh, spread = y.device_mesh, [(i, p) for i, p in enumerate(y.placements) if not p.is_replicate()]
-    known = all(type(p) is Shard or p == Partial("sum") for _, p in spread)
-    if len(spread) > 1 or not known or y.shape[-1] != layer.basis.shape[1]:
-        raise ValueError(
-            f"{layer.name}: expected an output [..., {layer.basis.shape[1]}] sharded, or partial by sum, over one mesh "
-            f"dimension, found {list(y.shape)} {y.placements}; leave this module out of target_modules"
-        )
-    if adapter_ids is not None and spread:
-        raise ValueError(
-            f"{layer.name}: an AdapterBank needs whole outputs on every rank, found {y.placements}; run the bank on "
-            "a model that is not tensor parallel"
-        )
-    local, basis, offset = y.to_local(), layer.basis, layer.offset
-    if not spread:
-        updated = tiny_lora_update(local, basis, v, projection, offset, adapter_ids, backend=layer.backend)
-    else:
-        ((dimension, placement),) = spread
-        group = mesh.get_group(dimension)
-        if isinstance(placement, Shard) and placement.dim % y.dim() == y.dim() - 1:
-            first = mesh.get_local_rank(dimension) * -(-y.shape[-1] // mesh.size(dimension))  # as torch.chunk cuts
-            own = basis[:, first : first + local.shape[-1]]  # [r, D_p]
-            small = (None if s is None else s.to(accumulation_dtype(y.dtype)) for s in (own, v, projection, offset))
-            updated = _ColumnUpdate.apply(local, *small, group)
-        else:
-            if placement.is_partial() and offset is not None:
-                offset = offset / mesh.size(dimension)
-            v = _SumGradient.apply(v, group)
-            updated = tiny_lora_update(local, basis, v, projection, offset, backend=layer.backend)
-    return DTensor.from_local(updated, mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride())
-
-
-class _ColumnUpdate(torch.autograd.Function):
-    """The update where each rank holds some of the columns: y [..., D_p], basis [r, D_p], the rest whole."""
-
-    @staticmethod
-    def forward(ctx, y, basis, v, projection, offset, group):
-        # t = sum_p y_p U_p - c
-        t = _project(y, basis, group)  # [N, r]
-        if offset is not None:
-            t -= offset
-        ctx.frozen = basis, projection, group
-        ctx.save_for_backward(t, v)
-        # y_p + (t M^T) U_p^T
-        return _add(y, t @ contract(v, projection).T, basis)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        basis, projection, group = ctx.frozen
-        t, v = ctx.saved_tensors
-        # a = sum_p g_p U_p;  g0_p = g_p + (a M) U_p^T;  dM = a^T t, the same on every rank
-        a = _project(g, basis, group)
-        g0 = _add(g, a @ contract(v, projection), basis) if ctx.needs_input_grad[0] else None
-        dv = contract_backward(a.T @ t, projection) if ctx.needs_input_grad[2] else None
-        return g0, None, dv, None, None, None
-
-
-def _project(y: Tensor, basis: Tensor, group: Group) -> Tensor:
-    """sum_p y_p U_p, [N, r]."""
-    t = y.reshape(-1, basis.shape[1]).to(basis.dtype) @ basis.T
-    dist.all_reduce(t, group=group)
-    return t
-
-
-def _add(y: Tensor, z: Tensor, basis: Tensor) -> Tensor:
-    """y + z U_p^T for z [N, r], in the dtype of y."""
-    return torch.addmm(y.reshape(-1, basis.shape[1]), z.to(y.dtype), basis.to(y.dtype)).view(y.shape)
-
-
-class _SumGradient(torch.autograd.Function):
-    """v itself; its gradient is summed over ranks that each saw a part of the output."""
-
-    @staticmethod
-    def forward(ctx, v, group):
-        ctx.group = group
-        return v.view_as(v)
-
-    @staticmethod
-    def backward(ctx, dv):
-        dv = dv.clone()
-        dist.all_reduce(dv, group=ctx.group)
-        return dv, None

@@ -4,7 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import BACKENDS, FrozenLinear, TinyLoRAUpdate, apply_linear, choose
+from .linear.node import FrozenLinear, apply_linear, order_of
+from .ops import BACKENDS, TinyLoRAUpdate, choose
 from .ops.schema import accumulation_dtype
 
 
@@ -21,8 +22,8 @@ def tiny_lora_update(
 ) -> Tensor:
     """Adapt the output of a frozen linear layer: y + ((y U - c) M^T) U^T with M = sum_i v_i P'_i.
 
-    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update), since
-    U^T W = S V^T.
+    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update),
+    since U^T W = S V^T.
 
     Args:
         y: [..., D] output of the frozen layer; float32, bfloat16, float16 or float64.
@@ -90,7 +91,8 @@ def tiny_lora_linear(
     """
     basis, v, projection, offset = _as_accumulated(weight.dtype, basis, v, projection, offset)
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
-    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, chosen))
+    order = 0 if right is None else order_of(weight, bias, chosen)
+    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, order, chosen))
 
 
 def _as_accumulated(dtype: torch.dtype, basis, v, projection, offset):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from tinylora_kernels.bench import environment, table
-from tinylora_kernels.demo.models import load_model
+from bench.grid import environment, table
+from demo.models import load_model
 
 from . import figures, rollouts, rounding, runner, summary
 from .design import OBJECTIVES, REAL_CURVE, TINY_CURVE, design, only

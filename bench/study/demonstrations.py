@@ -9,11 +9,11 @@ from itertools import islice
 
 import torch
 
-from tinylora_kernels.demo import pretrain_tiny, tiny
-from tinylora_kernels.demo.generation import Completions, generate
-from tinylora_kernels.demo.models import LanguageModel
-from tinylora_kernels.demo.tasks import Problem, Task
-from tinylora_kernels.demo.training import score_replies
+from demo import pretrain_tiny, tiny
+from demo.generation import Completions, generate
+from demo.models import LanguageModel
+from demo.tasks import Problem, Task
+from demo.training import score_replies
 
 COUNT = 512  # demonstrations of each kind, from the training problems
 SAMPLES = 8  # of the base model for each problem

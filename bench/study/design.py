@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tinylora_kernels.demo.recipes import adapter_config
-from tinylora_kernels.demo.training import Settings
+from demo.recipes import adapter_config
+from demo.training import Settings
 
 from .methods import FULL, LORA, LORA_XS, TINYLORA, Method
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from demo.generation import Assignment
+from demo.models import PROJECTIONS, LanguageModel
 from tinylora_kernels import AdapterBank, LoRAXSConfig, TinyLoRAConfig, apply_lora_xs, apply_tiny_lora
-from tinylora_kernels.demo.generation import Assignment
-from tinylora_kernels.demo.models import PROJECTIONS, LanguageModel
 from tinylora_kernels.rl import GRPOTrainer, PopulationGRPO, PopulationSFT, SFTTrainer
 
 TINYLORA, LORA_XS, LORA, FULL = "TinyLoRA", "LoRA-XS", "LoRA", "full"

@@ -22,14 +22,14 @@ from statistics import mean
 
 import torch
 
+from bench.grid import environment, table
+from demo.evaluation import evaluate
+from demo.generation import completion_log_probs, generate
+from demo.models import PROJECTIONS, LanguageModel
+from demo.tasks import Problem, Task
+from demo.training import Settings, mixed_prompts, score_replies
 from tinylora_kernels import export_lora, merge, merge_fidelity, remove_adapter, trainable_vectors, unmerge
-from tinylora_kernels.bench import environment, table
-from tinylora_kernels.demo.evaluation import evaluate
-from tinylora_kernels.demo.generation import completion_log_probs, generate
-from tinylora_kernels.demo.models import PROJECTIONS, LanguageModel
-from tinylora_kernels.demo.tasks import Problem, Task
-from tinylora_kernels.demo.training import Settings, mixed_prompts, score_replies
-from tinylora_kernels.model import target_names
+from tinylora_kernels.model.targets import target_names
 from tinylora_kernels.rl import GRPOTrainer
 
 from .design import Design, tinylora

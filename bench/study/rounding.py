@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench.grid import environment, table
+from demo.experiment import random_direction
+from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import merge_fidelity, trainable_vectors
-from tinylora_kernels.bench import environment, table
-from tinylora_kernels.demo.experiment import random_direction
-from tinylora_kernels.demo.models import PROJECTIONS, load_model
-from tinylora_kernels.model import target_names
+from tinylora_kernels.model.targets import target_names
 
 from .design import tinylora
 from .methods import adapt

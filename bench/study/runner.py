@@ -15,10 +15,10 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from tinylora_kernels.bench import environment, table
-from tinylora_kernels.demo.models import LanguageModel, load_model
-from tinylora_kernels.demo.tasks import Task, task
-from tinylora_kernels.demo.training import Settings
+from bench.grid import environment, table
+from demo.models import LanguageModel, load_model
+from demo.tasks import Task, task
+from demo.training import Settings
 
 from .demonstrations import Demonstration, foreign_demonstrations, own_samples
 from .design import Arm, Design

@@ -9,11 +9,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from tinylora_kernels.demo.evaluation import evaluate
-from tinylora_kernels.demo.generation import Completions, completion_log_probs, generate
-from tinylora_kernels.demo.models import LanguageModel
-from tinylora_kernels.demo.tasks import Problem, Task
-from tinylora_kernels.demo.training import Settings, mixed_prompts, score_replies
+from demo.evaluation import evaluate
+from demo.generation import Completions, completion_log_probs, generate
+from demo.models import LanguageModel
+from demo.tasks import Problem, Task
+from demo.training import Settings, mixed_prompts, score_replies
 
 from .demonstrations import Demonstration, as_completions
 from .methods import Alone, Run, Together

@@ -1,7 +1,7 @@
 // Host side of the CUDA backend: one call of each op, given raw device pointers. No allocation and no synchronisation.
 #pragma once
-#include "arguments.h"
-#include "plan.h"
+#include "kernel_arguments.h"
+#include "launch_plan.h"
 #include "port.h"
 
 namespace tinylora {

@@ -1,6 +1,6 @@
 // The mixing matrix M = sum_i v_i P'_i  [R, R], or M = v * P' for LoRA-XS, and which adapter a row belongs to.
 #pragma once
-#include "arguments.h"
+#include "kernel_arguments.h"
 #include "reduce.cuh"
 
 namespace tinylora {

@@ -1,6 +1,6 @@
 // Sums over a warp in a fixed order.
 #pragma once
-#include "plan.h"
+#include "launch_plan.h"
 #include "port.h"
 
 namespace tinylora {

@@ -1,8 +1,8 @@
 // The rows of one team: loaded, multiplied with the basis, updated and stored, a packet at a time.
 #pragma once
-#include "arguments.h"
+#include "kernel_arguments.h"
 #include "element.cuh"
-#include "plan.h"
+#include "launch_plan.h"
 
 namespace tinylora {
 

@@ -5,8 +5,8 @@
 import pytest
 import torch
 
+from bench.grid import shapes
 from tinylora_kernels import ops
-from tinylora_kernels.bench import shapes
 
 MODELS = ("SmolLM2-135M", "Qwen2.5-1.5B", "Qwen2.5-7B")
 LAYERS = [shapes.layer(model, kind) for model in MODELS for kind in ("q", "gate")]

@@ -6,8 +6,20 @@ from itertools import cycle
 import pytest
 import torch
 
-from tinylora_kernels.bench import adapters, breakdown, contenders, gate, layers, memory
-from tinylora_kernels.bench import report, roofline, shapes, table, timing, whole_model
+from bench.grid import (
+    adapters,
+    breakdown,
+    contenders,
+    gate,
+    layers,
+    memory,
+    report,
+    roofline,
+    shapes,
+    table,
+    timing,
+    whole_model,
+)
 
 TINY = shapes.Case(shapes.Shape("SmolLM2-135M", "q", 64, 48, True), 8, torch.float32, 13)
 TINY_BF16 = shapes.Case(shapes.Shape("SmolLM2-135M", "down", 40, 64, False), 128, torch.bfloat16, 1)

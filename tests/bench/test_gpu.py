@@ -3,8 +3,8 @@ from itertools import islice
 
 import torch
 
-from tinylora_kernels.bench import gpu, table
-from tinylora_kernels.bench.shapes import Case, Shape
+from bench.grid import gpu, table
+from bench.grid.shapes import Case, Shape
 
 CASES = [Case(Shape("SmolLM2-135M", "q", 64, 48, True), 8, dtype, 13) for dtype in (torch.float32, torch.bfloat16)]
 

@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import TARGETS, tiny_decoder
-from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, subspace
+from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora
 from tinylora_kernels.distributed import deal
+from tinylora_kernels.factors import subspace
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("scale", ROOT / "bench" / "scale.py")

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.grid import table
 from bench.study import demonstrations, figures, methods, rollouts, rounding, runner, summary
 from bench.study.__main__ import file_name
 from bench.study.design import OBJECTIVES, REAL, REAL_CURVE, TINY, TINY_CURVE, TINY_QUICK, Arm, design, only, tied
 from bench.study.methods import FULL, LORA_XS, Method, Run, attach
 from bench.study.training import GRPO, SFT
-from tinylora_kernels.bench import table
-from tinylora_kernels.demo.models import load_model
-from tinylora_kernels.demo.tasks import last_number, task
+from demo.models import load_model
+from demo.tasks import last_number, task
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "study"

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from tinylora_kernels.demo import main
-from tinylora_kernels.demo.experiment import random_direction
-from tinylora_kernels.demo.recipes import adapter_config, resolve_numbers
+from demo import main
+from demo.experiment import random_direction
+from demo.recipes import adapter_config, resolve_numbers
 
 
 @pytest.fixture(scope="module")

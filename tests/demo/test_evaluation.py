@@ -5,9 +5,9 @@ import math
 import pytest
 import scipy.stats
 
-from tinylora_kernels.demo.evaluation import Score, evaluate, mcnemar_p, wilson_interval
-from tinylora_kernels.demo.models import load_model
-from tinylora_kernels.demo.tasks import Problem
+from demo.evaluation import Score, evaluate, mcnemar_p, wilson_interval
+from demo.models import load_model
+from demo.tasks import Problem
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 10), (1, 10), (75, 200), (160, 200), (200, 200)])

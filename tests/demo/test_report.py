@@ -1,7 +1,7 @@
 """The table fits a terminal, and the verdict says what the numbers say."""
 
-from tinylora_kernels.demo import report
-from tinylora_kernels.demo.evaluation import Evaluation, Score
+from demo import report
+from demo.evaluation import Evaluation, Score
 
 
 def evaluation(solved: int, trials: int = 200) -> Evaluation:

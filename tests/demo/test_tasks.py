@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from tinylora_kernels.demo.tasks import TASKS, last_number, task
+from demo.tasks import TASKS, last_number, task
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from tinylora_kernels.demo import tiny
-from tinylora_kernels.demo.evaluation import evaluate
-from tinylora_kernels.demo.models import load_model
-from tinylora_kernels.demo.pretrain_tiny import main, write_reply
-from tinylora_kernels.demo.tasks import task
+from demo import tiny
+from demo.evaluation import evaluate
+from demo.models import load_model
+from demo.pretrain_tiny import main, write_reply
+from demo.tasks import task
 
 
 def test_encode_and_decode_are_inverse():

@@ -14,19 +14,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from demo import workers
+from demo.generation import generate
+from demo.models import PROJECTIONS, tiny_model
+from demo.recipes import adapter_config
+from demo.tasks import task
+from demo.training import Run, Settings
 from tests.distributed import layouts
 from tests.distributed.layouts import LAYOUTS, batch, config_of, model_of, parallel_plan, set_vectors
 from tinylora_kernels import AdapterBank, apply_tiny_lora, load_adapter, trainable_vectors
 from tinylora_kernels import distributed as module_under_test
-from tinylora_kernels.demo import workers
-from tinylora_kernels.demo.generation import generate
-from tinylora_kernels.demo.models import PROJECTIONS, tiny_model
-from tinylora_kernels.demo.recipes import adapter_config
-from tinylora_kernels.demo.tasks import task
-from tinylora_kernels.demo.training import Run, Settings
 from tinylora_kernels.distributed import factorize_shared, save_adapter_once
-from tinylora_kernels.fused import factorize_matrix
-from tinylora_kernels.model import target_names
+from tinylora_kernels.factors.modules import factorize_matrix
+from tinylora_kernels.layers import sharded
+from tinylora_kernels.model.targets import target_names
 
 CONFIG = config_of(torch.float32)
 
@@ -132,10 +133,11 @@ def refusals(rank: int, world: int) -> list[str]:
     apply_tiny_lora(model, CONFIG, factors=factorize_shared(model, CONFIG))
     messages = []
     layer = model.layers[0].o_proj
+    factors = layer.basis, layer.v, layer.projection, layer.offset, None
     for partial in ("avg", "max"):
         y = distribute_tensor(torch.ones(3, 24), mesh, [Replicate()])
         y = y.from_local(y.to_local(), mesh, [Partial(partial)])
-        messages.append(error_of(lambda: module_under_test.update_sharded(y, layer, layer.v, layer.projection, None)))
+        messages.append(error_of(lambda: sharded.update_sharded(y, layer.base, layer.name, factors, None)))
     bank = AdapterBank(model, capacity=2)
     bank.add("a")
     with bank.use(["a"] * layouts.BATCH):

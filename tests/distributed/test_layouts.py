@@ -6,7 +6,7 @@ import torch
 from tests.distributed import checks, layouts
 from tests.distributed.processes import run
 from tinylora_kernels import load_adapter
-from tinylora_kernels.factors import truncated_svd
+from tinylora_kernels.factors.svd import truncated_svd
 
 # Layouts whose 100 steps of Adam run here; the others' are in bench/results/layouts.csv.
 TRAINED = {

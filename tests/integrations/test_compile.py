@@ -9,9 +9,9 @@ from torch._inductor.utils import run_and_get_code
 
 from tests.cases import error
 from tests.integrations.tiny import gpt2, llama, tokens
-from tests.test_layer import adapted
+from tests.layers.test_layer import adapted
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.merge import merge, unmerge
+from tinylora_kernels.model.merging import merge, unmerge
 
 pytest.importorskip("transformers", reason="the models under test come from transformers")
 

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the models under test
 from safetensors.torch import load_file  # noqa: E402
 
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors  # noqa: E402
-from tinylora_kernels.integrations.peft import (  # noqa: E402
+from tinylora_kernels.integrations.peft import (
     accelerate_peft,
     acceleration_report,
     deaccelerate_peft,
@@ -23,7 +23,8 @@ from tinylora_kernels.integrations.peft import (  # noqa: E402
     to_peft,
 )
 from tinylora_kernels.integrations.peft_factors import FIT_TOLERANCE  # noqa: E402
-from tinylora_kernels.lora_xs import LoRAXSConfig, apply_lora_xs  # noqa: E402
+from tinylora_kernels.method.config import LoRAXSConfig
+from tinylora_kernels.model.attach import apply_lora_xs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*:FutureWarning", "ignore:Specified to not:UserWarning",

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tests.cases import error
 from tests.integrations.tiny import gpt2, llama, tokens
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.export import export_lora
+from tinylora_kernels.files.export import export_lora
 from tinylora_kernels.integrations.vllm import vllm_problems
-from tinylora_kernels.merge import merged_weights
+from tinylora_kernels.model.merging import merged_weights
 
 pytest.importorskip("transformers", reason="the models under test come from transformers")
 

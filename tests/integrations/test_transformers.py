@@ -9,11 +9,12 @@ from torch import nn
 from tests.cases import error
 from tests.integrations.tiny import VOCABULARY, gpt2, llama, tokens
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, remove_adapter, trainable_vectors
-from tinylora_kernels.adapter import AdapterError, load_adapter, save_adapter
-from tinylora_kernels.merge import merge, unmerge
+from tinylora_kernels.files.adapter import AdapterError, load_adapter, save_adapter
+from tinylora_kernels.model.merging import merge, unmerge
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="written for transformers 5")
 
+from tests.paper import delta_weight
 from tinylora_kernels.integrations.transformers import from_pretrained, save_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -33,7 +34,7 @@ def adapt(model: nn.Module, targets=None, std: float = 0.3, **changes) -> nn.Mod
 def dense_twin(model: nn.Module) -> nn.Module:
     """The bare model with the updates added to its weights."""
     twin = copy.deepcopy(model)
-    deltas = {layer.base.weight: layer.delta_weight() for layer in adapted_layers(twin).values()}
+    deltas = {layer.base.weight: delta_weight(layer) for layer in adapted_layers(twin).values()}
     remove_adapter(twin)
     with torch.no_grad():
         for weight, delta in deltas.items():
@@ -68,7 +69,7 @@ def test_logits_and_gradients_are_those_of_the_dense_update(make):
         gradient = dense.weight.grad.T if type(dense).__name__ == "Conv1D" else dense.weight.grad  # [out, in]
         for i in range(len(v) if layer.v is v else 0):
             v.data.copy_(torch.eye(len(v))[i])
-            expected[i] += (gradient * layer.delta_weight()).sum()
+            expected[i] += (gradient * delta_weight(layer)).sum()
     assert error(found, expected) < 1e-5
 
 
@@ -182,7 +183,7 @@ def test_an_adapted_head_tied_to_the_embedding_leaves_the_embedding_alone():
     adapt(model, targets=["lm_head"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.model(x).last_hidden_state, hidden)
-    delta = adapted_layers(model)["lm_head"].delta_weight()
+    delta = delta_weight(adapted_layers(model)["lm_head"])
     assert error(logits(model), bare + hidden @ delta.T) < 1e-5
     with pytest.raises(ValueError, match="lm_head.weight shares its memory with model.embed_tokens.weight"):
         merge(model)

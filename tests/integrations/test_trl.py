@@ -9,7 +9,7 @@ from torch import nn
 from tests.cases import error
 from tests.integrations.tiny import VOCABULARY, llama, tokens
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.adapter import load_adapter
+from tinylora_kernels.files.adapter import load_adapter
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="the TRL integration needs trl >= 1.16")
 peft = pytest.importorskip("peft", minversion="0.21", reason="the TRL integration needs peft >= 0.21")

@@ -15,7 +15,9 @@ def arguments(inputs, *names):
     return tuple(getattr(inputs, name) for name in names)
 
 
-@pytest.mark.parametrize("case", [CASE, Case(6, 33, numbers=4, lora_xs=True), Case(6, 33, numbers=3, adapters=4)], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASE, Case(6, 33, numbers=4, lora_xs=True), Case(6, 33, numbers=3, adapters=4)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_opcheck(case, dtype):
     inputs = make_case(case, dtype)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tinylora_kernels.ops import cuda_driver
+from tinylora_kernels.ops.native import cuda_driver
 
 SEVEN = "75-real 80-real 86-real 89-real 90-real 100-real 120"
 

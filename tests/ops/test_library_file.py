@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinylora_kernels.ops import library_file, native
+from tinylora_kernels.ops.native import library as native
+from tinylora_kernels.ops.native import library_file
 
-PACKAGE = Path(native.__file__).parents[1]
+PACKAGE = library_file.PACKAGE
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="ELF files")
 needs_library = pytest.mark.skipif(native.load().error is not None, reason=f"native library: {native.load().error}")
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no cc on PATH")

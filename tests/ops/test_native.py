@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.cases import CASES, DTYPES, Case, assert_within_budget, error, make_case, run_ops
-from tinylora_kernels.ops import native, reference
+from tinylora_kernels.ops import reference
+from tinylora_kernels.ops.native import library as native
 
 pytestmark = pytest.mark.skipif(native.load().error is not None, reason=f"native library: {native.load().error}")
 
@@ -261,7 +262,8 @@ def test_backward_errors():
 def test_dx_along_the_basis_is_g0(isa, case, dtype):
     """With W the identity, B^T = U^T and g W = g."""
     inputs = make_case(case, dtype)
-    shared = inputs.basis, inputs.v, inputs.projection, torch.randn(case.rows, case.rank).to(inputs.v), inputs.adapter_ids
+    t = torch.randn(case.rows, case.rank).to(inputs.v)
+    shared = inputs.basis, inputs.v, inputs.projection, t, inputs.adapter_ids
     g0, dv = native.update_backward(inputs.g, *shared, True)
     dx = inputs.g.clone()
     found = native.update_input_grad(dx, inputs.basis, inputs.g, *shared, True)
@@ -381,7 +383,8 @@ def test_outputs_are_written_whole():
     code = """
 import torch
 from tests.cases import CASES, make_case, run_ops
-from tinylora_kernels.ops import native, reference
+from tinylora_kernels.ops import reference
+from tinylora_kernels.ops.native import library as native
 assert not torch.randn(64, 64).add(1).isnan().any() and torch.empty(999).min() < -1e38, "memory is not poisoned"
 for isa in native.CPU_ISAS:
     if not native.use_isa(isa):
@@ -397,7 +400,7 @@ print("whole")
 
 
 def test_isa_from_the_environment():
-    code = "from tinylora_kernels.ops import native; print(native.load().isa, native.load().error, sep='|')"
+    code = "from tinylora_kernels.ops.native import library as native; print(native.load().isa, native.load().error, sep='|')"
     assert run_python(code, TINYLORA_CPU_ISA="portable") == "portable|None"
     isa, error = run_python(code, TINYLORA_CPU_ISA="mmx").split("|")
     assert isa == "None" and re.match(r"TINYLORA_CPU_ISA: expected portable, .*, found 'mmx'", error)
@@ -484,7 +487,7 @@ def test_products_read_nothing_beyond_the_weight(isa):
     """The last number lies before a page that nobody may read: a process that does is killed."""
     code = """
 import ctypes, mmap, torch
-from tinylora_kernels.ops import native
+from tinylora_kernels.ops.native import library as native
 native.use_isa("ISA")
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 memory = mmap.mmap(-1, 2 * page)

@@ -4,7 +4,7 @@ import torch
 
 from tests.cases import CASES, DTYPES, assert_within_budget, exact, make_case, run_ops
 from tinylora_kernels.functional import tiny_lora_update
-from tinylora_kernels.model import scaled_projection
+from tinylora_kernels.method.projection import scaled_projection
 from tinylora_kernels.ops import reference
 
 GRID = [pytest.param(case, id=str(case)) for case in CASES]

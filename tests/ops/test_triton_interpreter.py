@@ -28,13 +28,14 @@ def _run() -> None:
     import torch
 
     from tests.cases import CASES, assert_within_budget, make_case, run_ops
-    from tinylora_kernels.ops import triton_kernels
+    from tinylora_kernels.method.parts import SPECIALISED_RANKS
+    from tinylora_kernels.ops.triton import launch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     inspect.getmembers = functools.cache(inspect.getmembers)  # the interpreter asks at every call of every function
     count = 0
-    for case in (case for case in CASES if case.rank in triton_kernels.RANKS):
+    for case in (case for case in CASES if case.rank in SPECIALISED_RANKS):
         for dtype in ("float32", "float16"):
             if ONE_TYPE.get(str(case), dtype) != dtype:
                 continue
@@ -43,7 +44,7 @@ def _run() -> None:
             # is judged on many.
             for draws in (2, 6, 24):
                 inputs += [make_case(case, getattr(torch, dtype), draw) for draw in range(len(inputs), draws)]
-                found += [run_ops(triton_kernels, one) for one in inputs[len(found) :]]
+                found += [run_ops(launch, one) for one in inputs[len(found) :]]
                 try:
                     assert_within_budget(found, inputs)
                     break

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tinylora_kernels.ops import native
+from tinylora_kernels.ops.native import library as native
 
 STATUS = native.load()
 needs_library = pytest.mark.skipif(STATUS.error is not None, reason=f"native library: {STATUS.error}")
@@ -71,7 +71,8 @@ def test_the_audit_refuses_what_is_no_library(script, tmp_path):
 def test_a_static_library_is_bound_to_old_glibc(script, shared_library, tmp_path):
     audit, old_glibc = script("audit"), script("old_glibc")
     code = tmp_path / "f.c"
-    code.write_text("int sem_wait(), dlopen(), pthread_create(); int tinylora_f() { sem_wait(dlopen, pthread_create); }")
+    declared = "int sem_wait(), dlopen(), pthread_create(); "
+    code.write_text(declared + "int tinylora_f() { sem_wait(dlopen, pthread_create); }")
     subprocess.run(["cc", "-w", "-c", "-fPIC", code, "-o", tmp_path / "f.o"], check=True)
     subprocess.run(["ar", "rc", tmp_path / "new.a", tmp_path / "f.o"], check=True)
     assert old_glibc.bind_to_old_glibc(tmp_path / "new.a", tmp_path / "old.a") == 3

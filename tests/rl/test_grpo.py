@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.merge import merge, unmerge
+from tinylora_kernels.model.merging import merge, unmerge
 from tinylora_kernels.rl import GRPOTrainer, group_advantages, token_log_probs
 
 

@@ -6,7 +6,7 @@ import torch
 
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
-from tinylora_kernels.bank import AdapterBank
+from tinylora_kernels.bank.bank import AdapterBank
 from tinylora_kernels.rl import (
     GRPOTrainer,
     PopulationAdam,
@@ -103,7 +103,8 @@ def test_bad_input_names_the_adapter_and_moves_none():
             trainer.training_step(adapters, log_probs, None, rewards.index_fill(0, torch.arange(4, 8), float("nan")))
         with pytest.raises(ValueError, match=r"adapters: expected one a completion \[8\], found 3"):
             trainer.training_step(adapters[:3], log_probs, None, rewards)
-        with pytest.raises(ValueError, match="adapter 'fast': rewards: 6 completions are not divisible by group_size 4"):
+        message = "adapter 'fast': rewards: 6 completions are not divisible by group_size 4"
+        with pytest.raises(ValueError, match=message):
             trainer.training_step(["fast"] * 6 + ["slow"] * 2, log_probs, None, rewards)
     for name, vectors in before.items():
         assert torch.equal(bank.vectors(name), vectors)

@@ -23,7 +23,7 @@ ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enu
 STUB = Path(__file__).with_name("cuda_runtime_stub.cu")
 
 
-class Mixing(ctypes.Structure):  # csrc/cuda/arguments.h
+class Mixing(ctypes.Structure):  # csrc/cuda/kernel_arguments.h
     _fields_ = [
         ("v", c_void_p), ("projection", c_void_p), ("ids", c_void_p), ("rows_per_id", c_int32), ("adapters", c_int32),
         ("numbers", c_int32), ("elementwise", c_bool), ("wide_ids", c_bool),

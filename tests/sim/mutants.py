@@ -36,8 +36,8 @@ class Mutant:
 
 # Few blocks and short chunks: a handful of rows then takes several tiles of a block and several blocks for dv.
 SMALL = (
-    Edit("plan.h", "kMaxBlocks = 2048;", "kMaxBlocks = 3;"),
-    Edit("plan.h", "kRowsPerChunk = 4096;", "kRowsPerChunk = 40;"),
+    Edit("launch_plan.h", "kMaxBlocks = 2048;", "kMaxBlocks = 3;"),
+    Edit("launch_plan.h", "kRowsPerChunk = 4096;", "kRowsPerChunk = 40;"),
 )
 
 

@@ -12,12 +12,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinylora_kernels.method.parts import SPECIALISED_RANKS
+
 from . import nvcc
 from .host.plan import TILES, shape
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 ELEMENTS = {"float32": ("float", 4), "bfloat16": ("__nv_bfloat16", 2), "float16": ("__half", 2)}
-RANKS = (1, 2, 4, 8)
+RANKS = SPECIALISED_RANKS
 REGISTERS_OF_A_BLOCK = 65536
 SHARED_LIMIT = 48 << 10  # bytes of static shared memory of a block, on every architecture
 RESERVED_SHARED = 1024  # of which the system takes this much from sm_80 on

@@ -116,6 +116,6 @@ def test_planted_bug_is_reported(planted, number):
 
 
 def test_a_mutant_that_does_not_apply_is_an_error(tmp_path):
-    stale = SMALL[0].__class__("plan.h", "no such line", "")
+    stale = SMALL[0].__class__("launch_plan.h", "no such line", "")
     with pytest.raises(ValueError, match="expected exactly one"):
         edited_copy(emulator.KERNELS, tmp_path, (stale,))

@@ -14,13 +14,15 @@ import torch
 import triton
 
 from tests.cases import CASES, DTYPES, Case, Inputs, assert_within_budget, make_case, run_ops
-from tinylora_kernels.ops import triton_device, triton_kernels
+from tinylora_kernels.method.parts import SPECIALISED_RANKS
+from tinylora_kernels.ops.triton import kernels as triton_device
+from tinylora_kernels.ops.triton import launch as triton_kernels
 
 from .checks import draws, same_bits
 from .ptx import Race, SimulationError, Trap
 from .triton_gpu import CUDA_TARGETS, HIP_TARGETS, SimulatedGPU, simulated_gpu
 
-GRID = [case for case in CASES if case.rank in triton_kernels.RANKS]
+GRID = [case for case in CASES if case.rank in SPECIALISED_RANKS]
 FEW = [case for case in GRID if case.rows * case.features in (35, 561, 57344, 58368, 56832, 4800)]
 TARGETS = {**CUDA_TARGETS, **HIP_TARGETS}
 # One shape for every entry of the launch table that could run out of registers.

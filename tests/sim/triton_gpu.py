@@ -22,7 +22,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from tinylora_kernels.ops import triton_kernels
+from tinylora_kernels.ops.triton import launch as triton_kernels
 
 from .ptx import Buffer, Traffic, launch, parse
 

@@ -23,9 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..base_layers import is_linear_like, weight_matrix
+from ..base.kinds import is_linear_like, weight_matrix
+from ..base.weights import bias_offset
 from ..functional import tiny_lora_update
-from ..plain_linear import has_hooks
+from ..linear.plan import has_hooks
 from .peft_adapters import from_peft, to_peft
 from .peft_factors import FitError, output_side
 
@@ -36,7 +37,7 @@ BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
 @dataclass(frozen=True)
-class _Factors:
+class _Update:
     """One adapter, or several side by side: basis [r, D], projection [u, r, r] or [r, r], offset [r]."""
 
     basis: Tensor
@@ -48,8 +49,8 @@ class _Factors:
 class _State:
     """What an accelerated layer remembers; all of it can be computed again."""
 
-    factors: dict[str, tuple[list, _Factors | FitError]] = field(default_factory=dict)
-    stacks: dict[tuple[str, ...], tuple[list, _Factors]] = field(default_factory=dict)
+    factors: dict[str, tuple[list, _Update | FitError]] = field(default_factory=dict)
+    stacks: dict[tuple[str, ...], tuple[list, _Update]] = field(default_factory=dict)
     sample_names: tuple[str, ...] | None = None  # the adapters of this batch
     sample_ids: Tensor | None = None  # [B] index into sample_names, -1 for none
     hook: RemovableHandle | None = None  # of _refresh
@@ -76,7 +77,7 @@ class _Accelerated:
             y = self._update(y, x, names, self._stack(names, parts))
         return self._finish(y, x)
 
-    def _update(self, y: Tensor, x: Tensor, names: tuple[str, ...], stacked: _Factors) -> Tensor:
+    def _update(self, y: Tensor, x: Tensor, names: tuple[str, ...], stacked: _Update) -> Tensor:
         vectors = [self._vector(name).to(y.device) for name in names]  # each [u_k]
         ids = self._tinylora.sample_ids
         if ids is None:
@@ -96,7 +97,7 @@ class _Accelerated:
         factors = self._factors(name)
         return str(factors) if isinstance(factors, FitError) else None
 
-    def _factors(self, name: str) -> _Factors | FitError:
+    def _factors(self, name: str) -> _Update | FitError:
         """The adapter on the output side, computed again when its tensors or the weight were replaced or rewritten."""
         stored = self._tinylora.factors
         if torch.compiler.is_compiling() and name in stored:
@@ -118,17 +119,13 @@ class _Accelerated:
         stored[name] = ([(tensor, _version(tensor)) for tensor in watched], factors)
         return factors
 
-    def _stack(self, names: tuple[str, ...], parts: list[_Factors]) -> _Factors:
+    def _stack(self, names: tuple[str, ...], parts: list[_Update]) -> _Update:
         if len(parts) == 1:
             return parts[0]
         stacks = self._tinylora.stacks
         if names not in stacks or any(a is not b for a, b in zip(stacks[names][0], parts)):
-            stacks[names] = (parts, _side_by_side(parts))
+            stacks[names] = (parts, _joined(parts))
         return stacks[names][1]
-
-    def _offset(self, basis: Tensor) -> Tensor | None:
-        bias = getattr(self.base_layer, "bias", None)
-        return None if bias is None else basis @ bias.detach().to(basis)  # c = b U  [r]
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         return y
@@ -152,10 +149,10 @@ class _OfTinyLora(_Accelerated):
 class AcceleratedLinear(_OfTinyLora, tinylora.Linear):
     """PEFT's TinyLoRA linear layer with its update on the output side."""
 
-    def _fit(self, name: str) -> _Factors:
+    def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer))
-        return _Factors(side.basis, side.projection(fixed).contiguous(), self._offset(side.basis))
+        return _Update(side.basis, side.projection(fixed).contiguous(), bias_offset(side.basis, getattr(self.base_layer, "bias", None)))
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         return y.to(x.dtype)
@@ -167,10 +164,10 @@ class AcceleratedEmbedding(_OfTinyLora, tinylora.Embedding):
     PEFT adds B[x] R A with the table W = U S V^T, A = sqrt(S) V^T and B = U sqrt(S): the update of W^T by A^T R^T B^T.
     """
 
-    def _fit(self, name: str) -> _Factors:
+    def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(right.T, left.T, self.base_layer.weight.detach().T)
-        return _Factors(side.basis, side.projection(fixed.transpose(1, 2)).contiguous(), None)
+        return _Update(side.basis, side.projection(fixed.transpose(1, 2)).contiguous(), None)
 
 
 class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
@@ -190,11 +187,11 @@ class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
     def _dropout(self, name: str) -> nn.Module:
         return self.psoft_dropout[name]
 
-    def _fit(self, name: str) -> _Factors:
+    def _fit(self, name: str) -> _Update:
         right, left = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer), diagonal=True)
         # M = (s n g^T) * (R - I)
-        return _Factors(side.basis, (self.scaling[name] * side.ratios()).contiguous(), self._offset(side.basis))
+        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), bias_offset(side.basis, getattr(self.base_layer, "bias", None)))
 
 
 class _MixedBatches:
@@ -371,12 +368,12 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _side_by_side(parts: list[_Factors]) -> _Factors:
+def _joined(parts: list[_Update]) -> _Update:
     """Several adapters as one, their vectors concatenated: P' gets rows for each, and a block for each other basis."""
     projections = [_matrices(part.projection) for part in parts]  # each [u_k, r_k, r_k]
     first = parts[0]
     if all(part.basis.shape == first.basis.shape and torch.equal(part.basis, first.basis) for part in parts):
-        return _Factors(first.basis, torch.cat(projections), first.offset)
+        return _Update(first.basis, torch.cat(projections), first.offset)
     rank, numbers = (sum(p.shape[axis] for p in projections) for axis in (1, 0))
     blocks = first.projection.new_zeros(numbers, rank, rank)
     row = column = 0
@@ -385,7 +382,7 @@ def _side_by_side(parts: list[_Factors]) -> _Factors:
         blocks[row : row + u, column : column + r, column : column + r] = projection
         row, column = row + u, column + r
     offset = None if first.offset is None else torch.cat([part.offset for part in parts])
-    return _Factors(torch.cat([part.basis for part in parts]), blocks, offset)
+    return _Update(torch.cat([part.basis for part in parts]), blocks, offset)
 
 
 def _matrices(projection: Tensor) -> Tensor:

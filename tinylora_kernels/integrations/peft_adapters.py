@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..base_layers import is_linear_like, kind_of, weight_matrix
-from ..factors import Factors
-from ..layer import TinyLoRALayer
-from ..merge import is_merged
-from ..model import adapted_layers, attach
+from ..base.kinds import is_linear_like, kind_of, weight_matrix
+from ..factors.svd import Factors
+from ..layers.layer import TinyLoRALayer
+from ..model.adapted import adapted_layers
+from ..model.attach import attach
+from ..model.merging import is_merged
+from ..model.targets import shortest_targets
 from .peft_factors import FitError, output_side
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,12 +39,34 @@ class PeftAdapterConfig:
 
     Attributes:
         peft: PEFT's own adapter_config.json.
+        projections: P' of each module.
+        vectors: v of each tie group.
         v_dtype, backend: as in TinyLoRAConfig.
     """
 
-    peft: dict = field(default_factory=dict)
+    peft: dict
+    projections: list[Tensor] = field(repr=False, compare=False)
+    vectors: list[Tensor] = field(repr=False, compare=False)
     v_dtype: torch.dtype = torch.float32
     backend: str | None = None
+    cache: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.peft["r"]
+
+    @property
+    def numbers(self) -> int:
+        return self.peft["u"]
+
+    def parts(self, name: str, out_features: int) -> None:
+        return None
+
+    def projection(self, index: int, sigma: Tensor, lookup: bool = False) -> Tensor:
+        return self.projections[index]
+
+    def initial(self, group: int) -> Tensor:
+        return self.vectors[group]
 
 
 def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | None = None) -> nn.Module:
@@ -78,11 +102,9 @@ def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | 
             fixed = _regenerated(config["projection_seed"] + index, config["u"], len(right))
         projections.append(side.projection(fixed.to(side.basis.device)))
         factors[name] = Factors(side.basis, side.norms.square(), True, 0.0)  # B = U sqrt(S): the norms are sqrt(S)
-    return attach(
-        model, PeftAdapterConfig(config, tensors["base_model.tinylora_v.0"].dtype, backend), names, groups, config["r"],
-        lambda index, sigma, lookup: projections[index], lambda group: tensors[f"base_model.tinylora_v.{group}"],
-        progress=False, factors=factors,
-    )  # fmt: skip
+    vectors = [tensors[f"base_model.tinylora_v.{group}"] for group in range(max(groups) + 1)]
+    adapter = PeftAdapterConfig(config, projections, vectors, vectors[0].dtype, backend)
+    return attach(model, adapter, names, groups, progress=False, factors=factors)
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -130,7 +152,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         raise ValueError(f"model: PEFT has one u for all modules, found {sorted(numbers)}")
     config = TinyLoraConfig(
         r=max(len(layer.basis) for layer in layers.values()), u=numbers.pop(), weight_tying=weight_tying,
-        target_modules=_targets(model, list(layers)), save_projection=True,
+        target_modules=shortest_targets(model), save_projection=True,
         fan_in_fan_out=not all(isinstance(layer.base, nn.Linear) for layer in layers.values()),
         base_model_name_or_path=getattr(model, "name_or_path", None) or None, inference_mode=True,
     )  # fmt: skip
@@ -213,14 +235,3 @@ def _weight_tying(groups: list[int]) -> float | None:
 def _regenerated(seed: int, u: int, r: int) -> Tensor:
     """PEFT's P of one module: torch's CPU generator, N(0, 1/r)."""
     return torch.normal(0.0, r**-0.5, size=(u, r, r), generator=torch.Generator().manual_seed(seed))
-
-
-def _targets(model: nn.Module, names: list[str]) -> list[str]:
-    """target_modules that select exactly these: their last components if that will do, else the names in full."""
-    kinds = {name.rpartition(".")[2] for name in names}
-    adaptable = [
-        name for name, module in model.named_modules()
-        if isinstance(module, (TinyLoRALayer, nn.Embedding)) or (is_linear_like(module) and not name.endswith(".base"))
-    ]  # fmt: skip
-    chosen = [name for name in adaptable if name.rpartition(".")[2] in kinds]
-    return sorted(kinds) if chosen == names else names

@@ -11,13 +11,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ..adapter import load_adapter, save_adapter
-from ..layer import TinyLoRALayer
-from ..merge import is_merged, merged_weights
-from ..model import adapted_layers, original_name, wrappers
+from ..files.adapter import load_adapter, save_adapter
+from ..model.adapted import adapted_layers, base_state_dict
+from ..model.merging import is_merged, merged_weights
 
 ADAPTER_FILE = "tinylora_adapter.safetensors"
 
@@ -65,12 +64,3 @@ def from_pretrained(directory: str | os.PathLike, model_class=AutoModelForCausal
         raise FileNotFoundError(f"{path}: no such file; write it with tinylora_kernels' save_pretrained")
     model = model_class.from_pretrained(directory, **{"dtype": "auto", **kwargs})
     return load_adapter(model, path, cache=cache, progress=False)
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base model under its names before it was adapted: no copy, no vectors."""
-    modules = model.named_modules(remove_duplicate=False)
-    layers = {name for name, module in modules if isinstance(module, TinyLoRALayer)}
-    wrapped = wrappers(model, remove_duplicate=False)
-    named = ((original_name(key, wrapped, layers), tensor) for key, tensor in model.state_dict().items())
-    return {name: tensor for name, tensor in named if name is not None}

@@ -18,10 +18,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from ..adapter import load_adapter, save_adapter
-from ..layer import TinyLoRALayer
-from ..merge import merge, merged_weights
-from ..model import adapted_layers, original_name, output_head, remove_adapter, wrappers
+from ..files.adapter import load_adapter, save_adapter
+from ..layers.layer import TinyLoRALayer
+from ..model.adapted import adapted_layers, adapter_disabled, original_names
+from ..model.attach import remove_adapter
+from ..model.merging import merge, merged_weights
+from ..model.targets import output_head
 from .peft_adapters import is_from_peft, load_peft_vectors, to_peft
 
 ADAPTER_FILE = "adapter_model.safetensors"  # the name by which transformers' Trainer finds the adapter of a checkpoint
@@ -112,9 +114,8 @@ class AdaptedModel(PeftModel):
         if not self._showing_merged:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
-        layers, wrapped = adapted_layers(self.base_model), wrappers(self.base_model)
         names = self.base_model.named_parameters(remove_duplicate=remove_duplicate)
-        shown = {original_name(name, wrapped, layers) for name, _ in names}
+        shown = set(map(original_names(self.base_model), (name for name, _ in names)))
         for name, tensor in merged_weights(self.base_model):
             if name in shown:
                 yield f"{prefix}.{name}".lstrip("."), nn.Parameter(tensor, requires_grad=False)
@@ -150,15 +151,11 @@ class AdaptedModel(PeftModel):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The bare base model for the duration."""
-        enabled = {layer: layer.enabled for layer in adapted_layers(self.base_model).values()}
+        self._adapters_disabled = True
         try:
-            for layer in enabled:
-                layer.enabled = False
-            self._adapters_disabled = True
-            yield
+            with adapter_disabled(self.base_model):
+                yield
         finally:
-            for layer, was in enabled.items():
-                layer.enabled = was
             self._adapters_disabled = False
 
     # Checkpoints

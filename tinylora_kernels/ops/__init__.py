@@ -1,17 +1,5 @@
 """The ops, their backends and the choice between them."""
-from .autograd import FrozenLinear, TinyLoRALinear, TinyLoRAUpdate, apply_linear
-from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table, why_no_node
+from .autograd import TinyLoRAUpdate
+from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "FrozenLinear",
-    "TinyLoRALinear",
-    "TinyLoRAUpdate",
-    "apply_linear",
-    "choose",
-    "requested_backend",
-    "set_backend",
-    "table",
-    "why_no_node",
-]
+__all__ = ["BACKENDS", "Backend", "TinyLoRAUpdate", "choose", "requested_backend", "set_backend", "table"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schema import accumulation_dtype
-
-ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..common.words import dtype_name
+from .schema import ACTIVATION_DTYPES, accumulation_dtype
 
 
 def check_arguments(
@@ -23,7 +22,7 @@ def check_arguments(
 ) -> None:
     """Raise a one-line ValueError that names the argument, what was expected and what was found."""
     if activation.dtype not in ACTIVATION_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in ACTIVATION_DTYPES)
+        names = ", ".join(dtype_name(d) for d in ACTIVATION_DTYPES)
         raise ValueError(f"{activation_name}: expected dtype {names}, found {activation.dtype}")
     if activation.dim() < 1 or basis.dim() != 2:
         raise ValueError(

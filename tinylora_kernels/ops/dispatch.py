@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import linear_node, native, reference, triton_kernels
+from . import reference
+from .native import library as native
+from .triton import launch as triton
 
 
 class Backend(NamedTuple):
@@ -23,8 +25,6 @@ class Backend(NamedTuple):
     Attributes:
         why_not: (device type, activation dtype, rank) -> None if the backend serves that, else the reason.
         low_rank, update_input_grad: the update around the product of a frozen linear layer, where that pays, else None.
-        linear: a linear layer and its update as one node of autograd in C++ (linear_node.cpp), where it is compiled.
-        plan: what runs plain_linear.Plan in C++, where it is compiled.
     """
 
     name: str
@@ -33,20 +33,14 @@ class Backend(NamedTuple):
     why_not: Callable[[str, torch.dtype, int], str | None]
     low_rank: Callable | None = None
     update_input_grad: Callable | None = None
-    linear: Callable | None = None
-    plan: Callable | None = None
-
-
-_node, why_no_node = linear_node.load()
 
 
 BACKENDS: dict[str, Backend] = {  # in order of preference
     "cuda": Backend("cuda", native.update, native.update_backward, native.why_not_cuda),
-    "triton": Backend("triton", triton_kernels.update, triton_kernels.update_backward, triton_kernels.why_not),
+    "triton": Backend("triton", triton.update, triton.update_backward, triton.why_not),
     "cpu": Backend(
-        "cpu", native.update, native.update_backward, native.why_not_cpu, native.low_rank, native.update_input_grad,
-        _node and torch.ops.tinylora.linear.default, _node and _node.Plan,
-    ),  # fmt: skip
+        "cpu", native.update, native.update_backward, native.why_not_cpu, native.low_rank, native.update_input_grad
+    ),
     "reference": Backend("reference", reference.update, reference.update_backward, reference.why_not),
 }
 ON_GPU = ("cuda", "triton")  # passed over in silence for tensors that live elsewhere
@@ -78,9 +72,13 @@ def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None 
     return _choose(device_type, dtype, rank, backend or requested)
 
 
-@torch.compiler.assume_constant_result
 def _choose_while_tracing(device_type: str, dtype: torch.dtype, rank: int, backend: str | None) -> str:
     return _choose(device_type, dtype, rank, backend or requested)
+
+
+# torch.compiler.assume_constant_result, which sets this mark, imports torch._dynamo: half of torch's own import time
+# again.
+_choose_while_tracing._dynamo_marked_constant = True
 
 
 def _plain_int(size: int) -> int:

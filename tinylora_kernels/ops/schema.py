@@ -48,6 +48,8 @@ UPDATE_INPUT_GRAD = (
     "Tensor? adapter_ids, bool add) -> Tensor"
 )
 
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 library = torch.library.Library("tinylora", "DEF")
 library.define(UPDATE)
 library.define(UPDATE_BACKWARD)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..model import adapted_layers
+from ..model.adapted import adapted_layers, adapter_disabled
 from .trainer import VectorTrainer, check_log_probs, check_mask
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
@@ -119,14 +119,8 @@ class GRPOTrainer(VectorTrainer):
             raise ValueError("reference: the model has no adapter to switch off; keep a copy of it as the reference")
         if not all(layer.enabled for layer in layers):
             raise ValueError("reference: an adapter is merged or off already; call unmerge(model) first")
-        try:
-            for layer in layers:
-                layer.enabled = False
-            with torch.no_grad():
-                yield self.model
-        finally:
-            for layer in layers:
-                layer.enabled = True
+        with adapter_disabled(self.model), torch.no_grad():
+            yield self.model
 
     def training_step(
         self,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from ..common.words import described
+
 # Tokens whose fp32 softmax row is alive at once: 64 rows of 50,000 words are 13 MB.
 ROWS_PER_CHUNK = 64
 
@@ -29,9 +31,9 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: flo
         ValueError: shapes, dtypes, token range or temperature do not fit; one line naming the argument.
     """
     if logits.dim() != 3 or not logits.is_floating_point():
-        raise ValueError(f"logits: expected a floating [B, T, V] tensor, found {_describe(logits)}")
+        raise ValueError(f"logits: expected a floating [B, T, V] tensor, found {described(logits)}")
     if tokens.shape != logits.shape[:2] or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens: expected integers of shape {list(logits.shape[:2])}, found {_describe(tokens)}")
+        raise ValueError(f"tokens: expected integers of shape {list(logits.shape[:2])}, found {described(tokens)}")
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive finite number, found {temperature}")
     vocabulary = logits.shape[2]
@@ -77,7 +79,3 @@ def _chunks(logits: torch.Tensor):
     for b in range(logits.shape[0]):
         for start in range(0, logits.shape[1], ROWS_PER_CHUNK):
             yield b, slice(start, start + ROWS_PER_CHUNK)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..bank import AdapterBank
+from ..bank.bank import AdapterBank
 from .grpo import GRPOTrainer
 from .sft import negative_log_likelihood
 

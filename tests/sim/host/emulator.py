@@ -22,11 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tinylora_kernels.method.parts import SPECIALISED_RANKS
+
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
 MODES = ("plain", "asan", "race")
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-RANKS = (1, 2, 4, 8)
+RANKS = SPECIALISED_RANKS
 ORDERS = ("forward", "reverse", "random")
 
 COMMON = ["-std=c++17", "-O1", "-g1", "-w", "-DTINYLORA_EMULATE", "-ffp-contract=off", "-fno-strict-aliasing"]

@@ -1,5 +1,5 @@
-// The launch table of csrc/cuda/plan.h for Python.
-#include "plan.h"
+// The launch table of csrc/cuda/launch_plan.h for Python.
+#include "launch_plan.h"
 
 extern "C" void tile_shape(int tile, int element_bytes, int* out) {
   const tinylora::TileShape s = tinylora::tile_shape(static_cast<tinylora::Tile>(tile), element_bytes);

@@ -1,4 +1,4 @@
-"""csrc/cuda/plan.h, asked directly: which kernel a problem runs on, and with how many threads."""
+"""csrc/cuda/launch_plan.h, asked directly: which kernel a problem runs on, and with how many threads."""
 from __future__ import annotations
 
 import ctypes

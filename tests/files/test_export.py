@@ -1,0 +1,284 @@
+"""Exported LoRA directories load in PEFT and give the adapted model's outputs."""
+
+import json
+import os
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.models import TARGETS, tiny_decoder
+from tests.paper import delta_weight
+from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora
+from tinylora_kernels.files import export as export_module
+from tinylora_kernels.files.adapter import save_adapter
+from tinylora_kernels.files.export import export_lora, lora_factors, main
+from tinylora_kernels.method.config import LoRAXSConfig
+from tinylora_kernels.model.attach import apply_lora_xs
+from tinylora_kernels.model.merging import merge, unmerge
+from tinylora_kernels.model.targets import shortest_targets
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def adapt(model, targets=TARGETS, size=0.3, **options):
+    options = {"trainable_dim": 3, "n_tie": 4, "target_modules": targets, "cache": False, **options}
+    apply_tiny_lora(model, TinyLoRAConfig(**options), progress=False)
+    return randomise(model, size)
+
+
+def randomise(model, size):
+    torch.manual_seed(5)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=size)
+    return model
+
+
+def llama(seed=0):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attention_bias=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2(seed=0):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def load_in_peft(model, directory):
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(model, directory)
+
+
+@pytest.mark.parametrize(
+    "make, targets",
+    [
+        (llama, TARGETS),
+        (llama, ["model.layers.1.self_attn.q_proj", "up_proj"]),
+        (llama, ["lm_head", "o_proj"]),
+        (gpt2, ["c_attn", "c_fc"]),
+    ],
+    ids=["llama", "llama-some", "llama-head", "gpt2"],
+)
+def test_peft_gives_the_same_outputs(make, targets, tmp_path):
+    model = adapt(make(), targets, size=1.0)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    export_lora(model, tmp_path / "lora")
+    loaded = load_in_peft(make(), str(tmp_path / "lora"))
+    with torch.no_grad():
+        ours, base = loaded(TOKENS).logits, make()(TOKENS).logits
+    assert (expected - base).abs().max() > 0.01
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    # every adapted module and no other got a LoRA layer
+    peft_names = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+                  for name, _ in loaded.named_modules() if name.endswith(".lora_A.default")}  # fmt: skip
+    assert peft_names == set(adapted_layers(model))
+
+
+def test_peft_merges_to_our_merged_weights(tmp_path):
+    model = adapt(llama())
+    export_lora(model, tmp_path / "lora")
+    theirs = load_in_peft(llama(), str(tmp_path / "lora")).merge_and_unload().state_dict()
+    merge(model)
+    for name, layer in adapted_layers(model).items():
+        torch.testing.assert_close(theirs[name + ".weight"], layer.base.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_xs_exports_too(tmp_path):
+    model = apply_lora_xs(llama(), LoRAXSConfig(rank=3, target_modules=TARGETS, cache=False), progress=False)
+    randomise(model, 0.1)
+    export_lora(model, tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_in_peft(llama(), str(tmp_path / "lora"))(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16])
+def test_format(tmp_path, rank):
+    model = adapt(tiny_decoder())
+    export_lora(model, tmp_path / "lora", rank=rank)
+    assert sorted(os.listdir(tmp_path)) == ["lora"]
+    assert sorted(os.listdir(tmp_path / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == rank
+    assert config["target_modules"] == sorted(TARGETS)
+    assert not config["use_rslora"] and not config["use_dora"] and config["bias"] == "none"
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    layers = adapted_layers(model)
+    assert set(tensors) == {f"base_model.model.{name}.lora_{x}.weight" for name in layers for x in "AB"}
+    for name, layer in layers.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert a.shape == (rank, layer.in_features) and b.shape == (layer.out_features, rank)
+        assert not a[2:].any() and not b[:, 2:].any() and a[:2].any()
+        torch.testing.assert_close(b @ a, delta_weight(layer), rtol=1e-5, atol=1e-6)
+
+
+def test_vllm_format_rules(tmp_path):
+    """As vLLM states them in vllm/lora/peft_helper.py and vllm/lora/utils.py, and the ranks its kernels know."""
+    model = adapt(llama())
+    export_lora(model, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= set(config)  # required
+    assert config["r"] in (8, 16, 32, 64, 128, 256, 320, 512)
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
+    assert config["lora_alpha"] / config["r"] == 1.0  # its scaling factor
+    linear = {name.rpartition(".")[2] for name in adapted_layers(model)}
+    for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"):
+        prefix, _, rest = name.partition("base_model.model.")
+        parts = rest.split(".")
+        assert prefix == "" and parts[-1] == "weight" and parts[-2] in ("lora_A", "lora_B")
+        assert parts[-3] in linear and parts[-3] in config["target_modules"]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_half_precision_keeps_its_relative_precision_at_tiny_updates(dtype, tolerance, tmp_path):
+    # unbalanced, lora_B would be about 1e-7: below float16's smallest normal number, 6e-5
+    model = adapt(tiny_decoder(), size=1e-6)
+    export_lora(model, tmp_path / "lora", dtype=dtype)
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, layer in adapted_layers(model).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert a.dtype == b.dtype == dtype
+        delta = delta_weight(layer).double()
+        assert float((b.double() @ a.double() - delta).norm() / delta.norm()) < tolerance
+
+
+def test_zero_update_exports_zeros():
+    layer = next(iter(adapted_layers(adapt(tiny_decoder(), size=0.0)).values()))
+    a, b = lora_factors(layer, 4)
+    assert not (b @ a).any() and bool(torch.isfinite(a).all())
+
+
+class Int8Linear(nn.Module):
+    """A weight-only quantised layer: integers, one scale for each row, a bias."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (weight / self.scale).round().to(torch.int8))
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).T + self.bias
+
+
+def test_quantised_bases_export_by_what_they_compute():
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(20, 12)), targets=["0"])
+    layer, x = model[0], torch.randn(5, 20)
+    layer.base = Int8Linear(layer.base)
+    a, b = lora_factors(layer, 8)
+    torch.testing.assert_close(layer.base(x) + x @ a.T @ b.T, layer(x), rtol=1e-5, atol=1e-5)
+    assert (layer(x) - layer.base(x)).abs().max() > 0.01
+
+
+def test_merged_models_export_the_same(tmp_path):
+    model = adapt(tiny_decoder())
+    export_lora(model, tmp_path / "plain")
+    export_lora(merge(model), tmp_path / "merged")
+    unmerge(model)
+    for file in os.listdir(tmp_path / "plain"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "merged" / file).read_bytes()
+
+
+def test_target_modules_are_full_names_where_a_suffix_would_select_more():
+    assert shortest_targets(adapt(tiny_decoder())) == sorted(TARGETS)
+    model = adapt(tiny_decoder(), targets=["layers.0.q_proj", "up_proj"])
+    assert shortest_targets(model) == ["layers.0.q_proj", "layers.0.up_proj", "layers.1.up_proj"]
+
+
+def test_errors_write_nothing(tmp_path):
+    target = tmp_path / "lora"
+    with pytest.raises(ValueError, match="^model: it has no adapter to export"):
+        export_lora(tiny_decoder(), target)
+    model = adapt(tiny_decoder(), frozen_rank=4)
+    with pytest.raises(ValueError, match="^rank: expected at least the adapter's rank 4, found 3$"):
+        export_lora(model, target, rank=3)
+    with pytest.raises(ValueError, match="^dtype: expected one of float32, bfloat16, float16"):
+        export_lora(model, target, dtype=torch.int8)
+    with torch.no_grad():
+        model.layers[0].q_proj.v.fill_(float("nan"))
+    with pytest.raises(ValueError, match="^layers.0.q_proj: its update is not finite"):
+        export_lora(model, target)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "optimizer.pt").write_text("precious")
+    model = adapt(tiny_decoder())
+    with pytest.raises(ValueError, match=r"holds other files \(optimizer.pt\); choose a new one"):
+        export_lora(model, tmp_path / "checkpoint")
+    assert os.listdir(tmp_path / "checkpoint") == ["optimizer.pt"]
+    with pytest.raises(ValueError, match="is a file"):
+        export_lora(model, tmp_path / "checkpoint" / "optimizer.pt")
+
+
+def test_an_earlier_export_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    model = adapt(tiny_decoder())
+    export_lora(model, tmp_path / "lora")
+    first = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
+    model = randomise(model, 0.7)
+
+    real = os.rename
+
+    def fails_into_place(source, destination):
+        if str(destination).endswith("lora") and not source.endswith("-old"):
+            raise OSError("disk full")
+        real(source, destination)
+
+    monkeypatch.setattr(export_module.os, "rename", fails_into_place)
+    with pytest.raises(OSError, match="disk full"):
+        export_lora(model, tmp_path / "lora")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["lora"]
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() == first
+    export_lora(model, tmp_path / "lora", rank=16)
+    assert os.listdir(tmp_path) == ["lora"]
+    assert (tmp_path / "lora" / "adapter_model.safetensors").read_bytes() != first
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
+    llama().save_pretrained(tmp_path / "base")
+    model = adapt(llama())
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    arguments = [str(tmp_path / "adapter.safetensors"), str(tmp_path / "lora"), "--model", str(tmp_path / "base")]
+    assert main([*arguments, "--rank", "1"]) == 1
+    assert capsys.readouterr().err.endswith("rank: expected at least the adapter's rank 2, found 1\n")
+    assert main(arguments) == 0
+    assert "rank 8, 14 modules, float32" in capsys.readouterr().out
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_in_peft(llama(), str(tmp_path / "lora"))(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_projections_beside_a_stack_of_experts_are_exported_with_a_warning(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=24,
+                 num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=2,
+                 num_experts_per_tok=1,
+                 vocab_size=50)  # fmt: skip
+    for wanted, silent in ((["q_proj"], True), (["q_proj", "up_proj"], False)):
+        model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
+        apply_tiny_lora(model, TinyLoRAConfig(target_modules=wanted, cache=False))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            export_lora(model, tmp_path / str(silent))
+        messages = [str(w.message) for w in caught if "stacks of experts" in str(w.message)]
+        assert (not messages) == silent
+        assert silent or "PEFT takes up_proj of a Qwen2MoeForCausalLM" in messages[0]

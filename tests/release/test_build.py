@@ -1,0 +1,230 @@
+"""The build: what it does where it cannot compile, and what the library it makes depends on."""
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinylora_kernels import __main__ as command_line
+from tinylora_kernels import _version, diagnostics
+from tinylora_kernels.linear import build as node_build
+from tinylora_kernels.ops.native import library as native
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree beside the tests")
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="no c++ and nm on PATH")
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+VARIABLES = ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR",
+             "TINYLORA_BUILD_NODE", "TINYLORA_NODE", "CXX")  # fmt: skip
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, with its announcements kept off the terminal."""
+    spec = importlib.util.spec_from_file_location("tinylora_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "announce", lambda lines: None)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    return module
+
+
+def failing_cmake(build, monkeypatch, fails):
+    """Let run_cmake succeed or fail by its settings, compiling nothing; returns the settings of each attempt."""
+    attempts = []
+
+    def run_cmake(cmake, settings, log):
+        attempts.append(settings)
+        log.write_text("")
+        if fails(settings):
+            output = "FAILED: x.o\nx.cu(3): error: no such thing\nninja: stopped"
+            raise subprocess.CalledProcessError(1, "cmake", output)
+        log.with_name(build.LIBRARY).write_bytes(b"library")
+
+    monkeypatch.setattr(build, "run_cmake", run_cmake)
+    monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
+    monkeypatch.setattr(build, "build_node", lambda torch, destination, compiler: None)
+    return attempts
+
+
+@needs_sources
+def test_without_a_compiler_the_record_says_what_to_do(build, monkeypatch, tmp_path):
+    (tmp_path / build.LIBRARY).write_bytes(b"from an earlier build")
+    monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    record = build.build_native(tmp_path)
+    assert not record["library"] and not (tmp_path / build.LIBRARY).exists()
+    assert record["reason"] == "no C++ compiler found" and "apt install g++" in record["fix"]
+    assert json.loads((tmp_path / build.RECORD).read_text()) == record
+
+
+@needs_sources
+def test_without_torch_headers_the_record_says_what_to_do(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLORA_TORCH_DIR", str(tmp_path))
+    record = build.build_native(tmp_path)
+    assert "no torch with the stable ABI headers" in record["reason"] and "--no-build-isolation" in record["fix"]
+
+
+@needs_sources
+def test_switched_off(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLORA_BUILD_NATIVE", "0")
+    assert build.build_native(tmp_path)["reason"] == "switched off by TINYLORA_BUILD_NATIVE=0"
+
+
+@needs_sources
+def test_a_failing_cuda_build_leaves_the_cpu_library(build, monkeypatch, tmp_path):
+    attempts = failing_cmake(build, monkeypatch, fails=lambda settings: "TINYLORA_CUDA" in settings)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/nvcc")
+    monkeypatch.setenv("TINYLORA_CUDA_ARCHITECTURES", "90-real")
+    record = build.build_native(tmp_path)
+    assert [("TINYLORA_CUDA" in settings) for settings in attempts] == [True, False]
+    assert attempts[0]["TINYLORA_ARCHITECTURES"] == "90-real" and attempts[0]["CMAKE_CUDA_COMPILER"] == "/opt/nvcc"
+    assert record["library"] and not record["cuda"]
+    assert record["cuda_reason"] == "the CUDA build failed: x.cu(3): error: no such thing"
+
+
+@needs_sources
+def test_a_failing_build_leaves_a_reason(build, monkeypatch, tmp_path):
+    failing_cmake(build, monkeypatch, fails=lambda settings: True)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    record = build.build_native(tmp_path)
+    assert not record["library"] and record["reason"] == "the build failed: x.cu(3): error: no such thing"
+
+
+@needs_sources
+def test_without_the_cpp_node_the_rest_is_built(build, monkeypatch, tmp_path):
+    run_node = build.build_node
+    failing_cmake(build, monkeypatch, fails=lambda settings: False)
+    monkeypatch.setattr(build, "build_node", run_node)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("CXX", str(compiler_that_fails(tmp_path)))
+    record = build.build_native(tmp_path)
+    assert record["library"] and record["node_reason"] == "cxx: node.cpp:1: error: no such header"
+    monkeypatch.setenv("TINYLORA_BUILD_NODE", "0")
+    assert build.build_native(tmp_path)["node_reason"] == "switched off by TINYLORA_BUILD_NODE=0"
+
+
+def compiler_that_fails(folder: Path) -> Path:
+    path = folder / "cxx"
+    path.write_text("#!/bin/sh\necho 'node.cpp:1: error: no such header'\nexit 1\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_node_belongs_to_one_torch(tmp_path):
+    release, commit = torch.__version__.split("+")[0], torch.version.git_version[:8]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    sources = hashlib.sha256(node_build.SOURCE.read_bytes() + node_build.INCLUDED.read_bytes()).hexdigest()[:8]
+    expected = f"libtinylora_node-{release}-{commit}-{sources}{suffix}"
+    assert node_build.file_name(Path(torch.__file__).parent) == expected
+    (tmp_path / "version.py").write_text("__version__ = '9.1.0a0+local'\ncuda: str = '13.0'\n")
+    assert node_build.file_name(tmp_path) == f"libtinylora_node-9.1.0a0-unknown-{sources}{suffix}"
+
+
+def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys):
+    compiler, destination = compiler_that_fails(tmp_path), tmp_path / "package"
+    destination.mkdir()
+    with pytest.raises(node_build.CompileError, match="^cxx: node.cpp:1: error: no such header$"):
+        node_build.compile_for(Path(torch.__file__).parent, destination, str(compiler))
+    assert not list(destination.iterdir())
+    monkeypatch.setattr(node_build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(node_build.CompileError, match=r"^no Python.h in .*: install the headers of Python"):
+        node_build.compile_for(Path(torch.__file__).parent, destination, str(compiler))
+    monkeypatch.setattr(node_build, "find_compiler", lambda: None)
+    assert command_line.main(["compile"]) == 1
+    assert capsys.readouterr().err == "compile: no C++ compiler found\n"
+
+
+def test_why_the_node_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(node_build, "PACKAGE", tmp_path)
+    assert node_build.load()[1].startswith(f"not compiled for torch {torch.__version__}. To change that: python -m ")
+    (tmp_path / node_build.file_name(Path(torch.__file__).parent)).write_bytes(b"cut short")
+    assert " does not load: " in node_build.load()[1]
+    monkeypatch.setenv("TINYLORA_NODE", "0")
+    assert node_build.load() == (None, "switched off by TINYLORA_NODE=0")
+
+
+@needs_sources
+def test_cuda_can_be_switched_off(build, monkeypatch):
+    monkeypatch.setenv("TINYLORA_BUILD_CUDA", "0")
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/nvcc")
+    assert build.find_nvcc() is None
+
+
+@needs_sources
+def test_headers_are_those_of_the_installed_torch(build):
+    directory = build.torch_directory()
+    assert directory == Path(torch.__file__).parent
+    assert build.check_torch_version(directory) == torch.__version__.split("+")[0]
+
+
+@needs_sources
+def test_headers_are_found_without_sys_path(build, monkeypatch):
+    """Build isolation hides the environment's packages from sys.path."""
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build.torch_directory().samefile(Path(torch.__file__).parent)
+
+
+@needs_sources
+@needs_compiler
+@on_x86
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+def test_no_wide_instructions_leave_their_file(isa, tmp_path):
+    """An inline function compiled with AVX flags and external linkage may be picked by the linker for every caller."""
+    flags = ["-mavx2", "-mfma", "-mf16c"]
+    flags += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"] if "avx512" in isa else []
+    flags += ["-mavx512bf16"] if "bf16" in isa else []
+    source, target = ROOT / f"csrc/cpu/{isa}.cpp", tmp_path / "out.o"
+    # -O0: nothing is inlined, so every function that could leak is there to be seen.
+    command = ["c++", "-std=c++17", "-O0", "-c", "-w", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    listing = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
+    symbols = [line.split(" ", 2)[1:] for line in listing.stdout.splitlines()]
+    external = [name.split("(")[0] for kind, name in symbols if kind not in "tdbr"]
+    assert external == ["tinylora::cpu::avx512_bf16_rows" if isa == "avx512_bf16" else f"tinylora::cpu::{isa}_kernels"]
+
+
+def test_the_version_is_the_same_everywhere():
+    assert importlib.metadata.version("tinylora-kernels") == _version.__version__
+    if native.load().error is None:
+        assert native.load().build["version"] == _version.__version__
+
+
+def test_info_reports_backends_and_reasons(capsys):
+    assert command_line.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"tinylora_kernels {_version.__version__}" in text and "backends for cpu tensors" in text
+    assert next(line for line in text.splitlines() if line.endswith(" available")).startswith(" * ")
+    assert command_line.main(["info", "--json", "--rank", "3"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["cpu"]["reference"] is None
+    assert facts["backends"]["cpu"]["cuda"] == "it runs on NVIDIA GPUs, the tensors are on cpu"
+
+
+def test_info_shows_why_there_is_no_library(monkeypatch):
+    missing = native.Status(native.LIBRARY, "not built: no C++ compiler found. To change that: apt install g++")
+    monkeypatch.setattr(native, "load", lambda: missing)
+    facts = diagnostics.collect()
+    assert facts["backends"]["cpu"]["cpu"] == missing.error
+    assert "native library   not in use: not built: no C++ compiler found" in diagnostics.report(facts)
+
+
+def test_unknown_command(capsys):
+    assert command_line.main(["frobnicate"]) == 2
+    assert "command: expected one of info" in capsys.readouterr().err
+    assert command_line.main(["--help"]) == 0
+    assert "usage: python -m tinylora_kernels" in capsys.readouterr().out
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "tinylora_kernels"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "backends for cpu tensors" in done.stdout

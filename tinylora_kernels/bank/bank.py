@@ -1,0 +1,309 @@
+"""Many adapters over one frozen model: every row of a batch runs its own, in the same pass.
+
+Once contracted, an adapter is r x r numbers a layer, so the kernels look M up per row and the batch costs what one
+adapter costs. A bank holds K vectors for each tie group; the frozen factors are shared by all.
+"""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import heapq
+import os
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..common.atomic import write_atomically
+from ..files.adapter import check_fits, describe_model
+from ..files.format import AdapterError, encode
+from ..files.inspect import inspect_adapter
+from ..method.config import check_seed
+from ..model.adapted import adapted_layers
+from .seeds import OwnProjections
+from .selection import BARE, Selection
+
+
+class AdapterBank:
+    """K adapters of one adapted model, chosen row by row.
+
+        bank = AdapterBank(model, capacity=1_000_000)
+        bank.add("alice", vectors)
+        with bank.use(["alice", None, "bob"]):       # one entry a prompt; None is the bare base
+            model.generate(**three_prompts)
+
+    Outside a ``use`` block the model runs its own vectors as before. Blocks are independent between threads, and
+    adapters may be added, changed and removed while batches run: a block that does not train works on a copy of the
+    vectors taken as it opens.
+
+    Args:
+        model: adapted by apply_tiny_lora or apply_lora_xs, all of one process (copies of it carry no bank).
+        capacity: K, the adapters it can hold; memory is K times the trained numbers times the size of dtype.
+        dtype: storage of the vectors; arithmetic is float32.
+        trainable: the tables require gradients (``parameters()``); a block then reads the live table, so that
+            optimizer steps show at once. Needs float32.
+        names: give the adapters these names and zero vectors at once.
+        own_seeds: every adapter brings the seed of its random P; otherwise all share the model's. Costs 4 r r bytes for
+            each adapter and layer, and u times as much in a trainable bank. For models of apply_tiny_lora.
+
+    Raises:
+        ValueError: the model has no adapter, or it has a bank already, or an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        trainable: bool = False,
+        names: Sequence[Hashable] = (),
+        own_seeds: bool = False,
+    ):
+        layers = adapted_layers(model)
+        if not layers:
+            raise ValueError("model: expected an adapted model, found none; call apply_tiny_lora(model, config) first")
+        if any(layer.bank is not None for layer in layers.values()):
+            raise ValueError("model: expected no adapter bank, found one; close it first")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"capacity: expected an integer >= 1, found {capacity!r}")
+        if trainable and dtype is not torch.float32:
+            raise ValueError(f"dtype: expected torch.float32 for a trainable bank, found {dtype}")
+        self.model = model
+        self.capacity = capacity
+        owners = {layer.group: layer.owner for layer in layers.values()}
+        self._groups = sorted(owners)
+        self.tables: dict[int, Tensor] = {}  # tie group -> [K, u]
+        for group in self._groups:
+            v = owners[group].v
+            table = torch.zeros(capacity, v.numel(), dtype=dtype, device=v.device)
+            self.tables[group] = nn.Parameter(table) if trainable else table
+        self._slots: dict[Hashable, int] = {}
+        self._free = list(range(capacity))  # a heap: the lowest slot is handed out first
+        self._live = torch.zeros(capacity, dtype=torch.bool)
+        self._lock = threading.Lock()
+        self.selected: contextvars.ContextVar[Selection | None] = contextvars.ContextVar("selection", default=None)
+        self._layers = list(layers.values())
+        self.own_projections = OwnProjections(self._layers, capacity, trainable) if own_seeds else None
+        for layer in self._layers:
+            layer.bank = self
+        for name in names:
+            self.add(name)
+
+    def close(self) -> None:
+        """Detach the bank: the model is as it was before."""
+        for layer in self._layers:
+            layer.bank = None
+
+    # What it holds
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._slots
+
+    def names(self) -> list[Hashable]:
+        """The adapters in the bank, oldest first."""
+        with self._lock:
+            return list(self._slots)
+
+    def slot(self, name: Hashable) -> int:
+        """The id of an adapter: its row in every table, for ``use`` with a tensor of ids."""
+        try:
+            return self._slots[name]
+        except KeyError:
+            raise KeyError(f"adapter {name!r}: it is not in the bank of {len(self)}; add or load it first") from None
+
+    def vectors(self, name: Hashable) -> Tensor:
+        """A copy of an adapter's numbers, [groups, u]."""
+        with self._lock:
+            return self._vectors(self.slot(name))
+
+    def seed(self, name: Hashable) -> int:
+        """The seed of an adapter's random P."""
+        with self._lock:
+            return self._seed(self.slot(name))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tables [K, u], one for each tie group."""
+        return [table for table in self.tables.values() if isinstance(table, nn.Parameter)]
+
+    # Changing what it holds
+
+    def add(self, name: Hashable, vectors: Tensor | None = None, *, seed: int | None = None) -> int:
+        """Add an adapter; returns its id.
+
+        Args:
+            name: anything hashable but None and integers, which stand for the bare base and for ids.
+            vectors: [groups, u]; zeros (the base model) by default.
+            seed: of its random P; the model's by default. Another one needs a bank with own_seeds=True.
+
+        Raises:
+            ValueError: the name is taken or not allowed, the shape does not fit, a number is not finite, the seed is
+                not the bank's.
+            RuntimeError: the bank is full.
+        """
+        if name is None or isinstance(name, int):
+            raise ValueError(f"adapter name: expected a name, found {name!r}; integers are ids, None is the bare base")
+        vectors = self._check_vectors(name, vectors)
+        seed = self._check_seed(name, seed)
+        with self._lock:
+            if name in self._slots:
+                raise ValueError(f"adapter {name!r}: it is in the bank already; set() changes it")
+            if not self._free:
+                raise RuntimeError(f"adapter {name!r}: the bank is full ({self.capacity}); remove one first")
+            slot = heapq.heappop(self._free)
+            self._write(slot, vectors, seed)
+            self._slots[name] = slot
+            self._live[slot] = True
+        return slot
+
+    def set(self, name: Hashable, vectors: Tensor) -> None:
+        """Replace an adapter's numbers, [groups, u], not its seed; blocks already open keep the old ones."""
+        vectors = self._check_vectors(name, vectors)
+        with self._lock:
+            slot = self.slot(name)
+            self._write(slot, vectors, self._seed(slot))
+
+    def remove(self, name: Hashable) -> None:
+        """Take an adapter out; blocks already open keep it, later ones refuse it."""
+        with self._lock:
+            slot = self.slot(name)
+            del self._slots[name]
+            self._live[slot] = False
+            heapq.heappush(self._free, slot)
+
+    def load(self, name: Hashable, path: str | os.PathLike) -> int:
+        """Add an adapter from a file of save_adapter; returns its id.
+
+        Raises:
+            AdapterError: the file is damaged, was trained on another base or with another config (another seed is fine
+                where own_seeds=True), or carries bases of its own (a bank shares one basis a layer). The bank is as it
+                was.
+        """
+        adapter = inspect_adapter(path)
+        layers = {layer.name: layer for layer in self._layers}
+        seed, shared = adapter.config.seed, self._model_seed()
+        if self.own_projections is not None:
+            adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, seed=shared))
+        try:
+            check_fits(layers, adapter)
+        except AdapterError as error:
+            if seed == shared or self.own_projections is not None:
+                raise AdapterError(f"{os.fspath(path)}: {error}") from None
+            raise AdapterError(
+                f"{os.fspath(path)}: {error}; AdapterBank(..., own_seeds=True) holds adapters of any seed"
+            ) from None
+        for module in adapter.modules:
+            if module.basis is not None and not torch.equal(module.basis, layers[module.name].singular_basis().cpu()):
+                raise AdapterError(f"{os.fspath(path)}: {module.name} has its own basis; a bank shares the model's")
+        return self.add(name, adapter.v, seed=None if self.own_projections is None else seed)
+
+    def save(self, name: Hashable, path: str | os.PathLike) -> None:
+        """Write one adapter as save_adapter does; load_adapter and load() read it."""
+        with self._lock:  # numbers and seed of one moment
+            slot = self.slot(name)
+            vectors, seed = self._vectors(slot), self._seed(slot)
+        described = describe_model(self.model, v=vectors)
+        config = dataclasses.replace(described.config, seed=seed)
+        write_atomically(path, encode(dataclasses.replace(described, config=config)))
+
+    @torch.no_grad()
+    def _write(self, slot: int, vectors: Tensor, seed: int | None) -> None:
+        for row, group in enumerate(self._groups):
+            self.tables[group][slot] = vectors[row].to(self.tables[group])
+        if self.own_projections is not None:
+            stored = {group: table.detach()[slot].cpu() for group, table in self.tables.items()}
+            self.own_projections.write(slot, stored, seed)
+
+    def _vectors(self, slot: int) -> Tensor:
+        return torch.stack([self.tables[group].detach()[slot].cpu() for group in self._groups])
+
+    def _seed(self, slot: int) -> int | None:
+        return self._model_seed() if self.own_projections is None else self.own_projections.seeds[slot]
+
+    def _model_seed(self) -> int | None:
+        return getattr(self._layers[0].config, "seed", None)
+
+    def _check_seed(self, name: Hashable, seed: int | None) -> int | None:
+        """The adapter's seed; its projections are made here, outside the lock."""
+        shared = self._model_seed()
+        if seed is None:
+            seed = shared
+        if self.own_projections is not None:
+            check_seed(seed)
+            self.own_projections.of_seed(seed)
+        elif seed != shared:
+            raise ValueError(
+                f"adapter {name!r}: expected seed {shared}, whose projections this bank shares, found {seed}; "
+                "AdapterBank(..., own_seeds=True) holds adapters of any seed"
+            )
+        return seed
+
+    def _check_vectors(self, name: Hashable, vectors: Tensor | None) -> Tensor:
+        shape = (len(self._groups), next(iter(self.tables.values())).shape[1])
+        if vectors is None:
+            return torch.zeros(shape)
+        vectors = torch.as_tensor(vectors).detach()
+        if tuple(vectors.shape) != shape:
+            raise ValueError(f"adapter {name!r}: expected vectors [groups, u] = {shape}, found {tuple(vectors.shape)}")
+        if not bool(torch.isfinite(vectors).all()):
+            raise ValueError(f"adapter {name!r}: its vectors hold NaN or infinity")
+        return vectors
+
+    # Running it
+
+    @contextlib.contextmanager
+    def use(self, adapters: Sequence[Hashable | None] | Tensor) -> Iterator[None]:
+        """Run the batches of this block with one adapter an entry.
+
+        A batch must hold a multiple of the entries as rows, those of one entry side by side: B prompts with any
+        sequence length, and with the beams of generate, fit as they are. A block that trains must contain
+        ``backward()`` where activations are recomputed (gradient checkpointing).
+
+        Args:
+            adapters: B names, ids or None (the bare base), or a 1-D integer tensor of ids, -1 for the bare base.
+
+        Raises:
+            KeyError, IndexError: an adapter is not in the bank; nothing has run.
+        """
+        with self._lock:
+            selection = Selection(self.tables, self.own_projections, self._resolve(adapters))
+        token = self.selected.set(selection)
+        try:
+            yield
+        finally:
+            self.selected.reset(token)
+
+    def _resolve(self, adapters: Sequence[Hashable | None] | Tensor) -> Tensor:
+        """Ids [B] int64, every one of them live or BARE."""
+        if isinstance(adapters, Tensor):
+            ids = adapters.detach().cpu().long()
+        else:
+            entries = [adapters] if isinstance(adapters, str) else list(adapters)
+            as_id = {None: BARE}
+            ids = torch.tensor(
+                [as_id[e] if e is None else e if isinstance(e, int) else self.slot(e) for e in entries],
+                dtype=torch.int64,
+            )
+        if ids.dim() != 1 or not len(ids):
+            raise IndexError(f"adapters: expected at least one entry in one dimension, found {tuple(ids.shape)}")
+        known = ids == BARE
+        inside = (ids >= 0) & (ids < self.capacity)
+        known[inside] = self._live[ids[inside]]
+        if not bool(known.all()):
+            raise IndexError(f"adapter id {int(ids[~known][0])}: it is not in the bank of {len(self)} adapters")
+        return ids
+
+    def selection(self) -> Selection | None:
+        """What this thread's innermost ``use`` block selected; None outside."""
+        selected = self.selected.get()
+        if selected is None and torch._C._current_graph_task_id() != -1 and self.parameters():
+            raise RuntimeError(
+                "adapter bank: activations are being recomputed outside the block that made them; "
+                "call backward() inside `with bank.use(...)`"
+            )
+        return selected

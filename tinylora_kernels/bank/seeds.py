@@ -1,0 +1,89 @@
+"""Adapters of different seeds in one bank: their random P differ, so no projection is shared.
+
+A frozen adapter is contracted as it comes in, M = sum_i v_i P'_i: 4 r r bytes a layer, whatever u is. Of one that is
+trained, M follows v at every call, so P' stays: u times as much. The kernels take M itself either way, in the form of
+LoRA-XS: a vector of r * r numbers, multiplied elementwise with a projection of ones.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..base.kinds import kind_of
+from ..layers.layer import TinyLoRALayer
+from ..method.config import TinyLoRAConfig
+
+SEEDS_KEPT = 8  # projections of so many seeds are kept for the next adapter; Philox takes about 0.1 ms a layer
+
+
+class OwnProjections:
+    """P' or M of every adapter and layer of a bank, on the CPU.
+
+    Args:
+        layers: of the bank; all adapted with one TinyLoRAConfig.
+        capacity: K.
+        trainable: keep P' and derive M where it is asked for.
+
+    Raises:
+        ValueError: the layers come from something else than a TinyLoRAConfig, so no seed makes their P, or are adapted
+            part by part.
+    """
+
+    def __init__(self, layers: Sequence[TinyLoRALayer], capacity: int, trainable: bool):
+        config = layers[0].config
+        if not isinstance(config, TinyLoRAConfig):
+            found = "no config" if config is None else f"a {type(config).__name__}"
+            raise ValueError(f"own_seeds: expected a model of apply_tiny_lora, with P from a seed, found {found}")
+        fused = next((layer.name for layer in layers if layer.parts), None)
+        if fused is not None:
+            raise ValueError(
+                f"own_seeds: expected one rank for all layers, found {fused} adapted part by part; adapt it without "
+                "fused, or share the model's seed"
+            )
+        self.position = {layer: position for position, layer in enumerate(layers)}
+        self.trainable = trainable
+        u, r = config.trainable_dim, config.frozen_rank
+        shape = (len(layers), capacity, u, r * r) if trainable else (len(layers), capacity, r * r)
+        self._held = torch.zeros(shape, dtype=layers[0].basis.dtype)  # P' [L, K, u, r r], or M [L, K, r r]
+        self.ones = torch.ones(r, r, dtype=layers[0].basis.dtype)
+        self.seeds = [config.seed] * capacity  # of each slot
+        self.of_seed = functools.lru_cache(SEEDS_KEPT)(self._of_seed)
+
+    def _of_seed(self, seed: int) -> Tensor:
+        """P' of every layer, [L, u, r * r] float64."""
+        return torch.stack(
+            [
+                dataclasses.replace(layer.config, seed=seed).projection(
+                    layer.projection_index, layer.sigma.cpu(), kind_of(layer.base).lookup
+                )
+                for layer in self.position
+            ]
+        ).flatten(2)
+
+    def write(self, slot: int, vectors: Mapping[int, Tensor], seed: int) -> None:
+        """Take in the adapter of a slot; vectors: tie group -> [u], as the bank stores them."""
+        self.seeds[slot] = seed
+        projections = self.of_seed(seed)  # [L, u, r r]
+        if self.trainable:
+            self._held[:, slot] = projections.to(self._held)
+            return
+        by_layer = torch.stack([vectors[layer.group] for layer in self.position]).double()  # [L, u]
+        # M = sum_i v_i P'_i
+        self._held[:, slot] = (by_layer.unsqueeze(1) @ projections).squeeze(1).to(self._held)
+
+    def mixing(self, slots: Tensor, vectors: Mapping[int, Tensor]) -> Tensor:
+        """M of the slots [S] for every layer, [L, S, r * r], a copy; vectors: tie group -> [S, u]."""
+        held = self._held[:, slots]
+        if not self.trainable:
+            return held
+        by_layer = torch.stack([vectors[layer.group].cpu() for layer in self.position]).to(held)  # [L, S, u]
+        return (by_layer.unsqueeze(2) @ held).squeeze(2)
+
+    def live_mixing(self, layer: TinyLoRALayer, table: Tensor) -> Tensor:
+        """M of every adapter for one layer, [K, r * r], with the graph to the bank's table [K, u]."""
+        projections = self._held[self.position[layer]].to(table.device)  # [K, u, r r]
+        return (table.to(projections.dtype).unsqueeze(1) @ projections).squeeze(1)

@@ -1,0 +1,165 @@
+"""What an adapter can sit on: one row of KINDS for each kind of frozen layer.
+
+The update needs to know three things of a layer: its weight as a matrix W [out, in], whose left singular vectors are
+the basis; where the `out` features lie in its output; and how a matrix [out, in] is written back into its weight, for
+merging. Everything else (SVD, files, merging, export, per-row adapters) works on the matrix.
+
+A new kind of layer is a new row of KINDS. A new way to hold the numbers of a weight goes into weights.py (sharded)
+or quantised.py, which every reader of a weight comes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .experts import ExpertSlice, why_not_experts
+from .weights import dense_weight, stored_shape
+
+# Read through an adapted layer to its base, as the code of models expects of the layer that stood there.
+FORWARDED = frozenset((
+    "weight", "bias", "in_features", "out_features", "nf", "nx",
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "num_embeddings", "embedding_dim", "padding_idx", "embed_scale",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer whose output is linear in its weight.
+
+    Attributes:
+        name: of such layers, in messages.
+        matches: whether a module is one.
+        why_not: the reason why this one cannot be adapted, one line with the way out, or None.
+        matrix: the weight as it is stored -> W [out, in]; a view wherever its strides allow one.
+        stored: (W [out, in], shape of the weight) -> the weight as it is stored; undoes `matrix`.
+        fresh: types whose forward returns a tensor nobody else holds, from a node that saves no output: the update may
+            be written into it.
+        channels_first: the `out` features are the channels of [B, C, ...], not the last dimension.
+        lookup: the output is a row of the stored weight [rows, out], not a product with it. The paper's U S R V^T
+            on those rows is y (V R V^T): on the output side V is the basis and M = R^T, without S.
+        by_default: adapted where target_modules is None.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    matrix: Callable[[Tensor], Tensor]
+    stored: Callable[[Tensor, torch.Size], Tensor]
+    fresh: tuple[type, ...] = ()
+    why_not: Callable[[nn.Module], str | None] = lambda module: None
+    channels_first: bool = False
+    lookup: bool = False
+    by_default: bool = False
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer that stores its weight as [in, out]. Known by name: no import."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_gguf(module: nn.Module) -> bool:
+    """transformers' GgufLinear: no nn.Linear, since its weight stays in the blocks of the file."""
+    return type(module).__name__ == "GgufLinear" and hasattr(module, "ggml_type")
+
+
+def _as_is(matrix: Tensor, shape: torch.Size) -> Tensor:
+    return matrix
+
+
+def _transposed(matrix: Tensor, shape: torch.Size) -> Tensor:
+    return matrix.T.contiguous()
+
+
+def _why_not_convolution(module: nn.Module) -> str | None:
+    if isinstance(module, _ConvTransposeNd):
+        return "a transposed convolution stores its weight as [in, out, ...], no matrix [out, in]; leave it out"
+    if module.groups > 1:
+        return (
+            f"its {module.groups} groups are {module.groups} separate weights, and one basis over all output channels "
+            "would mix them; leave it out of target_modules"
+        )
+    return None
+
+
+def _why_not_embedding(module: nn.Embedding) -> str | None:
+    if module.max_norm is not None:
+        return f"max_norm={module.max_norm} rescales its rows as they are read: no frozen weight; set max_norm=None"
+    if module.sparse:
+        return "sparse=True asks for sparse gradients of a weight that is frozen here; set sparse=False"
+    return None
+
+
+LINEAR = Kind(
+    "linear layers", lambda module: isinstance(module, nn.Linear) or _is_gguf(module), lambda weight: weight, _as_is,
+    fresh=(nn.Linear,), by_default=True,
+)  # fmt: skip
+CONV1D = Kind(
+    "linear layers", _is_conv1d, lambda weight: weight.T, _transposed, by_default=True,
+)  # fmt: skip
+CONVOLUTION = Kind(
+    # [out, in, k...] -> [out, in * k...]
+    "convolutions", lambda module: isinstance(module, _ConvNd), lambda weight: weight.flatten(1),
+    lambda matrix, shape: matrix.reshape(shape),
+    fresh=(nn.Conv1d, nn.Conv2d, nn.Conv3d), why_not=_why_not_convolution, channels_first=True,
+)  # fmt: skip
+EMBEDDING = Kind(
+    # [rows, out] -> [out, rows]
+    "embeddings", lambda module: isinstance(module, nn.Embedding), lambda weight: weight.T, _transposed,
+    fresh=(nn.Embedding,), why_not=_why_not_embedding, lookup=True,
+)  # fmt: skip
+EXPERT = Kind(
+    "experts", lambda module: isinstance(module, ExpertSlice) and not module.transposed, lambda weight: weight, _as_is,
+    why_not=lambda module: why_not_experts(module.experts),
+)  # fmt: skip
+EXPERT_TRANSPOSED = Kind(
+    "experts", lambda module: isinstance(module, ExpertSlice) and module.transposed, lambda weight: weight.T,
+    _transposed, why_not=lambda module: why_not_experts(module.experts),
+)  # fmt: skip
+
+KINDS = (LINEAR, CONV1D, CONVOLUTION, EMBEDDING, EXPERT, EXPERT_TRANSPOSED)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The row of KINDS that a module belongs to; None where it has no weight to adapt."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether the module is a linear layer, however its weight is stored: what target_modules=None adapts."""
+    kind = kind_of(module)
+    return kind is not None and kind.by_default
+
+
+def has_fresh_output(module: nn.Module) -> bool:
+    """Whether the update may be written into what the module returns."""
+    kind = kind_of(module)
+    return kind is CONV1D or (kind is not None and type(module) in kind.fresh)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The frozen weight as [out, in]; a view without a copy, but for a convolution's in channels_last."""
+    weight, kind = dense_weight(module), kind_of(module)
+    return kind.matrix(weight) if kind else weight
+
+
+def matrix_shape(module: nn.Module) -> torch.Size:
+    """[out, in] of weight_matrix, which it does not make."""
+    weight, kind = torch.empty(stored_shape(module), device="meta"), kind_of(module)
+    return (kind.matrix(weight) if kind else weight).shape
+
+
+def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [out, in] in the shape of the module's own weight, contiguous."""
+    kind = kind_of(module)
+    return kind.stored(matrix, module.weight.shape) if kind else matrix
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, matrix: Tensor) -> None:
+    """Copy a matrix [out, in] into the module's weight, whatever its layout in memory."""
+    module.weight.copy_(as_stored(module, matrix))

@@ -1,5 +1,0 @@
-"""A real language model trained by a handful of numbers: python -m tinylora_kernels demo, or make demo."""
-
-from .run import main
-
-__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""U and sigma of a frozen weight: proven by their residual, cached by the weight's content."""

@@ -1,0 +1,1 @@
+"""What leaves the process: the adapter file, LoRA directories."""

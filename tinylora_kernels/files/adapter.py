@@ -1,0 +1,233 @@
+"""Saving and loading what was trained: 13 numbers in a file that knows which model they belong to.
+
+The file (format.py) holds v, the config, and for each adapted module its name, shape, tie group, a fingerprint
+of the frozen weight and a sketch of its basis.  P comes from its seed and U from the weight again; a basis travels in
+the file only where the weight does not determine it.  Loading checks all of it before it touches the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..base.kinds import weight_matrix
+from ..common.atomic import write_atomically
+from ..common.words import listed, one_line
+from ..factors.cache import weight_fingerprint
+from ..factors.modules import factorize_modules
+from ..factors.svd import Factors, basis_sketch, compare_sketch
+from ..layers.layer import TinyLoRALayer
+from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig
+from ..method.tying import assign_groups
+from ..model.adapted import adapted_layers
+from ..model.attach import adapt
+from ..model.merging import is_merged, original_weight
+from ..model.targets import base_module, fused_parts, target_names
+from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
+
+# Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to
+# float32; the update then agrees to about this.
+BASIS_TOL = 1e-5
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool = False) -> None:
+    """Write the trained numbers of an adapted model, merged or not, and what is needed to check them again.
+
+    Args:
+        model: adapted by apply_tiny_lora or apply_lora_xs.
+        path: the file; it is replaced whole or, when anything fails, left as it was.
+        include_basis: store U of every module (4 r out bytes each), so that loading needs no SVD.  Modules whose
+            singular values coincide get theirs stored always.
+
+    Raises:
+        AdapterError: the model has no adapter, is only a part of the adapted model, or its v holds NaN.
+        OSError: the file cannot be written.
+    """
+    write_atomically(path, encode(describe_model(model, include_basis)))
+
+
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    backend: str | None = None,
+    cache: bool = True,
+    progress: bool = True,
+) -> nn.Module:
+    """Put the file's numbers into a model: a bare one is adapted first, an adapted one must match the file's config.
+
+    Args:
+        model: the model the adapter was trained on, bare or adapted.  The parameters v keep their identity.
+        path: a file of save_adapter.
+        backend, cache, progress: for a bare model, as in TinyLoRAConfig and apply_tiny_lora.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: the file is damaged or of another version, or the model has other modules, weights or bases, or
+            another config.  Everything is checked first: the model is as it was, a bare one is still bare.
+        OSError: the file cannot be read.
+    """
+    adapter = read(path)
+    try:
+        if adapted_layers(model):
+            _load_into_adapted(model, adapter)
+        else:
+            _load_into_bare(model, adapter, backend, cache, progress)
+    except AdapterError as error:
+        raise AdapterError(f"{os.fspath(path)}: {error}") from error.__cause__
+    return model
+
+
+def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | None = None) -> AdapterFile:
+    """What save_adapter writes: the model's own vectors, or v [groups, u] in their place."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise AdapterError("model: it has no adapter to save; call apply_tiny_lora(model, config) first")
+    config = _config_of(layers)
+    modules, vectors = [], {}
+    for position, (name, layer) in enumerate(layers.items()):
+        if layer.index != position:
+            raise AdapterError(
+                f"{name}: it was adapted as module {layer.index} and is module {position} here; "
+                "save the whole model that was given to apply_tiny_lora"
+            )
+        weight = original_weight(layer)
+        store, basis = include_basis or layer.degenerate, layer.singular_basis()
+        modules.append(
+            AdaptedModule(
+                name, tuple(weight.shape), layer.group, weight_fingerprint(weight), basis_sketch(basis),
+                basis if store else None, layer.sigma if store else None,
+            )  # fmt: skip
+        )
+        vectors.setdefault(layer.group, layer.v.detach().cpu())
+    if v is None:
+        v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]
+    if not bool(torch.isfinite(v).all()):
+        raise AdapterError("model: a trained vector v holds NaN or infinity; nothing was written")
+    return AdapterFile(config, v, modules)
+
+
+def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool, progress: bool) -> None:
+    config = dataclasses.replace(adapter.config, backend=backend, cache=cache)
+    names = [module.name for module in adapter.modules]
+    try:
+        found = target_names(model, config.target_modules)
+        _check_names(found, names)
+        groups = assign_groups(names, config.n_tie, config.tying)
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
+    if groups != [module.group for module in adapter.modules]:
+        raise AdapterError("its tie groups do not follow from its config; the file was not written by save_adapter")
+    bases = {name: base_module(model, name) for name in names}
+    _check_weights(lambda name: weight_matrix(bases[name]), adapter)
+    try:
+        parts = fused_parts(config, bases)
+    except ValueError as error:
+        raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
+
+    stored = {m.name: Factors(m.basis, m.sigma, True, 0.0) for m in adapter.modules if m.basis is not None}
+    wanted = {name: base for name, base in bases.items() if name not in stored}
+    computed = factorize_modules(wanted, config.rank, parts, cache=cache, progress=progress) if wanted else {}
+    factors = stored | computed
+    _check_bases({name: factors[name].basis for name in names}, adapter)
+
+    adapt(model, config, progress=progress, factors=factors)
+    _set_vectors(adapted_layers(model), adapter.v)
+
+
+def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
+    """Raise AdapterError unless the file was trained on these layers: names, config, groups, weights and bases."""
+    merged = [name for name, layer in layers.items() if is_merged(layer)]
+    if merged:
+        raise AdapterError(f"the model is merged ({merged[0]}); call unmerge(model) first")
+    _check_names(list(layers), [module.name for module in adapter.modules])
+    _check_config(_config_of(layers), adapter.config)
+    for position, (layer, module) in enumerate(zip(layers.values(), adapter.modules)):
+        if layer.index != position or layer.group != module.group:
+            raise AdapterError(
+                f"{module.name} is module {position} in tie group {module.group} there, and module {layer.index} in "
+                f"group {layer.group} of this model"
+            )
+    _check_weights(lambda name: layers[name].weight_matrix(), adapter)
+    _check_bases(
+        {m.name: m.basis if m.basis is not None else layers[m.name].singular_basis() for m in adapter.modules},
+        adapter,
+    )
+
+
+def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
+    layers = adapted_layers(model)
+    check_fits(layers, adapter)
+    for layer, module in zip(layers.values(), adapter.modules):
+        if module.basis is not None:
+            layer.set_factors(module.basis, module.sigma)
+    _set_vectors(layers, adapter.v)
+
+
+@torch.no_grad()
+def _set_vectors(layers: dict[str, TinyLoRALayer], v: Tensor) -> None:
+    for layer in layers.values():
+        if layer.owner is layer:
+            layer.v.copy_(v[layer.group])
+
+
+def _config_of(layers: dict[str, TinyLoRALayer]) -> TinyLoRAConfig | LoRAXSConfig:
+    configs = [layer.config for layer in layers.values()]
+    if not isinstance(configs[0], (TinyLoRAConfig, LoRAXSConfig)) or any(c != configs[0] for c in configs):
+        raise AdapterError("model: its layers do not share one TinyLoRAConfig or LoRAXSConfig")
+    return configs[0]
+
+
+def _check_names(found: list[str], expected: list[str]) -> None:
+    if found == expected:
+        return
+    known, wanted = set(found), set(expected)
+    missing = [name for name in expected if name not in known]
+    extra = [name for name in found if name not in wanted]
+    if not missing and not extra:
+        raise AdapterError("it is for the same modules in another order")
+    parts = [f"this model lacks {listed(missing, 3)}"] if missing else []
+    parts += [f"it knows nothing of {listed(extra, 3)}"] if extra else []
+    raise AdapterError("it is for another model: " + " and ".join(parts))
+
+
+def _check_config(found, expected) -> None:
+    if type(found) is not type(expected):
+        raise AdapterError(f"it holds a {type(expected).__name__}, the model was adapted with a {type(found).__name__}")
+    for field in IDENTITY_FIELDS:
+        ours, theirs = getattr(found, field, None), getattr(expected, field, None)
+        if ours != theirs:
+            raise AdapterError(f"config: {field} is {theirs} there and {ours} in this model")
+
+
+def _check_weights(matrix_of: Callable[[str], Tensor], adapter: AdapterFile) -> None:
+    wrong = []
+    for module in adapter.modules:  # one matrix at a time: a quantised or a sharded one is made here
+        weight = matrix_of(module.name)
+        if tuple(weight.shape) != module.shape:
+            raise AdapterError(f"{module.name}: expected a weight of {list(module.shape)}, found {list(weight.shape)}")
+        if weight.is_meta:
+            raise AdapterError(f"{module.name}: its weight is on the meta device; load the weights first")
+        if weight_fingerprint(weight) != module.fingerprint:
+            wrong.append(module.name)
+    if wrong:
+        raise AdapterError(
+            f"it was trained on other base weights: {len(wrong)} of {len(adapter.modules)} differ, {listed(wrong, 3)}"
+        )
+
+
+def _check_bases(bases: dict[str, Tensor], adapter: AdapterFile) -> None:
+    wrong = [m.name for m in adapter.modules if compare_sketch(m.sketch, basis_sketch(bases[m.name])) > BASIS_TOL]
+    if wrong:
+        raise AdapterError(
+            f"the singular vectors came out different for {len(wrong)} of {len(adapter.modules)} modules, "
+            f"{listed(wrong, 3)}; save it again with include_basis=True where it was trained"
+        )

@@ -1,0 +1,1 @@
+"""One adapted layer: linear, convolution, embedding, a stack of experts, or the shard of one."""

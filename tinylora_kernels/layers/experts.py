@@ -1,0 +1,208 @@
+"""Adapted experts: transformers' own forward, with the update after each of its two grouped products.
+
+transformers sorts the routed tokens by expert, so that the rows of one expert lie side by side; every expert's update
+is then one call on its rows, in place. All of a stack's updates are one node of the graph, which saves r numbers a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..base.experts import stack_names
+from ..ops import BACKENDS, choose
+from ..ops.schema import accumulation_dtype
+from .layer import TinyLoRALayer
+
+
+class AdaptedExperts(nn.Module):
+    """A stack of experts with an adapted layer for each of its matrices, or for some of them.
+
+    The frozen module stays as it is under ``base``, and its attributes are readable through this one; the layers are
+    under their stack's name and the expert's number, ``gate_up_proj.0`` and on. Whatever experts implementation the
+    model's config asks for, the grouped one runs here ("grouped_mm"; all compute the same function), until the update
+    is merged. Hooks and a forward put on the frozen module itself are passed by.
+
+    Args:
+        base: the experts module.
+        layers: adapted ExpertSlices of base by their names below it.
+    """
+
+    def __init__(self, base: nn.Module, layers: Mapping[str, TinyLoRALayer]):
+        super().__init__()
+        # Where the module comes from; at the head of this file it would make transformers a requirement.
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        self._forward = grouped_mm_experts_forward
+        self.training = base.training
+        for stack in stack_names(base):
+            own = {name.rpartition(".")[2]: layer for name, layer in layers.items() if name.startswith(stack + ".")}
+            if own:
+                self.add_module(stack, nn.ModuleDict(own))
+        self.base = base
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, h], top_k_index [tokens, k] experts, top_k_weights [tokens, k] -> [tokens, h]."""
+        if not any(layer.enabled for stack in self._stacks() for layer in stack.values()):
+            return self.base(hidden_states, top_k_index, top_k_weights)  # merged: the frozen module as it was
+        seen = _WithUpdates(self, _Routing(top_k_index, self.base.num_experts))
+        output = self._forward(seen, hidden_states, top_k_index, top_k_weights)
+        if seen.updated != list(stack_names(self.base)):
+            raise RuntimeError(
+                f"experts: expected transformers to run {' and '.join(stack_names(self.base))} through the experts "
+                f"interface of version 5.23, found {seen.updated}; this version of transformers is not supported"
+            )
+        return output
+
+    def _stacks(self) -> list[nn.ModuleDict]:
+        return [self._modules[stack] for stack in stack_names(self.base) if stack in self._modules]
+
+    def updated(self, stack: str, y: Tensor, routing: _Routing) -> Tensor:
+        """The output [rows, D] of one grouped product, rows sorted by expert, with every expert's update."""
+        layers = self._modules.get(stack)
+        if layers is None:
+            return y
+        vectors: dict[Tensor, int] = {}  # every trained tensor once, in order of first use
+        pieces = []
+        for name, layer in layers.items():
+            start, end = routing.rows_of(int(name))
+            if layer.enabled and start < end:
+                pieces.append(_piece(layer, start, end, y, vectors, routing))
+        if not pieces:
+            return y
+        y = y if y.stride(-1) == 1 else y.contiguous()
+        accumulate = accumulation_dtype(y.dtype)
+        ready = [v.to(device=y.device, dtype=accumulate) for v in vectors]
+        if torch.is_grad_enabled() and (y.requires_grad or any(v.requires_grad for v in ready)):
+            return _ExpertsUpdate.apply(y, pieces, *ready)
+        for piece in pieces:
+            piece.update(y, ready)
+        return y
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+
+class _Routing:
+    """Which rows belong to which expert, and to which sample of the batch, after transformers' sort by expert."""
+
+    def __init__(self, top_k_index: Tensor, experts: int):
+        self._index = top_k_index
+        counts = top_k_index.reshape(-1).bincount(minlength=experts)
+        self._ends = [0, *counts.cumsum(0).tolist()]  # one synchronisation with the device
+
+    def rows_of(self, expert: int) -> tuple[int, int]:
+        return self._ends[expert], self._ends[expert + 1]
+
+    def per_row(self, adapter_ids: Tensor) -> Tensor:
+        """Ids [B] of the samples of a batch -> [rows], in the order of the sorted rows."""
+        tokens, top_k = self._index.shape
+        if tokens % len(adapter_ids):
+            raise ValueError(
+                f"adapter ids: expected a number that divides the {tokens} routed tokens, found {len(adapter_ids)}; "
+                "use one entry a prompt, all of one length"
+            )
+        order = torch.sort(self._index.reshape(-1))[1]  # the very call that transformers sorts by
+        return adapter_ids[order // top_k // (tokens // len(adapter_ids))]
+
+
+@dataclass
+class _Piece:
+    """The rows of one expert and its factors."""
+
+    rows: slice
+    vector: int  # position among the vectors
+    basis: Tensor  # [r, D]
+    projection: Tensor  # [u, r, r] or [r, r]
+    offset: Tensor | None  # [r]
+    adapter_ids: Tensor | None  # [rows]
+    backend: str
+
+    def update(self, y: Tensor, vectors: list[Tensor]) -> Tensor:
+        """y[rows] <- its update, in place; returns t [rows, r]."""
+        return BACKENDS[self.backend].update(
+            y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, self.adapter_ids
+        )
+
+
+def _piece(
+    layer: TinyLoRALayer, start: int, end: int, y: Tensor, vectors: dict[Tensor, int], routing: _Routing
+) -> _Piece:
+    accumulate = accumulation_dtype(y.dtype)
+    v, projection, ids = layer.v, layer.projection, None
+    if layer.bank is not None and (selection := layer.bank.selection()) is not None:
+        v, projection, ids = selection.of(layer, y.device)
+        ids = routing.per_row(ids)[start:end].contiguous()
+    basis, projection = layer.basis.to(accumulate), projection.to(accumulate)
+    offset = None if layer.offset is None else layer.offset.to(accumulate)
+    backend = choose(y.device.type, y.dtype, basis.shape[0], layer.backend)
+    return _Piece(slice(start, end), vectors.setdefault(v, len(vectors)), basis, projection, offset, ids, backend)
+
+
+class _ExpertsUpdate(torch.autograd.Function):
+    """y[rows of e] <- y + ((y U_e - c_e) M_e^T) U_e^T for every expert e, in place, with gradients into y and all v."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, pieces: list[_Piece], *vectors: Tensor) -> Tensor:
+        ts = [piece.update(y, vectors) for piece in pieces]
+        ctx.mark_dirty(y)
+        ctx.pieces = pieces
+        ctx.save_for_backward(*ts, *vectors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor):
+        g = g.contiguous()
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
+        ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
+        need_input_grad = ctx.needs_input_grad[0]
+        gradients = [torch.zeros_like(v) if needed else None for v, needed in zip(vectors, ctx.needs_input_grad[2:])]
+        g0 = g.clone() if need_input_grad else None
+        for piece, t in zip(ctx.pieces, ts):
+            dv = gradients[piece.vector]
+            part, d = BACKENDS[piece.backend].update_backward(
+                g[piece.rows], piece.basis, vectors[piece.vector], piece.projection, None if dv is None else t,
+                piece.adapter_ids, need_input_grad,
+            )  # fmt: skip
+            if need_input_grad:
+                g0[piece.rows] = part
+            if dv is not None:
+                dv += d
+        return g0, None, *gradients
+
+
+class _WithUpdates:
+    """The frozen experts as transformers' forward reads them, but for what follows either product."""
+
+    has_post_expert_norm = True  # the place after the second product
+
+    def __init__(self, adapted: AdaptedExperts, routing: _Routing):
+        self._adapted, self._routing = adapted, routing
+        self.updated: list[str] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._adapted.base, name)
+
+    def _apply_gate(self, y: Tensor) -> Tensor:
+        return self._adapted.base._apply_gate(self._update("gate_up_proj", y))
+
+    def act_fn(self, y: Tensor) -> Tensor:
+        """Called here only where there is no gate: a gate calls the frozen module's own."""
+        return self._adapted.base.act_fn(self._update("up_proj", y))
+
+    def post_expert_norm(self, y: Tensor) -> Tensor:
+        y = self._update("down_proj", y)
+        return self._adapted.base.post_expert_norm(y) if self._adapted.base.has_post_expert_norm else y
+
+    def _update(self, stack: str, y: Tensor) -> Tensor:
+        self.updated.append(stack)
+        return self._adapted.updated(stack, y, self._routing)

@@ -1,0 +1,150 @@
+"""The update of a layer whose weight is a DTensor: a shard on this rank of what lives on many.
+
+Every rank holds the whole adapter: v, and U, P' and c of each layer, none of which is ever gathered. What travels is
+
+    column shards     y_p = x W_p^T + b_p on rank p:   t = sum_p y_p U_p - c,   a = sum_p g_p U_p    r numbers a token
+    row shards        y = sum_p y_p before the engine's own reduction: the update is linear, y_p takes its share with
+                      c / ranks, and dv = sum_p dv_p: u numbers a layer
+    sharded rows      (sequence parallelism)  dv = sum_p dv_p
+
+U_p being the rows of U that belong to the rank's outputs.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from ..base.kinds import CONVOLUTION, kind_of
+from ..functional import tiny_lora_update
+from ..ops.reference import contract, contract_backward
+from ..ops.schema import accumulation_dtype
+
+Group = dist.ProcessGroup | None
+Factors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # basis, v, projection, offset, adapter_ids
+
+
+def sharded_forward(
+    base: nn.Module, name: str, factors: Factors, update: Callable[..., Tensor], backend: str | None,
+    args: tuple, kwargs: dict,
+) -> Tensor:  # fmt: skip
+    """base(*args, **kwargs) and its update, where the weight of base is a DTensor.
+
+    A parallel style reduces and reshards the output in a forward hook of the base. The update goes before it, where
+    the output is a DTensor that says which part of the whole each rank holds.
+
+    Args:
+        name: of the layer, in messages.
+        factors: basis, v, projection, offset and adapter_ids, whole on every rank.
+        update: (y, *factors) -> the updated y, for an output that is whole.
+    """
+
+    def updated(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
+        if not isinstance(y, DTensor):  # FSDP2 has gathered the weight for this one call
+            return update(y, *factors)
+        return update_sharded(y, base, name, factors, backend)
+
+    handle = base.register_forward_hook(updated, prepend=True)
+    try:
+        return base(*args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, backend: str | None) -> DTensor:
+    """The update of an output that is spread over a mesh; its layout stays as it was.
+
+    Raises:
+        ValueError: a layout without an update, or rows of different adapters on shards.
+    """
+    if kind_of(base) is CONVOLUTION:
+        raise ValueError(
+            f"{name}: expected a layer whose features are the last dimension, found a convolution with a sharded "
+            "output; leave it out of target_modules"
+        )
+    basis, v, projection, offset, adapter_ids = factors
+    mesh, spread = y.device_mesh, [(i, p) for i, p in enumerate(y.placements) if not p.is_replicate()]
+    known = all(type(p) is Shard or p == Partial("sum") for _, p in spread)
+    if len(spread) > 1 or not known or y.shape[-1] != basis.shape[1]:
+        raise ValueError(
+            f"{name}: expected an output [..., {basis.shape[1]}] sharded, or partial by sum, over one mesh "
+            f"dimension, found {list(y.shape)} {y.placements}; leave this module out of target_modules"
+        )
+    if adapter_ids is not None and spread:
+        raise ValueError(
+            f"{name}: an AdapterBank needs whole outputs on every rank, found {y.placements}; run the bank on "
+            "a model that is not tensor parallel"
+        )
+    local = y.to_local()
+    if not spread:
+        updated = tiny_lora_update(local, basis, v, projection, offset, adapter_ids, backend=backend)
+    else:
+        ((dimension, placement),) = spread
+        group = mesh.get_group(dimension)
+        if isinstance(placement, Shard) and placement.dim % y.dim() == y.dim() - 1:
+            first = mesh.get_local_rank(dimension) * -(-y.shape[-1] // mesh.size(dimension))  # as torch.chunk cuts
+            own = basis[:, first : first + local.shape[-1]]  # [r, D_p]
+            small = (None if s is None else s.to(accumulation_dtype(y.dtype)) for s in (own, v, projection, offset))
+            updated = _ColumnUpdate.apply(local, *small, group)
+        else:
+            if placement.is_partial() and offset is not None:
+                offset = offset / mesh.size(dimension)
+            v = _SumGradient.apply(v, group)
+            updated = tiny_lora_update(local, basis, v, projection, offset, backend=backend)
+    return DTensor.from_local(updated, mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride())
+
+
+class _ColumnUpdate(torch.autograd.Function):
+    """The update where each rank holds some of the columns: y [..., D_p], basis [r, D_p], the rest whole."""
+
+    @staticmethod
+    def forward(ctx, y, basis, v, projection, offset, group):
+        # t = sum_p y_p U_p - c
+        t = _project(y, basis, group)  # [N, r]
+        if offset is not None:
+            t -= offset
+        ctx.frozen = basis, projection, group
+        ctx.save_for_backward(t, v)
+        # y_p + (t M^T) U_p^T
+        return _add(y, t @ contract(v, projection).T, basis)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        basis, projection, group = ctx.frozen
+        t, v = ctx.saved_tensors
+        # a = sum_p g_p U_p;  g0_p = g_p + (a M) U_p^T;  dM = a^T t, the same on every rank
+        a = _project(g, basis, group)
+        g0 = _add(g, a @ contract(v, projection), basis) if ctx.needs_input_grad[0] else None
+        dv = contract_backward(a.T @ t, projection) if ctx.needs_input_grad[2] else None
+        return g0, None, dv, None, None, None
+
+
+def _project(y: Tensor, basis: Tensor, group: Group) -> Tensor:
+    """sum_p y_p U_p, [N, r]."""
+    t = y.reshape(-1, basis.shape[1]).to(basis.dtype) @ basis.T
+    dist.all_reduce(t, group=group)
+    return t
+
+
+def _add(y: Tensor, z: Tensor, basis: Tensor) -> Tensor:
+    """y + z U_p^T for z [N, r], in the dtype of y."""
+    return torch.addmm(y.reshape(-1, basis.shape[1]), z.to(y.dtype), basis.to(y.dtype)).view(y.shape)
+
+
+class _SumGradient(torch.autograd.Function):
+    """v itself; its gradient is summed over ranks that each saw a part of the output."""
+
+    @staticmethod
+    def forward(ctx, v, group):
+        ctx.group = group
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, dv):
+        dv = dv.clone()
+        dist.all_reduce(dv, group=ctx.group)
+        return dv, None

@@ -1,0 +1,140 @@
+"""The extension behind tinylora::linear, an adapted nn.Linear as one node of autograd in C++ (node.cpp), and the plan by
+which a layer calls it (plan.inl).
+
+The kernels use torch's stable ABI, which has no autograd, so that one file of them serves every torch and every
+Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
+is compiled where the package is installed from its sources, or by `python -m tinylora_kernels compile`, in half a
+minute. Beside any other torch
+or Python, and on a GPU, node.py has the same node and plan.py the same plan: the same bits, slower.
+
+One token through 40 layers of 576 x 576, microseconds a layer beyond the frozen one's (bench/dispatch.py, 2 threads
+of a Zen 4, fp32 and bf16):
+
+                    forward, no gradients   forward, training   backward
+    in Python                    20    19            33    38     34  25
+    node in C++                  12    12             9    13      0   1
+    node and plan in C++          2    -1             3    -2      9   4
+    noise                         1    -1             3    -4      2  -4
+
+setup.py runs this file without the package, and pip without torch: it imports neither at the top.
+"""
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).resolve().parents[1]
+SOURCE = Path(__file__).with_name("node.cpp")
+INCLUDED = Path(__file__).with_name("plan.inl")
+COMMAND = "python -m tinylora_kernels compile"
+
+
+class CompileError(Exception):
+    """Why the node cannot be compiled here, in one line."""
+
+
+def file_name(torch_directory: Path) -> str:
+    """The name of the library for an installed torch and this Python: torch's release, its commit, and our sources' digest.
+
+    The same for a release's CPU and CUDA builds, whose C++ is one; another for other sources, so that none is loaded
+    that was compiled from older ones.
+    """
+    sources = hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes()).hexdigest()[:8]
+    text = (torch_directory / "version.py").read_text()
+    version, commit = (re.search(rf"{name}\b.*= '(\w[^']*)'", text) for name in ("__version__", "git_version"))
+    release = version.group(1).split("+")[0] if version else "unknown"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")  # .cpython-311-x86_64-linux-gnu.so
+    return f"libtinylora_node-{release}-{commit.group(1)[:8] if commit else 'unknown'}-{sources}{suffix}"
+
+
+def find_compiler() -> str | None:
+    """CXX, or the first of the usual names on PATH."""
+    names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
+    return next((path for name in names if (path := shutil.which(name.split()[0]))), None)
+
+
+def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: str | None = None) -> Path:
+    """Compile the node for an installed torch.
+
+    Args:
+        torch_directory: the torch package, with its headers and libraries.
+        destination: the folder that gets the library.
+        compiler: a C++20 compiler; None: find_compiler().
+
+    Returns:
+        The library's path.
+
+    Raises:
+        CompileError: no compiler, or what it said.
+    """
+    if compiler is None and (compiler := find_compiler()) is None:
+        raise CompileError("no C++ compiler found")
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        raise CompileError(f"no Python.h in {headers}: install the headers of Python (python3-dev, python3-devel)")
+    library = destination / file_name(torch_directory)
+    unfinished = library.with_name(f"{library.name}.{os.getpid()}")  # a library that is there may be in use
+    include, libraries = torch_directory / "include", torch_directory / "lib"
+    python = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []  # the interpreter has its own symbols
+    command = [
+        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w", str(SOURCE), "-o",
+        str(unfinished), f"-isystem{headers}", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}",
+        f"-L{libraries}", *python, "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            errors = [line for line in done.stdout.splitlines() if "error" in line]
+            raise CompileError(f"{Path(compiler).name}: {(errors or done.stdout.splitlines() or ['no output'])[0][:300]}")
+        unfinished.replace(library)
+    except OSError as error:
+        raise CompileError(str(error)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return library
+
+
+def load() -> tuple[ModuleType | None, str | None]:
+    """The extension for this torch and Python, or None and one line that says why not."""
+    import torch
+
+    from ..ops.native import library_file
+
+    path = PACKAGE / file_name(Path(torch.__file__).parent)
+    if os.environ.get("TINYLORA_NODE", "1") == "0":
+        return None, "switched off by TINYLORA_NODE=0"
+    if not path.is_file():
+        return None, f"not compiled for torch {torch.__version__}. To change that: {COMMAND}"
+    if damage := library_file.damage(path):
+        return None, f"{path.name} does not load: {damage}. To change that: {COMMAND}"
+    try:
+        spec = importlib.util.spec_from_file_location(f"{__package__}._node", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return None, f"{path.name} does not load: {error}. To change that: {COMMAND}"
+    return module, None
+
+
+def main(argv: list[str]) -> int:
+    """`compile`: the node for the torch at hand, beside the package."""
+    import argparse
+
+    import torch
+
+    argparse.ArgumentParser(prog=COMMAND, description=main.__doc__).parse_args(argv)
+    try:
+        path = compile_for(Path(torch.__file__).parent)
+    except CompileError as error:
+        print(f"compile: {error}", file=sys.stderr)
+        return 1
+    print(f"{path}: layers run it from the next start of Python on")
+    return 0

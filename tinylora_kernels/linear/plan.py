@@ -1,0 +1,186 @@
+"""The short way through an adapted nn.Linear: what one call found out about the layer serves the next ones.
+
+Generation streams every weight through the caches, so whatever Python touches for a layer has to come from memory
+again: asking all questions took longer than the update; build.py has the figures. Where node.cpp is compiled,
+plan.inl is the twin
+of Plan: what asks here must ask there.
+"""
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..base.weights import PLAIN, right_factor
+from ..ops import BACKENDS, choose, dispatch
+from ..ops.schema import accumulation_dtype
+from . import node
+from .node import FrozenLinear, apply_linear
+from .rules import wants_right
+
+_all_modules = nn.modules.module
+_GLOBAL_HOOKS = (
+    _all_modules._global_forward_hooks, _all_modules._global_forward_pre_hooks,
+    _all_modules._global_backward_hooks, _all_modules._global_backward_pre_hooks,
+)  # fmt: skip
+twin = node.extension.Plan if node.extension is not None else None
+_changes = 0  # attributes set on adapted layers so far, in the whole process
+
+
+def note_change() -> None:
+    """An adapted layer is not what it was: no plan holds any more. Tie groups make one layer's v another's."""
+    global _changes
+    _changes += 1
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook may hold the module's output, change its input, or stand between it and autograd."""
+    return _has_hooks(module.__dict__)
+
+
+def _has_hooks(state: dict) -> bool:
+    """Of the module with these attributes: looked up through the module, each costs as much as all of them here."""
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def is_plain_linear(base: nn.Module, x: Tensor) -> bool:
+    """Whether base(x), hooks aside, is x W^T + b on frozen tensors, with nothing that wants to see the call.
+
+    Not so with tensor subclasses (quantised or sharded weights), under autocast, while tracing, where a library has
+    put its own ``forward`` on the module (offloading), or where the base is being trained.
+    """
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or torch.compiler.is_compiling():
+        return False
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # a DataParallel replica has neither
+    return (
+        type(x) in PLAIN and type(weight) in PLAIN and x.dtype is weight.dtype and not weight.requires_grad
+        and (bias is None or (type(bias) in PLAIN and not bias.requires_grad))
+        and not torch.is_autocast_enabled(x.device.type)
+    )  # fmt: skip
+
+
+class Chosen(NamedTuple):
+    """What a bank's selection has for the rows of one layer: bank.Selection.of."""
+
+    selection: Any
+    vectors: Tensor  # [K, u]
+    projection: Tensor
+    adapter_ids: Tensor  # [B]
+
+
+class Plan(NamedTuple):
+    """How to run a layer for as long as its tensors are these very objects and no adapted layer was changed."""
+
+    changes: int
+    written: tuple[int, int]  # the weight's version and address: what B^T = U^T W was computed from
+    requested: str | None  # backend
+    state: dict[str, Any]  # __dict__ of the nn.Linear
+    dtype: torch.dtype
+    device_type: str
+    buffers: dict[str, Tensor | None]
+    parameters: dict[str, Tensor | None]  # of the layer that holds v
+    v: Tensor
+    lacks_right: bool  # the first x that wants a gradient wants B^T as well
+    frozen: FrozenLinear
+    selected: ContextVar | None  # of the layer's bank
+    selection: Any  # what it holds inside the block of bank.use that the plan is for
+    table: Tensor | None  # the bank's, whose rows were read with or without gradients:
+    live: bool
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The adapted output, or None where something is not as it was: then the questions must be asked again."""
+        changes, written, requested, state, dtype, device_type, buffers, parameters, v, lacks_right = self[:10]
+        weight, bias, basis = self.frozen[:3]
+        own = state["_parameters"]
+        if (
+            changes != _changes
+            or own["weight"] is not weight or own["bias"] is not bias
+            or parameters["v"] is not v or buffers["basis"] is not basis
+            or type(x) is not Tensor or x.dtype is not dtype  # a weight of another dtype by now is an error to come
+            or _has_hooks(state) or "forward" in state
+            or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
+            or weight.requires_grad or (bias is not None and bias.requires_grad)
+            or (weight._version, weight.data_ptr()) != written
+            or (lacks_right and x.requires_grad and torch.is_grad_enabled())
+            or (self.selected is not None and not self._selects())
+        ):  # fmt: skip
+            return None
+        return apply_linear(x, v, self.frozen)
+
+    def _selects(self) -> bool:
+        wants_gradients = self.table.requires_grad and torch.is_grad_enabled()
+        return self.selected.get() is self.selection and wants_gradients is self.live
+
+
+def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: Chosen | None = None) -> Plan | None:
+    """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
+
+    Args:
+        owner: the layer that holds v.
+        right: B^T, where right_for has it for calls like those to come.
+        chosen: the vectors that the layer's bank has for the rows, instead of v.
+    """
+    base, buffers = layer._modules["base"], layer._buffers
+    parameters, projection, adapter_ids = owner._parameters, buffers["projection"], None
+    of_bank = None, None, None, False
+    if chosen is not None:
+        selection, vectors, projection, adapter_ids = chosen
+        parameters, table = {"v": vectors}, layer.bank.tables[layer.group]
+        live = table.requires_grad and torch.is_grad_enabled()
+        if live and vectors is not table:  # made from the table's rows at every call
+            return None
+        of_bank = layer.bank.selected, selection, table, live
+    v = parameters["v"]
+    weight, basis = base._parameters["weight"], buffers["basis"]
+    accumulate = accumulation_dtype(weight.dtype)
+    if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
+        return None
+    if weight.is_inference():  # it has no version
+        return None
+    bias, offset = base._parameters["bias"], buffers["offset"]
+    backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
+    order = node.order_of(weight, bias, backend)
+    lacks_right = right is None and wants_right(order, training=True)
+    frozen = FrozenLinear(
+        weight, bias, basis, projection, offset, adapter_ids, right, 0 if right is None else order, backend
+    )
+    plan = Plan(
+        _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
+        parameters, v, lacks_right, frozen, *of_bank,
+    )  # fmt: skip
+    if twin is None or backend.name not in node.TWIN_BACKENDS:
+        return plan
+    return twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
+
+
+def right_for(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """B^T = U^T W [r, in] of a layer whose base is_plain_linear, where x will pass it faster with it.
+
+    Computed once for each state of the weight that can be told apart: the base is frozen.
+    """
+    parameters, basis = layer._modules["base"]._parameters, layer._buffers["basis"]
+    weight = parameters["weight"]
+    if weight.is_inference():  # it has no version
+        return None
+    backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
+    order = node.order_of(weight, parameters["bias"], backend)
+    if not wants_right(order, training=x.requires_grad and torch.is_grad_enabled()):
+        return None
+    held, written = layer.__dict__["_right"], (_written(weight), weight.dtype)
+    if held is None or held[0] is not weight or held[1] != written or held[2] is not basis:
+        right = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
+        held = layer.__dict__["_right"] = weight, written, basis, right
+    return held[3]
+
+
+def _written(weight: Tensor) -> tuple[int, int]:
+    """What changes when other values come into a weight. Only weight.data.copy_() gets past it."""
+    return weight._version, weight.data_ptr()

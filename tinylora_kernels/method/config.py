@@ -1,0 +1,215 @@
+"""What an adapter is: its hyperparameters, validated where they are written down, and the numbers that follow from them."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .parts import part_sizes
+from .projection import normal_vector, random_projection, ratio_projection, uniform_vector
+
+SCALINGS = ("left", "sqrt")
+TINY_LORA_INITS = ("zeros", "uniform")
+LORA_XS_INITS = ("zeros", "normal")
+V_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Method(Protocol):
+    """What adapting a model asks of a config; TinyLoRAConfig and LoRAXSConfig answer it, and so does PEFT's adapter."""
+
+    v_dtype: torch.dtype
+    backend: str | None
+    cache: bool
+
+    @property
+    def rank(self) -> int:
+        """r, singular triplets of each weight."""
+
+    @property
+    def numbers(self) -> int:
+        """u, trained numbers in each tie group."""
+
+    def parts(self, name: str, out_features: int) -> tuple[int, ...] | None:
+        """The output rows of each part of a module that is adapted part by part; None of one that is not."""
+
+    def projection(self, index: int, sigma: Tensor, lookup: bool = False) -> Tensor:
+        """P' of one module, [u, r, r] or [r, r], by the index of its P and its singular values [r] or [parts, r]."""
+
+    def initial(self, group: int) -> Tensor:
+        """v [u] of one tie group before training."""
+
+
+@dataclass
+class TinyLoRAConfig:
+    """Hyperparameters of TinyLoRA (Morris et al., "Learning to Reason in 13 Parameters", arXiv 2602.04118).
+
+    W' = W + alpha U S (sum_i v_i P_i) V^T, with v shared by the modules of a tie group.
+
+    Attributes:
+        frozen_rank: r, how many singular triplets of W span the update; the paper finds 2 best.
+        trainable_dim: u, trained numbers in each tie group.
+        n_tie: modules that share one v; ceil(modules / n_tie) groups when tiled.
+        target_modules: names to adapt: a module matches by its full name, its last component ("q_proj") or a dotted
+            suffix ("self_attn.q_proj"). None or "all-linear": every linear layer but the output head. Convolutions,
+            embeddings and the experts of mixture models ("experts", "experts.down_proj") are adapted where named.
+        tying: "tiled" (consecutive modules), "structured" (within a kind of module), or {module name: group}.
+        alpha: scale of the update.
+        scaling: "left", R acts between S and V^T (the paper); "sqrt", S is split evenly on both sides of R (as PEFT
+        does).
+        seed: key of the fixed random P.
+        init: "zeros" starts at the base model; "uniform" draws v from U(-0.01, 0.01) by the seed.
+        v_dtype: storage of v; arithmetic is float32 whatever it is.
+        backend: "cuda", "triton", "cpu", "reference" or None (automatic).
+        cache: keep truncated SVDs on disk, keyed by the weight's content.
+        fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2}
+            gives each part an SVD and a P of its own; names match as in target_modules, values are the output rows of
+            each part or the number of equal parts. The layer stays one module with one v. None: one SVD a layer.
+    """
+
+    frozen_rank: int = 2
+    trainable_dim: int = 1
+    n_tie: int = 1
+    target_modules: Sequence[str] | str | None = None
+    tying: str | Mapping[str, object] = "tiled"
+    alpha: float = 1.0
+    scaling: str = "left"
+    seed: int = 0
+    init: str = "zeros"
+    v_dtype: torch.dtype = torch.float32
+    backend: str | None = None
+    cache: bool = True
+    fused: Mapping[str, int | Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive_int("frozen_rank", self.frozen_rank)
+        check_positive_int("trainable_dim", self.trainable_dim)
+        check_common_fields(self, TINY_LORA_INITS)
+        self.fused = checked_fused(self.fused)
+
+    @property
+    def rank(self) -> int:
+        return self.frozen_rank
+
+    @property
+    def numbers(self) -> int:
+        return self.trainable_dim
+
+    def parts(self, name: str, out_features: int) -> tuple[int, ...] | None:
+        return part_sizes(self.fused or {}, name, out_features)
+
+    def projection(self, index: int, sigma: Tensor, lookup: bool = False) -> Tensor:
+        return random_projection(self.seed, index, self.numbers, sigma, self.alpha, self.scaling, lookup)
+
+    def initial(self, group: int) -> Tensor:
+        return torch.zeros(self.numbers) if self.init == "zeros" else uniform_vector(self.seed, group, self.numbers)
+
+
+@dataclass
+class LoRAXSConfig:
+    """Hyperparameters of LoRA-XS (Balazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of
+    Parameters", arXiv 2405.17604), on the same layer and the same ops.
+
+    W' = W + alpha U S R V^T with R itself trained, r * r numbers in each tie group.
+
+    Attributes:
+        rank: r; r * r numbers are trained in each tie group.
+        n_tie: modules that share one R; the paper shares none.
+        target_modules: names to adapt, as in TinyLoRAConfig.
+        tying: "tiled", "structured" or {module name: group}, as in TinyLoRAConfig.
+        alpha: scale of the update.
+        scaling: "left", R acts between S and V^T (the paper); "sqrt", S is split evenly on both sides of R.
+        seed: key of the random initial R.
+        init: "zeros" starts at the base model; "normal" draws R from N(0, 1e-5 squared), as the paper does.
+        v_dtype: storage of R; arithmetic is float32 whatever it is.
+        backend: "cuda", "triton", "cpu", "reference" or None (automatic).
+        cache: keep truncated SVDs on disk, keyed by the weight's content.
+    """
+
+    rank: int = 4
+    n_tie: int = 1
+    target_modules: Sequence[str] | str | None = None
+    tying: str | Mapping[str, object] = "tiled"
+    alpha: float = 1.0
+    scaling: str = "left"
+    seed: int = 0
+    init: str = "zeros"
+    v_dtype: torch.dtype = torch.float32
+    backend: str | None = None
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_common_fields(self, LORA_XS_INITS)
+
+    @property
+    def numbers(self) -> int:
+        return self.rank**2
+
+    def parts(self, name: str, out_features: int) -> None:
+        return None
+
+    def projection(self, index: int, sigma: Tensor, lookup: bool = False) -> Tensor:
+        return ratio_projection(sigma, self.alpha, self.scaling, lookup)
+
+    def initial(self, group: int) -> Tensor:
+        return torch.zeros(self.numbers) if self.init == "zeros" else normal_vector(self.seed, group, self.numbers)
+
+
+# What makes two adapters the same function; the other fields say how modules and groups were chosen, and those are
+# compared as the lists they led to.
+IDENTITY_FIELDS = ("frozen_rank", "rank", "trainable_dim", "alpha", "scaling", "seed", "v_dtype", "fused")
+
+
+def check_common_fields(config, inits: Sequence[str]) -> None:
+    """What TinyLoRAConfig and LoRAXSConfig have in common; ValueError names the field."""
+    check_positive_int("n_tie", config.n_tie)
+    if isinstance(config.tying, str) and config.tying not in ("tiled", "structured"):
+        raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {config.tying!r}")
+    check_scale("alpha", config.alpha)
+    check_choice("scaling", config.scaling, SCALINGS)
+    check_seed(config.seed)
+    check_choice("init", config.init, inits)
+    check_choice("v_dtype", config.v_dtype, V_DTYPES)
+
+
+def check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
+
+
+def check_scale(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+        raise ValueError(f"{name}: expected a finite number, found {value!r}")
+
+
+def check_seed(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"seed: expected an integer in [0, 2**64), found {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
+
+
+def checked_fused(fused: object) -> dict[str, int | tuple[int, ...]] | None:
+    """{module name: how many equal parts, or their sizes in order}, sizes as tuples; None for an empty map."""
+    if fused is None:
+        return None
+    if not isinstance(fused, Mapping):
+        raise ValueError(f"fused: expected a map of module names to parts, found {fused!r}")
+    parts: dict[str, int | tuple[int, ...]] = {}
+    for name, entry in fused.items():
+        equal = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 2
+        sizes = tuple(entry) if isinstance(entry, Sequence) and not isinstance(entry, (str, bytes)) else ()
+        listed = len(sizes) >= 2 and all(type(size) is int and size >= 1 for size in sizes)
+        if not isinstance(name, str) or not name or not (equal or listed):
+            raise ValueError(
+                "fused: expected a module name and its number of equal parts (2 or more) or the sizes of two or more "
+                f"parts, found {name!r}: {entry!r}"
+            )
+        parts[name] = entry if equal else sizes
+    return parts or None

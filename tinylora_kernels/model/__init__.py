@@ -1,0 +1,1 @@
+"""A whole model: which modules, adapting them, what is adapted, merging, and what merging loses."""

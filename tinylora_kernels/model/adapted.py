@@ -1,0 +1,83 @@
+"""An adapted model: its layers and vectors, its tensors' names before it was adapted, and the adapter switched off."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..base.experts import ExpertSlice
+from ..layers.experts import AdaptedExperts
+from ..layers.layer import TinyLoRALayer
+
+
+def adapted_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
+    """Qualified name -> adapted layer, in named_modules order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TinyLoRALayer)}
+
+
+def trainable_vectors(model: nn.Module) -> list[nn.Parameter]:
+    """The vectors v, one for each tie group, in order of first use."""
+    return list({id(layer.v): layer.v for layer in adapted_layers(model).values()}.values())
+
+
+def count_trainable_params(model: nn.Module) -> dict[str, int]:
+    """What is trained and what it weighs.
+
+    Returns:
+        trainable: numbers that require a gradient; total: all parameters; trainable_bytes_bf16, trainable_bytes_fp32:
+        their size in bytes at 2 and 4 bytes a number; modules: adapted layers; groups: vectors v.
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "trainable": trainable,
+        "total": sum(p.numel() for p in model.parameters()),
+        "trainable_bytes_bf16": 2 * trainable,
+        "trainable_bytes_fp32": 4 * trainable,
+        "modules": len(adapted_layers(model)),
+        "groups": len(trainable_vectors(model)),
+    }
+
+
+def wrappers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, TinyLoRALayer | AdaptedExperts]:
+    """Qualified name -> the module that stands where a frozen one stood before, and has it as ``base``."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=remove_duplicate)
+        if isinstance(module, AdaptedExperts)
+        or (isinstance(module, TinyLoRALayer) and not isinstance(module.base, ExpertSlice))
+    }
+
+
+def original_names(model: nn.Module) -> Callable[[str], str | None]:
+    """A function from a tensor's name in the adapted model to its name before the model was adapted; None for a vector v."""
+    wrapped = wrappers(model, remove_duplicate=False)
+    layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, TinyLoRALayer)}
+
+    def original_name(key: str) -> str | None:
+        owner, _, rest = key.rpartition(".base.")
+        if owner in wrapped:
+            return f"{owner}.{rest}"
+        return None if key.removesuffix(".v") in layers else key
+
+    return original_name
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base model under its names before it was adapted: no copy, no vectors."""
+    original_name = original_names(model)
+    named = ((original_name(key), tensor) for key, tensor in model.state_dict().items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The bare base model for the duration; what was switched off before stays so afterwards."""
+    enabled = {layer: layer.enabled for layer in adapted_layers(model).values()}
+    try:
+        for layer in enabled:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, was in enabled.items():
+            layer.enabled = was

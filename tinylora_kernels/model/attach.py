@@ -1,0 +1,164 @@
+"""Adapting a model in place, and giving the bare one back: factorise its modules, share the vectors, freeze the rest."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..base.direct_reads import warn_of_direct_reads
+from ..base.experts import ExpertSlice
+from ..base.kinds import kind_of
+from ..factors.modules import factorize_modules
+from ..factors.svd import Factors
+from ..layers.experts import AdaptedExperts
+from ..layers.layer import TinyLoRALayer
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig
+from ..method.parts import block_basis
+from ..method.tying import assign_groups
+from .adapted import wrappers
+from .targets import base_module, fused_parts, target_names
+
+
+def apply_tiny_lora(
+    model: nn.Module,
+    config: TinyLoRAConfig,
+    *,
+    progress: bool = True,
+    factors: Mapping[str, Factors] | None = None,
+) -> nn.Module:
+    """Adapt a model in place with TinyLoRA and freeze everything but the vectors v.
+
+    Args:
+        model: any nn.Module; its linear layers, convolutions, embeddings and experts may be adapted (docs/layers.md).
+        config: see TinyLoRAConfig; modules are taken in named_modules order.
+        progress: show a bar while the weights are factorised.
+        factors: the truncated SVD of every module, by name, where it is known already; nothing is factorised then. Of
+            fused projections taken apart in the form that factorize_modules returns.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no module matched, one that cannot be adapted did, a rank above min(out, in), a weight with NaN or
+            of lower rank, weights on the meta device, a model adapted already. The model is left as it was.
+    """
+    return adapt(model, config, progress=progress, factors=factors)
+
+
+def apply_lora_xs(
+    model: nn.Module,
+    config: LoRAXSConfig,
+    *,
+    progress: bool = True,
+    factors: Mapping[str, Factors] | None = None,
+) -> nn.Module:
+    """Adapt a model in place with LoRA-XS and freeze everything but the matrices R.
+
+    Args:
+        model, progress, factors: as in apply_tiny_lora.
+        config: see LoRAXSConfig; modules are taken in named_modules order.
+
+    Returns:
+        The same model.  Each layer's ``v`` [r * r] is R flattened by rows.
+
+    Raises:
+        ValueError: as apply_tiny_lora; the model is left as it was.
+    """
+    return adapt(model, config, progress=progress, factors=factors)
+
+
+def adapt(
+    model: nn.Module,
+    config: TinyLoRAConfig | LoRAXSConfig,
+    *,
+    progress: bool = True,
+    factors: Mapping[str, Factors] | None = None,
+) -> nn.Module:
+    """apply_tiny_lora or apply_lora_xs, by the config."""
+    names = target_names(model, config.target_modules)
+    groups = assign_groups(names, config.n_tie, config.tying)
+    return attach(model, config, names, groups, progress=progress, factors=factors)
+
+
+def attach(
+    model: nn.Module,
+    config: Method,
+    names: list[str],
+    groups: list[int],
+    *,
+    progress: bool = True,
+    factors: Mapping[str, Factors] | None = None,
+) -> nn.Module:
+    """Replace the named modules by adapted layers; everything that can fail happens before anything is changed.
+
+    Args:
+        names, groups: the modules in order and the tie group of each.
+        factors: the truncated SVDs where they are known already.
+    """
+    bases = {name: base_module(model, name) for name in names}
+    for name, base in bases.items():
+        if base.weight.is_meta:
+            raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
+    warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
+    parts = fused_parts(config, bases)
+    if factors is None:
+        factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)
+
+    layers: dict[str, TinyLoRALayer] = {}
+    owners: dict[int, TinyLoRALayer] = {}
+    projection_index = 0
+    for index, (name, group) in enumerate(zip(names, groups)):
+        base, factor, sizes = bases[name], factors[name], parts.get(name)
+        if sizes and factor.sigma.shape != (len(sizes), config.rank):
+            raise ValueError(
+                f"{name}: expected singular values {[len(sizes), config.rank]} of its parts, found "
+                f"{list(factor.sigma.shape)}; factors.modules.factorize_modules makes them"
+            )
+        basis = block_basis(factor.basis, sizes) if sizes else factor.basis
+        v = owners.get(group)
+        if v is None:
+            v = nn.Parameter(config.initial(group).to(device=base.weight.device, dtype=config.v_dtype))
+        layer = TinyLoRALayer(
+            base, basis, factor.sigma, config.projection(projection_index, factor.sigma, kind_of(base).lookup), v,
+            name=name, index=index, group=group, config=config, degenerate=factor.degenerate,
+            parts=sizes, projection_index=projection_index,
+        )  # fmt: skip
+        projection_index += len(sizes) if sizes else 1
+        layer.train(base.training)
+        owners.setdefault(group, layer)
+        layers[name] = layer
+
+    replacements = _replacements(layers)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    replace_modules(model, replacements)
+    return model
+
+
+def _replacements(layers: dict[str, TinyLoRALayer]) -> dict[nn.Module, nn.Module]:
+    """Frozen module -> what takes its place: its adapted layer, or for experts all the layers of their module."""
+    replacement: dict[nn.Module, nn.Module] = {}
+    stacks: dict[nn.Module, dict[str, TinyLoRALayer]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer.base, ExpertSlice):
+            below = ".".join(name.rsplit(".", 2)[1:])
+            stacks.setdefault(layer.base.experts, {})[below] = layer
+        else:
+            replacement[layer.base] = layer
+    return replacement | {experts: AdaptedExperts(experts, own) for experts, own in stacks.items()}
+
+
+def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
+    """Swap modules for others wherever they are referenced, shared references included."""
+    for parent in list(model.modules()):
+        if parent in replacement.values():
+            continue
+        for child_name, child in list(parent._modules.items()):
+            if child in replacement:
+                parent._modules[child_name] = replacement[child]
+
+
+def remove_adapter(model: nn.Module) -> nn.Module:
+    """Give the bare model back: the same base modules, frozen as they are; undoes apply_tiny_lora."""
+    replace_modules(model, {wrapper: wrapper.base for wrapper in wrappers(model).values()})
+    return model

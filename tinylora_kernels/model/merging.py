@@ -1,0 +1,225 @@
+"""Merging the update into the frozen weights: for rollout engines and for export.
+
+W' = W + U M U^T W is formed in float32 (float64 for float64 weights), one module at a time, and cast once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..base.experts import ExpertSlice
+from ..base.kinds import as_stored, write_weight
+from ..common.words import described
+from ..layers.experts import AdaptedExperts
+from ..layers.layer import TinyLoRALayer
+from ..ops.reference import contract
+from .adapted import adapted_layers, original_names, wrappers
+
+
+def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the model with the update applied, under the names of the model before it was adapted.
+
+    Args:
+        model: an adapted model, merged or not; it is not changed.
+        only_adapted: yield the merged weights alone, not the tensors that adapting left as they were.
+
+    Yields:
+        (name, tensor) in the order of the original ``state_dict()``, tied names included.  A merged weight is a fresh
+        tensor in the dtype of its base, made when it is asked for and not kept: a loop holds one or two at a time, and
+        one float32 copy of a single weight while it is made.  The other tensors, and all those of a merged model, are
+        the model's own: do not write to them.
+
+    Raises:
+        ValueError: no adapter, a base that is quantised, or a weight shared with another module; raised by the call,
+            not at the first tensor.
+    """
+    mergeable_layers(model)
+    return _stream(model, only_adapted)
+
+
+def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Module:
+    """Write W' into every adapted base weight and switch the update off: the model then runs at the base's speed.
+
+    The bits of the original weights are kept, one copy of every adapted weight in its own dtype, until ``unmerge``
+    writes them back; nothing is ever subtracted, so any number of cycles is exact.  While merged, the vectors get no
+    gradient (a training step says so) and changing them changes nothing until the next merge.  ``state_dict()`` is then
+    that of the merged weights with the vectors beside them: loaded into an adapted model it would apply the update
+    twice.  To keep a merged model use ``merged_weights``; to keep the adapter, ``save_adapter``, merged or not.
+
+    Args:
+        save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
+
+    Raises:
+        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, or a weight shared with another
+            module.  Nothing has changed then.
+    """
+    layers = mergeable_layers(model)
+    if any(layer.bank is not None for layer in layers.values()):
+        raise ValueError("merge: the model has an AdapterBank, but merged weights serve all rows alike; close it first")
+    merged = [name for name, layer in layers.items() if is_merged(layer)]
+    if merged:
+        raise ValueError(f"merge: {_some(merged)} merged already; call unmerge(model) first")
+    done = []
+    try:
+        for layer in layers.values():
+            weight = layer.weight_matrix()
+            layer.saved_weight = weight.to(save_to or weight.device, copy=True)
+            done.append(layer)
+            write_weight(layer.base, merged_weight(layer))
+            layer.enabled = False
+    except BaseException:
+        for layer in done:
+            _restore(layer)
+        raise
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Write the original bits back and switch the update on again.
+
+    Raises:
+        ValueError: the model is not merged, or its dtype was changed since.  Nothing has changed then.
+    """
+    layers = {name: layer for name, layer in adapted_layers(model).items() if is_merged(layer)}
+    if not layers:
+        raise ValueError("unmerge: the model is not merged; call merge(model) first")
+    for name, layer in layers.items():
+        saved, weight = layer.saved_weight, layer.weight_matrix()
+        if saved.dtype != weight.dtype or saved.shape != weight.shape:
+            raise ValueError(
+                f"unmerge: {name} was merged as {described(saved)} and is {described(weight)} now; "
+                "convert the model back first"
+            )
+    for layer in layers.values():
+        _restore(layer)
+    return model
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether the tensor holds the weight itself, not the packed integers or the shard of one."""
+    return weight.is_floating_point() and type(weight) in (nn.Parameter, Tensor)
+
+
+def is_merged(layer: TinyLoRALayer) -> bool:
+    """Whether the layer's update sits in its base weight."""
+    return layer.saved_weight is not None
+
+
+@torch.no_grad()
+def merged_weight(layer: TinyLoRALayer) -> Tensor:
+    """W' = W + U M U^T W, [out, in], in the dtype of W; a fresh tensor.  Of a merged layer too: W is what was saved."""
+    weight = original_weight(layer)
+    exact = weight.to(work_dtype(weight), copy=True)  # [out, in]
+    left, right = delta_factors(layer, exact)
+    return exact.addmm_(left, right).to(weight.dtype)
+
+
+@torch.no_grad()
+def delta_factors(layer: TinyLoRALayer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The update as a product, W' - W = (U M) (U^T W): [out, r] and [r, in], in the dtype of ``weight`` [out, in]."""
+    basis = layer.basis.to(weight.dtype)  # [r, out]
+    mixing = contract(layer.v.detach().to(weight), layer.projection.to(weight.dtype))  # [r, r]
+    return basis.T @ mixing, basis @ weight
+
+
+def original_weight(layer: TinyLoRALayer) -> Tensor:
+    """The frozen weight [out, in] as it was before any merge; no copy unless the saved bits live on another device."""
+    return layer.saved_weight.to(layer.basis.device) if is_merged(layer) else layer.weight_matrix()
+
+
+def work_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@torch.no_grad()
+def _restore(layer: TinyLoRALayer) -> None:
+    write_weight(layer.base, layer.saved_weight)
+    layer.saved_weight = None
+    layer.enabled = True
+
+
+def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]]:
+    # A module may be reachable under several names, and the state dict lists them all.
+    wrapped, original_name = wrappers(model, remove_duplicate=False), original_names(model)
+    for key, tensor in model.state_dict().items():
+        name = original_name(key)
+        owner, _, own = key.rpartition(".base.")
+        wrapper = wrapped.get(owner)
+        if isinstance(wrapper, AdaptedExperts) and own in wrapper._modules:
+            yield name, _merged_stack(wrapper, own, tensor)
+        elif isinstance(wrapper, TinyLoRALayer) and own == "weight":
+            yield name, tensor if is_merged(wrapper) else as_stored(wrapper.base, merged_weight(wrapper))
+        elif name is not None and not only_adapted:
+            yield name, tensor
+
+
+def _merged_stack(experts: AdaptedExperts, stack: str, weight: Tensor) -> Tensor:
+    """The stack [E, ...] with the update of every adapted expert; a fresh tensor unless the model is merged."""
+    layers = experts._modules[stack].values()
+    if all(is_merged(layer) for layer in layers):
+        return weight
+    merged = weight.clone()
+    for layer in layers:
+        merged[layer.base.expert] = as_stored(layer.base, merged_weight(layer))
+    return merged
+
+
+def mergeable_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
+    for name, layer in layers.items():
+        weight = layer.base.weight
+        if not is_dense(weight):
+            raise ValueError(
+                f"{name}: expected a dense floating weight to merge into, found {type(weight).__name__} "
+                f"{described(weight)} (quantised or sharded); keep the update beside it with "
+                "export_lora(model, directory)"
+            )
+    _refuse_shared_weights(model, layers)
+    return layers
+
+
+def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -> None:
+    """Merging writes one module's update into memory that another reads: tied lm_head and embeddings, for instance."""
+    original_name = original_names(model)
+    storages: dict[int, list[tuple[str, Tensor]]] = {}
+    for module_name, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.numel() and not tensor.is_meta:
+                full_name = f"{module_name}.{name}".lstrip(".")
+                storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((full_name, tensor))
+    for name, layer in layers.items():
+        weight, own_name = layer.base.weight, _parameter_name(name, layer)
+        first, last = _extent(weight)
+        for other_name, other in storages[weight.untyped_storage().data_ptr()]:
+            start, end = _extent(other)
+            if other_name != own_name and start < last and first < end:
+                other_name = original_name(other_name) or other_name
+                raise ValueError(
+                    f"{name}.weight shares its memory with {other_name}: merging the update of {name} would corrupt "
+                    "the other; untie them, leave it out of target_modules, or use export_lora(model, directory)"
+                )
+
+
+def _parameter_name(name: str, layer: TinyLoRALayer) -> str:
+    """The parameter that holds the layer's weight, by its name in the adapted model."""
+    if isinstance(layer.base, ExpertSlice):
+        return f"{name.rsplit('.', 2)[0]}.base.{layer.base.stack}"
+    return f"{name}.base.weight"
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that the tensor covers in its storage."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    start = tensor.storage_offset() * tensor.element_size()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _some(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{names[0]} and {len(names) - 1} more modules are"

@@ -1,0 +1,172 @@
+"""The native library: CPU and CUDA kernels behind the ops, loaded once, never an error at import."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..._version import __version__
+from ...method.parts import SPECIALISED_RANKS
+from ..schema import ACTIVATION_DTYPES
+from . import cuda_driver, library_file
+
+LIBRARY = library_file.PACKAGE / "libtinylora.so"
+RECORD = library_file.PACKAGE / "_build_record.json"
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the library
+PRODUCT_VECTORS = 4  # a multiple of: multiplied together
+PRODUCT_STEP = 32  # a multiple of: columns of the padded sums
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the native library can do here.
+
+    Attributes:
+        path: the library file, whether or not it could be loaded.
+        error: None if it is loaded, else one line that says why not and what would change it.
+        has_cuda: it holds CUDA kernels.
+        isa: instruction set the CPU kernels run with: "avx512_bf16", "avx512", "avx2" or "portable".
+        build: facts of the build: version, compiler, cuda (architectures), torch_target.
+        record: what setup.py wrote about its attempt, {} if it left nothing.
+    """
+
+    path: Path
+    error: str | None
+    has_cuda: bool = False
+    isa: str | None = None
+    build: dict[str, str] = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+
+
+@functools.cache
+def load() -> Status:
+    """Load the library into this process, once; what went wrong is in the result."""
+    record = _build_record()
+    if not LIBRARY.is_file():
+        reason = record.get("reason") or "the package was copied here without being built"
+        return _unusable(f"not built: {reason}", record.get("fix"), record)
+    if damage := library_file.damage(LIBRARY):
+        return _unusable(f"{LIBRARY.name} does not load: {damage}", None, record)
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+        for function in (library.tinylora_build_info, library.tinylora_isa):
+            function.restype = ctypes.c_char_p
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason, fix = library_file.explain(str(error.__cause__ or error))  # torch wraps what the loader said
+        return _unusable(f"{LIBRARY.name} does not load: {reason}", fix, record)
+    build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
+    if build["version"] != __version__:
+        return _unusable(f"{LIBRARY.name} is of version {build['version']}, the package of {__version__}", None, record)
+    if not hasattr(library, "tinylora_products"):
+        return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
+    isa = library.tinylora_isa().decode()
+    error = isa.removeprefix("error: ") if isa.startswith("error: ") else None
+    return Status(LIBRARY, error, bool(build["cuda"]), None if error else isa, build, record)
+
+
+def _unusable(reason: str, fix: str | None, record: dict) -> Status:
+    return Status(LIBRARY, f"{reason}. To change that: {fix or library_file.reinstall_command()}", record=record)
+
+
+def _build_record() -> dict:
+    try:
+        return json.loads(RECORD.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def use_isa(name: str) -> bool:
+    """Run the CPU kernels with this instruction set from now on; False, and no change, if this machine cannot.
+
+    For tests and benchmarks. The environment variable TINYLORA_CPU_ISA does the same for a whole process.
+    """
+    if name not in CPU_ISAS:
+        raise ValueError(f"isa: expected one of {', '.join(CPU_ISAS)}, found {name!r}")
+    if load().error:
+        return False
+    return bool(ctypes.CDLL(str(LIBRARY)).tinylora_use_isa(name.encode()))
+
+
+def can_multiply(weight: Tensor) -> bool:
+    """Whether `products` takes rows of this weight. Not those of a subclass, whose numbers may lie elsewhere."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.layout == torch.strided
+    on_cpu = plain and weight.device.type == "cpu" and weight.stride(1) == 1
+    if not on_cpu or weight.dtype not in PRODUCT_DTYPES or load().error:
+        return False
+    return bool(_products_library().tinylora_has_products())
+
+
+def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """X W^T [p, N] and (X W^T) W [p, D] in fp32, reading W once, on the calling thread and without the GIL.
+
+    rows  W [N, D], as `can_multiply` wants it.
+    x     X fp32 [p, D].
+    """
+    (count, width), vectors = rows.shape, len(x)
+    padded = -(-vectors // PRODUCT_VECTORS) * PRODUCT_VECTORS
+    padded_width = -(-width // PRODUCT_STEP) * PRODUCT_STEP
+    if padded > vectors:
+        x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors))
+    x = x.contiguous()
+    floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    y, sums = torch.empty(count, padded, **floats), torch.zeros(padded, padded_width, **floats)
+    _products_library().tinylora_products(
+        PRODUCT_DTYPES.index(rows.dtype), rows.data_ptr(), rows.stride(0), count, width,
+        x.data_ptr(), padded, y.data_ptr(), sums.data_ptr(), padded_width,
+    )  # fmt: skip
+    return y[:, :vectors].T, sums[:vectors, :width]
+
+
+@functools.cache
+def _products_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    types = [ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size]
+    library.tinylora_products.argtypes, library.tinylora_products.restype = types, None
+    return library
+
+
+# The overloads, not the packets: no overload resolution on every call.
+update = torch.ops.tinylora.update.default
+update_backward = torch.ops.tinylora.update_backward.default
+low_rank = torch.ops.tinylora.low_rank.default
+update_input_grad = torch.ops.tinylora.update_input_grad.default
+
+
+def why_not_cpu(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
+    """None if the CPU kernels serve this request, else the reason in one line."""
+    if device_type != "cpu":
+        return f"it runs on the CPU, the tensors are on {device_type}"
+    if load().error:
+        return load().error
+    return _why_not_dtype(dtype)
+
+
+def why_not_cuda(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
+    """None if the CUDA kernels serve this request, else the reason in one line."""
+    if device_type != "cuda":
+        return f"it runs on NVIDIA GPUs, the tensors are on {device_type}"
+    status = load()
+    if status.error:
+        return status.error
+    if not status.has_cuda:
+        reason = status.record.get("cuda_reason") or "no nvcc"
+        return f"built without CUDA: {reason}. To change that: {library_file.reinstall_command()}"
+    if torch.version.hip:
+        return "it runs on NVIDIA GPUs, this torch is for AMD"
+    if rank not in SPECIALISED_RANKS:
+        return f"rank {rank}: the CUDA kernels exist for ranks {', '.join(map(str, SPECIALISED_RANKS))}"
+    return _why_not_dtype(dtype) or cuda_driver.why_not(status.build.get("cuda_toolkit", "0"), status.build["cuda"])
+
+
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
+    if dtype in ACTIVATION_DTYPES:
+        return None
+    return f"{dtype} activations: expected float32, bfloat16, float16 or float64"

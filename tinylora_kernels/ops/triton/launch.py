@@ -1,0 +1,253 @@
+"""The Triton backend: both ops on any GPU that Triton compiles for, NVIDIA (sm_75 to sm_120) and AMD (gfx942, gfx1100).
+
+One launch forward, at most two backward, on the caller's current stream. dv is a two-stage fp32 sum in a fixed order,
+without float atomics, so it is the same bits on every run. Launch parameters come from a table; nothing is tuned at run
+time. Triton itself is imported by the first call, never by importing this module.
+
+An adapter id outside [-1, K) stops the kernel (a device-side assertion: the launch fails, nothing is returned); it
+cannot be raised here without waiting for the GPU.
+"""
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...common.words import one_line
+from ...method.parts import SPECIALISED_RANKS
+from ..checks import check_arguments
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_PROGRAMS = 2048  # bounds the first stage's partial sums and the number of times M is contracted
+INT32_LIMIT = 2**31
+
+
+class LaunchParameters(NamedTuple):
+    """How one program covers its rows: a tile of rows x block columns, held by this many threads."""
+
+    rows: int
+    block: int
+    threads: int
+
+
+# block: (rows, then threads for r <= 2, r = 4 and r = 8; 0: too long, r rows of the basis beside it would spill).
+# 32 fp32 numbers a thread where they fit: at 16, ptxas aims at 64 registers and for r = 4 and 8 spills a pair on some
+# targets (sm_80, sm_100).
+_TILES = {
+    64: (32, 64, 128, 128),
+    128: (16, 64, 128, 128),
+    256: (8, 64, 128, 128),
+    512: (4, 64, 128, 128),
+    1024: (2, 64, 128, 128),
+    2048: (1, 64, 128, 128),
+    4096: (1, 128, 128, 512),
+    8192: (1, 256, 256, 0),
+    16384: (1, 1024, 0, 0),
+}
+
+
+def launch_parameters(features: int, rank: int) -> LaunchParameters:
+    """The smallest tile of the table that holds a row; the streaming block where none does."""
+    column = {1: 1, 2: 1, 4: 2, 8: 3}[rank]
+    tiles = (block for block, tile in _TILES.items() if block >= features and tile[column])
+    block = next(tiles, 8192 if rank < 8 else 1024)
+    return LaunchParameters(_TILES[block][0], block, _TILES[block][column])
+
+
+def is_installed() -> bool:
+    """Whether there is a Triton to import; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
+    """None where this backend can serve the request, else the reason in one line, with the fix."""
+    if device_type not in _device_types():
+        return f"triton kernels run on GPU tensors, not on {device_type!r}: move the tensors to a GPU"
+    if dtype not in DTYPES:
+        return f"triton kernels take float32, bfloat16 and float16, not {dtype}: use the reference backend"
+    if rank not in SPECIALISED_RANKS:
+        return f"triton kernels are built for rank 1, 2, 4 and 8, not {rank}: use the reference backend"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton cannot be imported ({one_line(error)}): pip install triton"
+    return None
+
+
+def update(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, adapter_ids: Tensor | None
+) -> Tensor:
+    """y += ((y U - c) M^T) U^T in place; returns t = y U - c, [N, r]. Shapes and dtypes: see schema.py."""
+    check_arguments("y", y, basis, v, projection, offset=offset, adapter_ids=adapter_ids)
+    _check_supported("y", y, basis, v, projection, offset, adapter_ids)
+    flat = _as_rows("y", y)  # [N, D]
+    if len(flat) > 1 and flat.stride(0) < flat.shape[1]:
+        raise ValueError(f"y: rows overlap in memory (row stride {flat.stride(0)} < {flat.shape[1]}): clone it first")
+    t = v.new_empty(len(flat), len(basis))
+    if len(flat):
+        _launch_update(flat, basis, v, projection, offset, adapter_ids, t)
+    return t
+
+
+def update_backward(
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(g0, dv): g0 = g + ((g U) M) U^T and dv_i = <P'_i, (g U)^T t>; what is not asked for comes back empty."""
+    check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
+    _check_supported("g", g, basis, v, projection, t, adapter_ids)
+    flat = _as_rows("g", g)  # [N, D]
+    g0 = torch.empty(g.shape, dtype=g.dtype, device=g.device) if need_input_grad else g.new_empty(0)
+    dv = torch.empty_like(v) if t is not None else v.new_empty(0)
+    if len(flat) == 0:
+        dv.zero_()
+    elif need_input_grad or t is not None:
+        _launch_backward(flat, basis, v, projection, t, adapter_ids, g0, dv)
+    return g0, dv
+
+
+def _launch_update(y, basis, v, projection, offset, adapter_ids, t) -> None:
+    rank, features = basis.shape
+    launch = launch_parameters(features, rank)
+    tiles_per_program, programs = _split(len(y), launch.rows)
+    with torch.cuda.device_of(y):
+        _device_code().update_kernel[(programs,)](
+            y, basis, v, projection, offset, adapter_ids, t,
+            y.stride(0), len(y), features, v.shape[-1], tiles_per_program, _rows_per_id(len(y), adapter_ids), len(v),
+            **_tile_constants(launch, features, rank, projection, adapter_ids), HAS_OFFSET=offset is not None,
+            **_options(launch.threads, adapter_ids),
+        )  # fmt: skip
+
+
+def _launch_backward(g, basis, v, projection, t, adapter_ids, g0, dv) -> None:
+    rank, features = basis.shape
+    launch = launch_parameters(features, rank)
+    tiles_per_program, programs = _split(len(g), launch.rows)
+    # dM of each program, or one a = g U per row where rows belong to different adapters
+    stages = programs if adapter_ids is None else len(g)
+    width = rank * rank if adapter_ids is None else rank
+    scratch = v.new_empty(stages, width) if t is not None else None
+    rows_per_id = _rows_per_id(len(g), adapter_ids)
+    with torch.cuda.device_of(g):
+        _device_code().update_backward_kernel[(programs,)](
+            g, g0, basis, v, projection, t, adapter_ids, scratch,
+            g.stride(0), len(g), features, v.shape[-1], tiles_per_program, rows_per_id, len(v),
+            **_tile_constants(launch, features, rank, projection, adapter_ids),
+            NEED_G0=g0.numel() > 0, NEED_DV=t is not None,
+            **_options(launch.threads, adapter_ids),
+        )  # fmt: skip
+        if t is None:
+            return
+        adapters = 1 if adapter_ids is None else len(v)
+        block_u = _block_u(v.shape[-1], rank)
+        _device_code().reduce_dv_kernel[(-(-v.shape[-1] // block_u) if projection.dim() == 3 else 1, adapters)](
+            scratch, t, adapter_ids, projection, dv,
+            stages, v.shape[-1], rows_per_id, len(v),
+            R=rank, BLOCK_N=1024 // rank**2, BLOCK_U=block_u,
+            LORA_XS=projection.dim() == 2, HAS_IDS=adapter_ids is not None,
+            **_options(128, adapter_ids),
+        )  # fmt: skip
+
+
+def _split(rows: int, rows_per_tile: int) -> tuple[int, int]:
+    """(tiles per program, programs): every tile once, at most MAX_PROGRAMS programs."""
+    tiles = -(-rows // rows_per_tile)
+    tiles_per_program = -(-tiles // MAX_PROGRAMS)
+    return tiles_per_program, -(-tiles // tiles_per_program)
+
+
+def _block_u(numbers: int, rank: int) -> int:
+    """Numbers contracted at a time: a power of two, at most 1024 entries of P'."""
+    return min(1 << (numbers - 1).bit_length(), 1024 // rank**2)
+
+
+def _rows_per_id(rows: int, adapter_ids: Tensor | None) -> int:
+    return 1 if adapter_ids is None else rows // len(adapter_ids)
+
+
+def _tile_constants(launch: LaunchParameters, features: int, rank: int, projection: Tensor, adapter_ids) -> dict:
+    return dict(
+        R=rank,
+        ROWS=launch.rows,
+        BLOCK_D=launch.block,
+        BLOCK_U=_block_u(len(projection), rank),
+        SINGLE=features <= launch.block,
+        LORA_XS=projection.dim() == 2,
+        HAS_IDS=adapter_ids is not None,
+    )
+
+
+def _options(threads: int, adapter_ids: Tensor | None) -> dict:
+    """Compiler options, none left to a default that differs between Triton releases.
+
+    No fusion: triton_device.py says why. debug turns the adapter-id assertion on; sanitize_overflow would add one to
+    every integer operation.
+    """
+    return dict(
+        num_warps=threads // _warp_size(),
+        num_stages=1,
+        enable_fp_fusion=False,
+        debug=adapter_ids is not None,
+        sanitize_overflow=False,
+    )
+
+
+def _check_supported(name: str, activation: Tensor, basis: Tensor, *others: Tensor | None) -> None:
+    """What the schema allows and these kernels do not, said before any launch."""
+    reason = why_not(activation.device.type, activation.dtype, len(basis))
+    if reason is not None:
+        raise RuntimeError(f"{name}: {reason}")
+    for tensor in (basis, *others):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"expected contiguous parameters beside {name}, found strides {tensor.stride()}: copy it")
+    for entries, of in ((basis.numel(), "basis"), (others[1].numel(), "projection")):
+        if entries >= INT32_LIMIT:
+            raise ValueError(f"{of}: expected fewer than 2**31 numbers, found {entries}: use the reference backend")
+
+
+def _as_rows(name: str, activation: Tensor) -> Tensor:
+    """[..., D] as [N, D] without a copy."""
+    features = activation.shape[-1]
+    if features > 1 and activation.stride(-1) != 1:
+        raise ValueError(f"{name}: expected last stride 1, found {activation.stride(-1)}: call contiguous() first")
+    try:
+        return activation.view(activation.numel() // features, features)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected leading dimensions with one row stride, found shape {tuple(activation.shape)} "
+            f"strides {activation.stride()}: call contiguous() first"
+        ) from None
+
+
+@functools.cache
+def _device_code():
+    from . import kernels as triton_device
+
+    return triton_device
+
+
+def _device_types() -> tuple[str, ...]:
+    """GPUs ("cuda" is also PyTorch's name for AMD's); under Triton's interpreter the CPU as well."""
+    return ("cuda", "cpu") if _interpreted() else ("cuda",)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _warp_size() -> int:
+    if _interpreted():
+        return 32
+    import triton
+
+    return triton.runtime.driver.active.get_current_target().warp_size
