@@ -89,9 +89,9 @@ MODELS = (
 )
 
 
-def layer_factor_bytes(out: int, rank: int, numbers: int, bias: bool) -> int:
-    """Buffers of one adapted layer in fp32: U^T [r, out], S [r], P' [u, r, r], and c [r] beside a bias."""
-    return 4 * (rank * out + rank + numbers * rank * rank + (rank if bias else 0))
+def layer_factor_bytes(out: int, rank: int, numbers: int) -> int:
+    """Buffers of one adapted layer in fp32: U^T [r, out], S [r] and P' [u, r, r]."""
+    return 4 * (rank * out + rank + numbers * rank * rank)
 
 
 def factor_bytes(model: Decoder, devices: int) -> int:
@@ -99,7 +99,7 @@ def factor_bytes(model: Decoder, devices: int) -> int:
     total = 0
     for m in model.matrices():
         here = -(-m.count // min(devices, NODE)) if m.expert else m.count
-        total += here * layer_factor_bytes(m.out, RANK, NUMBERS, bias=False)
+        total += here * layer_factor_bytes(m.out, RANK, NUMBERS)
     return total
 
 

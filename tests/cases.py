@@ -19,7 +19,10 @@ BUDGET = 2.0  # our error against float64 over the plain low-rank chain's error 
 
 @dataclass(frozen=True)
 class Case:
-    """N rows, D features, rank r, u numbers; adapters: K (0: one vector, no ids); pad: extra columns between rows."""
+    """N rows, D features, rank r, u numbers; adapters: K (0: one vector, no ids); pad: extra columns between rows.
+
+    bias: the rows have the layer's bias in them, which the offset takes out; adds_bias: they have not, and the op adds it.
+    """
 
     rows: int
     features: int
@@ -30,6 +33,7 @@ class Case:
     adapters: int = 0
     per_sequence: bool = False
     pad: int = 0
+    adds_bias: bool = False
 
     def __str__(self) -> str:
         parts = [f"N{self.rows}", f"D{self.features}", f"r{self.rank}", f"u{self.numbers}"]
@@ -37,6 +41,7 @@ class Case:
         parts += ["xs"] if self.lora_xs else []
         parts += [f"K{self.adapters}{'seq' if self.per_sequence else ''}"] if self.adapters else []
         parts += [f"pad{self.pad}"] if self.pad else []
+        parts += ["addsbias"] if self.adds_bias else []
         return "-".join(parts)
 
 
@@ -63,6 +68,9 @@ CASES = (
     Case(24, 200, rank=2, numbers=3, adapters=5),
     Case(24, 576, rank=2, numbers=13, adapters=3, per_sequence=True),
     Case(10, 65, rank=4, numbers=2, adapters=64, bias=False),
+    Case(37, 513, rank=2, numbers=13, bias=False, adds_bias=True),
+    Case(6, 40, rank=3, numbers=2, bias=False, adds_bias=True, pad=8),
+    Case(24, 200, rank=4, numbers=3, adapters=5, bias=False, adds_bias=True),
 )
 
 
@@ -74,6 +82,7 @@ class Inputs:
     v: Tensor  # [u] or [K, u]
     projection: Tensor  # [u, r, r] or [r, r]
     offset: Tensor | None  # [r]
+    bias: Tensor | None  # [D]
     adapter_ids: Tensor | None
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -82,7 +91,7 @@ class Inputs:
         move = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, tensor in move.items():
             if tensor is not None and name != "adapter_ids":
-                move[name] = _keep_rows(tensor, tensor.to(dtype if name in ("y", "g") else accumulate))
+                move[name] = _keep_rows(tensor, tensor.to(dtype if name in ("y", "g", "bias") else accumulate))
         return Inputs(**move)
 
     def on(self, device: torch.device | str) -> Inputs:
@@ -103,9 +112,15 @@ def _keep_rows(like: Tensor, values: Tensor) -> Tensor:
     return out.copy_(values)
 
 
+def _seed(case: Case, draw: int) -> int:
+    """Of the case alone, and the one it had before there were fields that are at their defaults."""
+    fields = dataclasses.astuple(case)
+    return hash((fields if case.adds_bias else fields[:-1], draw)) % 2**31
+
+
 def make_case(case: Case, dtype: torch.dtype, draw: int = 0) -> Inputs:
     """Inputs whose activations are exact in dtype, so that float64 and dtype start from the same numbers."""
-    generator = torch.Generator().manual_seed(hash((dataclasses.astuple(case), draw)) % 2**31)
+    generator = torch.Generator().manual_seed(_seed(case, draw))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -122,7 +137,8 @@ def make_case(case: Case, dtype: torch.dtype, draw: int = 0) -> Inputs:
     accumulate = accumulation_dtype(dtype)
     return Inputs(
         y, g, basis.to(accumulate), v.to(accumulate), projection.to(accumulate),
-        normal(case.rank).to(accumulate) if case.bias else None, ids,
+        normal(case.rank).to(accumulate) if case.bias else None,
+        normal(case.features).to(dtype) if case.adds_bias else None, ids,
     )  # fmt: skip
 
 
@@ -140,7 +156,7 @@ class Outputs:
 def run_ops(backend, inputs: Inputs) -> Outputs:
     """Both ops of a backend (anything with update and update_backward) on copies of the inputs."""
     y = inputs.clone_y()
-    t = backend.update(y, inputs.basis, inputs.v, inputs.projection, inputs.offset, inputs.adapter_ids)
+    t = backend.update(y, inputs.basis, inputs.v, inputs.projection, inputs.offset, inputs.bias, inputs.adapter_ids)
     g0, dv = backend.update_backward(inputs.g, inputs.basis, inputs.v, inputs.projection, t, inputs.adapter_ids, True)
     return Outputs(y, t, g0, dv)
 
@@ -164,12 +180,12 @@ class _Chain:
     # Contiguous: where a CPU has AMX, oneDNN's bfloat16 product of a strided matrix multiplies the columns between its
     # rows by zero, and they are NaN here (torch 2.13, D = 1000, 24 columns of padding).
     @classmethod
-    def update(cls, y, basis, v, projection, offset, ids):
+    def update(cls, y, basis, v, projection, offset, bias, ids):
         low = basis.to(y.dtype)  # [r, D]
         t = y.contiguous() @ low.T - (0 if offset is None else offset.to(y.dtype))
         mixing = cls._mixing(v, projection, ids, len(y)).to(y.dtype)
         z = t @ mixing.T if ids is None else (mixing @ t.unsqueeze(-1)).squeeze(-1)
-        y.copy_(y + z @ low)
+        y.copy_((y if bias is None else y + bias) + z @ low)
         return t
 
     @classmethod

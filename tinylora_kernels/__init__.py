@@ -11,7 +11,7 @@ from .files.inspect import inspect_adapter
 from .layers.layer import TinyLoRALayer
 from .method.config import LoRAXSConfig, TinyLoRAConfig
 from .model.adapted import adapted_layers, count_trainable_params, trainable_vectors
-from .model.attach import apply_lora_xs, apply_tiny_lora, remove_adapter
+from .model.attach import apply_lora_xs, apply_tiny_lora, refresh_factors, remove_adapter
 from .model.fidelity import merge_fidelity
 from .model.merging import merge, merged_weights, unmerge
 from .ops import set_backend
@@ -36,6 +36,7 @@ __all__ = [
     "merge",
     "merge_fidelity",
     "merged_weights",
+    "refresh_factors",
     "remove_adapter",
     "save_adapter",
     "set_backend",

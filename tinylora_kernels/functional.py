@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from .linear import node
 from .linear.node import FrozenLinear, apply_linear, order_of
-from .ops import BACKENDS, TinyLoRAUpdate, choose
+from .ops import BACKENDS, TinyLoRAUpdate, TracedUpdate, choose, reference
 from .ops.schema import accumulation_dtype
 
 
@@ -17,46 +19,56 @@ def tiny_lora_update(
     offset: Tensor | None = None,
     adapter_ids: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Adapt the output of a frozen linear layer: y + ((y U - c) M^T) U^T with M = sum_i v_i P'_i.
 
-    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update),
-    since U^T W = S V^T.
+    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update), since
+    U^T W = S V^T.
 
     Args:
-        y: [..., D] output of the frozen layer; float32, bfloat16, float16 or float64.
+        y: [..., D] output of the frozen layer; float32, bfloat16, float16 or float64. Of elements that are not finite the
+            update takes no notice, and leaves the others of their row finite.
         basis: [r, D] U^T, the left singular vectors as rows.
         v: [u] the trained numbers, or [K, u] for K adapters with adapter_ids.
         projection: [u, r, r] P', or [r, r] for LoRA-XS (then u = r * r and M = projection * v.view(r, r)).
-        offset: [r] c = b U, for a layer with bias b.
+        offset: [r] c = b U, where y has the layer's bias b in it.
         adapter_ids: [B] int32 or int64, B a divisor of the rows of y; -1 leaves a row alone.
+        bias: [D] b, dtype of y, where y has not: the sum is made here. More exact than offset where b is large.
         inplace: write into y. Only for an output nobody else holds and no autograd node has saved.
         backend: "cuda", "triton", "cpu" or "reference"; None chooses (TINYLORA_BACKEND, then the fastest).
 
     Returns:
         [..., D], dtype of y; on the memory of y with inplace=True where its layout allows.
 
-    Gradients flow into y and v only; only r numbers a row are saved for them. Second derivatives are not defined.
+    Gradients flow into y, v and bias, to any order, in forward mode and through torch.func as well; saved for the first
+    are r numbers a row.
 
     Raises:
         ValueError, IndexError: an argument's shape, dtype, device or id is wrong; y is left untouched.
         RuntimeError: the backend asked for cannot run here.
     """
-    basis, v, projection, offset = _as_accumulated(y.dtype, basis, v, projection, offset)
+    basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _differentiated_by_torch():
+        return reference.updated(y, basis, v, projection, offset, bias, adapter_ids)[0]
+    chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
         y = y.contiguous()  # a fresh copy, rows in one stride
-    elif not inplace or torch.compiler.is_compiling():
+    elif not inplace or compiling or node.seen_by_a_mode():
         y = y.clone()  # while tracing y may be a view of a matmul; Inductor removes the copy again
     elif torch.is_grad_enabled() and y._is_view():
         # nn.Linear with a bias returns a view of its matmul. Written through a view, autograd's backward makes three
         # passes over the whole gradient; as a tensor of its own on the same memory, none.
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
-    chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
-    if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad):
-        return TinyLoRAUpdate.apply(y, basis, v, projection, offset, adapter_ids, chosen)
-    BACKENDS[chosen].update(y, basis, v, projection, offset, adapter_ids)
+    tensors = y, basis, v, projection, offset, bias, adapter_ids
+    if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
+        return TracedUpdate.apply(*tensors, chosen) if compiling else TinyLoRAUpdate.apply(*tensors, chosen)[0]
+    BACKENDS[chosen].update(*tensors)
+    if not compiling and not y.is_inference():
+        torch.autograd.graph.increment_version(y)  # as an in-place op of torch's own would
     return y
 
 
@@ -73,32 +85,44 @@ def tiny_lora_linear(
     right: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A frozen linear layer and its update, tiny_lora_update(x W^T + b, ...), as one node of autograd.
+    """A frozen linear layer and its update, tiny_lora_update(x W^T, ..., bias=b), as one node of autograd.
 
     Args:
         x: [..., in], dtype of the weight.
         weight: [out, in] W, frozen: it gets no gradient.
         bias: [out] b, frozen, or None.
-        basis, v, projection, offset, adapter_ids, backend: as in tiny_lora_update, with D = out.
+        basis, v, projection, adapter_ids, backend: as in tiny_lora_update, with D = out.
+        offset: not needed, and not read: the bias is added after the update.
         right: [r, in] B^T = U^T W, dtype of the basis. With it the CPU's backward pass updates dx in place of a copy of
             the incoming gradient: the same function, faster unless in is much larger than out.
 
     Returns:
-        [..., out]. Gradients flow into x and v only. Second derivatives are not defined.
+        [..., out]. Gradients flow into x and v only, to any order, in forward mode and through torch.func as well.
 
     Raises:
         ValueError, IndexError, RuntimeError: as tiny_lora_update.
     """
-    basis, v, projection, offset = _as_accumulated(weight.dtype, basis, v, projection, offset)
+    basis, v, projection, right, adapter_ids = _small_tensors(weight.dtype, basis, v, projection, right, adapter_ids)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _differentiated_by_torch():
+        y = torch.nn.functional.linear(x, weight)
+        return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
-    order = 0 if right is None else order_of(weight, bias, chosen)
-    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, offset, adapter_ids, right, order, chosen))
+    order = 0 if right is None or (not compiling and node.seen_by_a_mode()) else order_of(weight, bias, chosen)
+    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, order, chosen))
 
 
-def _as_accumulated(dtype: torch.dtype, basis, v, projection, offset):
-    """The small tensors in the accumulation dtype of these activations."""
+def _differentiated_by_torch() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation look on: plain operations are theirs to take apart."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _small_tensors(dtype: torch.dtype, basis, v, projection, other, adapter_ids):
+    """The small tensors contiguous, and all but the ids in the accumulation dtype of these activations."""
     accumulate = accumulation_dtype(dtype)
     if basis.dtype is not accumulate:
         basis, projection = basis.to(accumulate), projection.to(accumulate)
-        offset = None if offset is None else offset.to(accumulate)
-    return basis, v if v.dtype is accumulate else v.to(accumulate), projection, offset
+        other = None if other is None else other.to(accumulate)
+    v = v if v.dtype is accumulate else v.to(accumulate)
+    optional = (None if t is None else t.contiguous() for t in (other, adapter_ids))
+    return basis.contiguous(), v.contiguous(), projection.contiguous(), *optional

@@ -89,10 +89,10 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     starts_y, starts_dx = order & LAST_FORWARD, order & LAST_BACKWARD
 
     def op(rows: Tensor, u: int) -> Callable:
-        shared = basis, v[:u], projection[:u], None, None
-        return functools.partial(backend.low_rank, rows, right, *shared) if starts_y else functools.partial(
-            backend.update, rows, *shared
-        )
+        factors = basis, v[:u], projection[:u]
+        if starts_y:
+            return functools.partial(backend.low_rank, rows, right, *factors, None, None)
+        return functools.partial(backend.update, rows, *factors, None, None, None)
 
     def product() -> Tensor:
         return nn.functional.linear(x, weight)
@@ -115,7 +115,7 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(g.shape[1], len(basis)), torch.randn(0, len(basis))
-        frozen = FrozenLinear(weight, None, basis, projection, None, None, right, order, backend)
+        frozen = FrozenLinear(weight, None, basis, projection, None, right, order, backend)
         calls |= {
             "apply": lambda: apply_linear(no_x, layer.v, frozen),
             "linear": lambda: nn.functional.linear(no_x, weight),

@@ -125,7 +125,7 @@ void check_basis(const char* rows_name, const Tensor& rows, const char* basis_na
   if (basis.dim() != 2 || basis.size(0) < 1) {
     fail(basis_name, "expected [r, D] with r at least 1, found ", shape_text(basis));
   }
-  if (basis.size(1) != out.width) {
+  if (basis.size(1) != out.features) {
     fail(rows_name, "expected last dimension ", basis.size(1), " as in ", basis_name, " ", shape_text(basis), ", found ",
          shape_text(rows));
   }
@@ -143,10 +143,10 @@ void check_adapter(const char* rows_name, const Tensor& rows, const Tensor& v, c
          shape_text(projection));
   }
   out.elementwise = dims == 2;
-  out.trained = out.elementwise ? r * r : projection.size(0);
+  out.numbers = out.elementwise ? r * r : projection.size(0);
   const int64_t v_dims = adapter_ids ? 2 : 1;
-  if (v.dim() != v_dims || v.size(v_dims - 1) != out.trained || out.trained < 1) {
-    fail("v", "expected ", adapter_ids ? "[K, " : "[", out.trained, adapter_ids ? "] with adapter_ids" : "]",
+  if (v.dim() != v_dims || v.size(v_dims - 1) != out.numbers || out.numbers < 1) {
+    fail("v", "expected ", adapter_ids ? "[K, " : "[", out.numbers, adapter_ids ? "] with adapter_ids" : "]",
          ", at least one number, found ", shape_text(v));
   }
   out.adapters = adapter_ids ? v.size(0) : 1;
@@ -164,13 +164,13 @@ void check_ids(const char* rows_name, const Tensor& rows, const Tensor& ids, Arg
     fail("adapter_ids", "expected the device of ", rows_name, ", found another");
   }
   const int64_t count = ids.size(0);
-  if (count == 0 ? out.count > 0 : out.count % count != 0) {
-    fail("adapter_ids", "expected a length that divides the ", out.count, " rows, found ", count);
+  if (count == 0 ? out.rows > 0 : out.rows % count != 0) {
+    fail("adapter_ids", "expected a length that divides the ", out.rows, " rows, found ", count);
   }
   out.ids.data = ids.const_data_ptr();
   out.ids.is_int64 = code == codes().int64;
   out.ids.count = count;
-  out.ids.rows_per_id = count ? out.count / count : 1;
+  out.ids.rows_per_id = count ? out.rows / count : 1;
 }
 
 Arguments check_common(const char* name, const Tensor& rows, bool written, const char* basis_name, const Tensor& basis,
@@ -178,13 +178,27 @@ Arguments check_common(const char* name, const Tensor& rows, bool written, const
   Arguments out;
   out.dtype = activation_dtype(name, rows);
   const Rows collapsed = collapse_rows(name, rows, written);
-  out.count = collapsed.count;
-  out.width = collapsed.width;
+  out.rows = collapsed.count;
+  out.features = collapsed.width;
   out.stride = collapsed.stride;
   check_basis(name, rows, basis_name, basis, out);
   check_adapter(name, rows, v, projection, adapter_ids, out);
   if (adapter_ids) check_ids(name, rows, *adapter_ids, out);
   return out;
+}
+
+// b [D] as it is added to rows of their own dtype.
+const void* check_bias(const char* rows_name, const Tensor& rows, const Tensor& bias, int64_t features) {
+  if (dtype_code(bias) != dtype_code(rows)) {
+    fail("bias", "expected the dtype of ", rows_name, ", found ", dtype_name(dtype_code(bias)));
+  }
+  if (bias.dim() != 1 || bias.size(0) != features || !bias.is_contiguous()) {
+    fail("bias", "expected a contiguous tensor of shape (", features, "), found ", shape_text(bias));
+  }
+  if (bias.is_cuda() != rows.is_cuda() || bias.get_device_index() != rows.get_device_index()) {
+    fail("bias", "expected the device of ", rows_name, ", found another");
+  }
+  return bias.const_data_ptr();
 }
 
 // A factor [r, E] of the side that is written; E below zero: any.
@@ -196,7 +210,7 @@ OtherSide other_side(const char* name, const Tensor& factor, int64_t rank, int64
          shape_text(factor));
   }
   OtherSide out;
-  out.width = factor.size(1);
+  out.features = factor.size(1);
   out.factor = factor.const_data_ptr();
   return out;
 }
@@ -218,7 +232,8 @@ int32_t accumulation_code(const Tensor& like) {
 }  // namespace
 
 Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                       const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids) {
+                       const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& adapter_ids) {
   Arguments out = check_common("y", y, /*written=*/true, "basis", basis, v, projection, adapter_ids);
   if (offset) {
     check_factor("offset", *offset, y, "y");
@@ -227,7 +242,8 @@ Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, co
     }
     out.offset = offset->const_data_ptr();
   }
-  out.rows = y.mutable_data_ptr();
+  if (bias) out.bias = check_bias("y", y, *bias, out.features);
+  out.activation = y.mutable_data_ptr();
   return out;
 }
 
@@ -236,12 +252,12 @@ Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tens
   Arguments out = check_common("g", g, /*written=*/false, "basis", basis, v, projection, adapter_ids);
   if (t) {
     check_factor("t", *t, g, "g");
-    if (t->dim() != 2 || t->size(0) != out.count || t->size(1) != out.rank) {
-      fail("t", "expected shape (", out.count, ", ", out.rank, "), found ", shape_text(*t));
+    if (t->dim() != 2 || t->size(0) != out.rows || t->size(1) != out.rank) {
+      fail("t", "expected shape (", out.rows, ", ", out.rank, "), found ", shape_text(*t));
     }
     out.t = t->const_data_ptr();
   }
-  out.rows = const_cast<void*>(g.const_data_ptr());
+  out.activation = const_cast<void*>(g.const_data_ptr());
   return out;
 }
 
@@ -250,17 +266,8 @@ Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& bas
                          const std::optional<Tensor>& adapter_ids, OtherSide& out) {
   Arguments call = check_common("x", x, /*written=*/false, "right", right, v, projection, adapter_ids);
   out = other_side("basis", basis, call.rank, /*width=*/-1, x, "x");
-  if (bias) {
-    if (dtype_code(*bias) != dtype_code(x)) {
-      fail("bias", "expected the dtype of x, found ", dtype_name(dtype_code(*bias)));
-    }
-    if (bias->dim() != 1 || bias->size(0) != out.width || !bias->is_contiguous()) {
-      fail("bias", "expected a contiguous tensor of shape (", out.width, "), found ", shape_text(*bias));
-    }
-    if (bias->is_cuda() != x.is_cuda()) fail("bias", "expected the device of x, found another");
-    out.bias = bias->const_data_ptr();
-  }
-  call.rows = const_cast<void*>(x.const_data_ptr());
+  if (bias) out.bias = check_bias("x", x, *bias, out.features);
+  call.activation = const_cast<void*>(x.const_data_ptr());
   return call;
 }
 
@@ -268,9 +275,9 @@ OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Argument
   const Dtype dtype = activation_dtype("dx", dx);
   if (dtype != call.dtype) fail("dx", "expected the dtype of g, found ", dtype_name(dtype_code(dx)));
   const Rows rows = collapse_rows("dx", dx, /*written=*/true);
-  if (rows.count != call.count) fail("dx", "expected ", call.count, " rows as in g, found ", shape_text(dx));
+  if (rows.count != call.rows) fail("dx", "expected ", call.rows, " rows as in g, found ", shape_text(dx));
   OtherSide out = other_side("right", right, call.rank, rows.width, dx, "dx");
-  out.rows = dx.mutable_data_ptr();
+  out.activation = dx.mutable_data_ptr();
   out.stride = rows.stride;
   return out;
 }

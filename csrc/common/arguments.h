@@ -27,40 +27,42 @@ struct RowIds {
 
 // Acc is float64 where the activation is float64, float32 otherwise.
 struct Arguments {
-  void* rows = nullptr;          // y or g, [N, D], last stride 1
-  int64_t count = 0;             // N
-  int64_t width = 0;             // D
+  void* activation = nullptr;    // y or g, [N, D], last stride 1
+  int64_t rows = 0;              // N
+  int64_t features = 0;          // D
   int64_t stride = 0;            // elements between row starts
-  Dtype dtype = Dtype::float32;  // of the rows
+  Dtype dtype = Dtype::float32;  // of the activation
 
   const void* basis = nullptr;       // Acc [r, D]
   const void* v = nullptr;           // Acc [K, u]
   const void* projection = nullptr;  // Acc [u, r, r], or [r, r] if elementwise
   const void* offset = nullptr;      // Acc [r] or null
+  const void* bias = nullptr;        // [D] in the dtype of the activation, or null
   const void* t = nullptr;           // Acc [N, r] or null
   RowIds ids;
   int64_t rank = 0;          // r
-  int64_t trained = 0;       // u
+  int64_t numbers = 0;       // u
   int64_t adapters = 1;      // K
   bool elementwise = false;  // LoRA-XS: M = projection * v, u = r * r
 };
 
 // The other side of a frozen linear layer: [N, E] that is written, by which factor.
 struct OtherSide {
-  void* rows = nullptr;          // y or dx, last stride 1
+  void* activation = nullptr;    // y or dx, last stride 1
   int64_t stride = 0;            // elements between row starts
-  int64_t width = 0;             // E
+  int64_t features = 0;          // E
   const void* factor = nullptr;  // Acc U^T or B^T = U^T W, [r, E]
-  const void* bias = nullptr;    // [E] in the dtype of the rows, or null
+  const void* bias = nullptr;    // [E] in the dtype of the activation, or null
 };
 
 // Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
 // was found. The ids themselves are not looked at: they may live on a GPU.
 Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                       const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids);
+                       const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& adapter_ids);
 Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
                                 const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids);
-// Of low_rank: x as the rows, `right` as the basis; U^T and the bias are the other side, which has no rows yet.
+// Of low_rank: x as the activation, `right` as the basis; U^T and the bias are the other side, which has no rows yet.
 Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
                          const Tensor& projection, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& adapter_ids, OtherSide& out);

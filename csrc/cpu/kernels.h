@@ -13,8 +13,8 @@ struct Half {
   uint16_t bits;
 };
 
-// One pass over rows, both directions of the method:
-//     s = x U - c        z = s K^T        dst = addend + z F
+// One pass over rows, both directions of the method, s being their coefficients and z their gains:
+//     s = x U - c        z = s K^T        dst = addend + bias + z F
 // forward:    x = y0, s = t, K = M,   addend = dst = x (in place),  F = U^T;
 // backward:   x = g,  s = a, K = M^T, c = 0,  addend = g, dst = g0, F = U^T;
 // and around the product of a frozen linear layer, B^T = U^T W:
@@ -24,21 +24,23 @@ struct Half {
 struct RowsJob {
   const void* src;      // x [N, D]
   int64_t src_stride;   // elements between row starts
-  int64_t width;        // D
+  int64_t features;     // D
   const void* basis;    // Acc U^T [r, D]
   const void* addend;   // [N, E], or null for zero
   int64_t addend_stride;  // 0: one row for all
+  const void* bias;     // [E], or null for zero; only beside an addend
   void* dst;            // [N, E]: the addend itself, disjoint from it, or null: s alone is wanted
   int64_t dst_stride;
-  int64_t dst_width;    // E
+  int64_t dst_features; // E
   const void* factor;   // Acc F [r, E]
   int64_t rank;         // r
   const void* offset;   // Acc c [r], or null for zero
   const void* mixing;   // Acc K [S, r, r], one for each adapter in use
   const int64_t* slot_of_id;  // [B] index into mixing, or -1: dst = addend for these rows; null: every row has adapter 0
   int64_t rows_per_id;  // row n has id n / rows_per_id
-  void* projected;      // Acc s [N, r], out
-  void* scratch;        // Acc z [N, r]; null for ranks 1, 2, 4 and 8, which keep it in registers
+  void* coefficients;   // Acc s [N, r], out
+  void* gains;          // Acc z [N, r], scratch; null for ranks 1, 2, 4 and 8, which keep it in registers
+  bool finite_only;     // elements of x that are not finite count as zero in s
 };
 
 // The ranks with a kernel of their own.

@@ -78,7 +78,7 @@ void contract_backward_one(const double* d_mixing, const Acc* projection, int64_
 
 template <class Acc>
 void contract(const Arguments& call, const UsedAdapters& used, bool transposed, Acc* mixing) {
-  const int64_t r = call.rank, u = call.trained, square = r * r;
+  const int64_t r = call.rank, u = call.numbers, square = r * r;
   const Acc* projection = static_cast<const Acc*>(call.projection);
   const auto one = r == 1 ? contract_one<1, Acc> : r == 2 ? contract_one<4, Acc> : contract_one<0, Acc>;
   std::vector<double> sum(square);
@@ -97,7 +97,7 @@ void contract(const Arguments& call, const UsedAdapters& used, bool transposed, 
 
 template <class Acc>
 void contract_backward(const Arguments& call, const UsedAdapters& used, const double* d_mixing, Acc* all_dv) {
-  const int64_t r = call.rank, u = call.trained, square = r * r;
+  const int64_t r = call.rank, u = call.numbers, square = r * r;
   const Acc* projection = static_cast<const Acc*>(call.projection);
   const auto one = r == 1   ? contract_backward_one<1, Acc>
                    : r == 2 ? contract_backward_one<4, Acc>

@@ -13,9 +13,10 @@ namespace tinylora {
 namespace {
 
 Tensor update_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                  const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids) {
-  const Arguments call = check_update(y, basis, v, projection, offset, adapter_ids);
-  Tensor t = empty_matrix(y, /*accumulate=*/true, call.count, call.rank);
+                  const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& adapter_ids) {
+  const Arguments call = check_update(y, basis, v, projection, offset, bias, adapter_ids);
+  Tensor t = empty_matrix(y, /*accumulate=*/true, call.rows, call.rank);
   cpu::update(call, t.mutable_data_ptr());
   return t;
 }
@@ -35,10 +36,10 @@ std::tuple<Tensor, Tensor> low_rank_cpu(const Tensor& x, const Tensor& right, co
                                         const std::optional<Tensor>& adapter_ids) {
   OtherSide out;
   const Arguments call = check_low_rank(x, right, basis, v, projection, bias, adapter_ids, out);
-  Tensor y = empty_rows_like(x, out.width);
-  Tensor t = empty_matrix(x, /*accumulate=*/true, call.count, call.rank);
-  out.rows = y.mutable_data_ptr();
-  out.stride = out.width;
+  Tensor y = empty_rows_like(x, out.features);
+  Tensor t = empty_matrix(x, /*accumulate=*/true, call.rows, call.rank);
+  out.activation = y.mutable_data_ptr();
+  out.stride = out.features;
   cpu::low_rank(call, out, t.mutable_data_ptr());
   return {y, t};
 }

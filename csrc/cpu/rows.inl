@@ -20,6 +20,38 @@ constexpr int kRowsTogether = kAccumulators / (kSums<R> * R) > 0 ? kAccumulators
 // Loops over rows and ranks are over registers: unrolled whole, or the arrays would live in memory.
 #define TINYLORA_UNROLL _Pragma("GCC unroll 16")
 
+// s = x U for one row over its finite elements alone. For rows whose sum was not finite, which are few: element by element.
+template <class T>
+__attribute__((noinline, cold)) void project_finite(const T* x, const typename Lanes<T>::Acc* basis, int64_t features,
+                                                    int64_t rank, typename Lanes<T>::Acc* s) {
+  using L = Lanes<T>;
+  using Reg = typename L::Reg;
+  using Acc = typename L::Acc;
+  constexpr int kStep = 2 * L::kWidth;
+  for (int64_t k = 0; k < rank; ++k) s[k] = 0;
+  for (int64_t d = 0; d < features; d += kStep) {
+    const int64_t part = features - d < kStep ? features - d : kStep;
+    Reg x_part[2], u_part[2];
+    Acc value[kStep], u[kStep];
+    L::load_part(x + d, part, x_part[0], x_part[1]);
+    __builtin_memcpy(value, x_part, sizeof value);
+    for (int64_t k = 0; k < rank; ++k) {
+      L::load_basis_part(basis + k * features + d, part, u_part[0], u_part[1]);  // in the lane order of x
+      __builtin_memcpy(u, u_part, sizeof u);
+      for (int i = 0; i < kStep; ++i) {
+        if (value[i] - value[i] == 0) s[k] += value[i] * u[i];
+      }
+    }
+  }
+}
+
+template <class Acc>
+inline bool all_finite(const Acc* s, int64_t rank) {
+  Acc zero = 0;
+  for (int64_t k = 0; k < rank; ++k) zero += s[k] - s[k];
+  return zero == 0;
+}
+
 // s = x U for NR rows.
 template <class T, int R, int NR>
 inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* basis, int64_t width,
@@ -79,23 +111,27 @@ inline void fetch_for_writing(const T* x) {
   }
 }
 
-// y = x + z F for NR rows, F [R, width]; y may be x. Without kAdd x is not looked at: y = z F.
-template <class T, int R, int NR, bool kAdd>
-inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* factor,
-                       int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
+// What a row starts from before the gains are added.
+enum class Start { kZero, kAddend, kAddendAndBias };
+
+// y = x + bias + z F for NR rows, F [R, width]; y may be x. What kStart leaves out is not looked at.
+template <class T, int R, int NR, Start kStart>
+inline void accumulate(const T* x, int64_t x_stride, const T* bias, T* y, int64_t y_stride,
+                       const typename Lanes<T>::Acc* factor, int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
   // Where rows have the precision of the sums, the small terms are added up first: x is rounded once. 16-bit rows are
   // rounded on the way out, so there the terms go straight onto x, one instruction less.
   constexpr bool kTermsFirst = sizeof(T) == sizeof(typename L::Acc);
+  constexpr bool kAdd = kStart != Start::kZero, kBias = kStart == Start::kAddendAndBias;
   Reg weight[NR][R];
   TINYLORA_UNROLL
   for (int n = 0; n < NR; ++n) {
     TINYLORA_UNROLL
     for (int k = 0; k < R; ++k) weight[n][k] = L::fill(z[n][k]);
   }
-  const auto step = [&](const auto& load_rows, const auto& load_factor, const auto& store_rows) {
-    Reg low[NR], high[NR], f_low, f_high, x_low, x_high;
+  const auto step = [&](const auto& load_rows, const auto& load_bias, const auto& load_factor, const auto& store_rows) {
+    Reg low[NR], high[NR], f_low, f_high, x_low, x_high, b_low, b_high;
     TINYLORA_UNROLL
     for (int n = 0; n < NR && kAdd && !kTermsFirst; ++n) load_rows(n, low[n], high[n]);
     TINYLORA_UNROLL
@@ -108,12 +144,17 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
         high[n] = first ? L::multiply(weight[n][k], f_high) : L::multiply_add(weight[n][k], f_high, high[n]);
       }
     }
+    if constexpr (kBias) load_bias(b_low, b_high);
     TINYLORA_UNROLL
     for (int n = 0; n < NR; ++n) {
       if constexpr (kTermsFirst && kAdd) {
         load_rows(n, x_low, x_high);
         low[n] = L::add(x_low, low[n]);
         high[n] = L::add(x_high, high[n]);
+      }
+      if constexpr (kBias) {
+        low[n] = L::add(low[n], b_low);
+        high[n] = L::add(high[n], b_high);
       }
       store_rows(n, low[n], high[n]);
     }
@@ -123,11 +164,13 @@ inline void accumulate(const T* x, int64_t x_stride, T* y, int64_t y_stride, con
     TINYLORA_UNROLL
     for (int n = NR; n < 2 * NR; ++n) fetch_for_writing<2 * L::kWidth>(y + n * y_stride + d);
     step([&](int n, Reg& a, Reg& b) { L::load(x + n * x_stride + d, a, b); },
+         [&](Reg& a, Reg& b) { L::load(bias + d, a, b); },
          [&](int k, Reg& a, Reg& b) { L::load_basis(factor + k * width + d, a, b); },
          [&](int n, Reg a, Reg b) { L::store(y + n * y_stride + d, a, b); });
   }
   if (const int64_t part = width - d; part > 0) {
     step([&](int n, Reg& a, Reg& b) { L::load_part(x + n * x_stride + d, part, a, b); },
+         [&](Reg& a, Reg& b) { L::load_part(bias + d, part, a, b); },
          [&](int k, Reg& a, Reg& b) { L::load_basis_part(factor + k * width + d, part, a, b); },
          [&](int n, Reg a, Reg b) { L::store_part(y + n * y_stride + d, part, a, b); });
   }
@@ -142,23 +185,30 @@ inline const Acc* mixing_of(const RowsJob& job, int64_t n) {
   return slot < 0 ? nullptr : mixing + slot * job.rank * job.rank;
 }
 
-// from may be null, for zeros.
-template <class T>
-inline void copy_row(const T* from, T* to, int64_t width) {
+template <class T, int R, int NR>
+inline void accumulate_rows(const T* from, int64_t stride, const T* bias, T* y, int64_t y_stride,
+                            const typename Lanes<T>::Acc* factor, int64_t width,
+                            const typename Lanes<T>::Acc (&z)[NR][R]) {
   if (!from) {
-    __builtin_memset(to, 0, width * sizeof(T));
-  } else if (from != to) {
-    __builtin_memcpy(to, from, width * sizeof(T));
+    accumulate<T, R, NR, Start::kZero>(y, y_stride, bias, y, y_stride, factor, width, z);
+  } else if (!bias) {
+    accumulate<T, R, NR, Start::kAddend>(from, stride, bias, y, y_stride, factor, width, z);
+  } else {
+    accumulate<T, R, NR, Start::kAddendAndBias>(from, stride, bias, y, y_stride, factor, width, z);
   }
 }
 
-template <class T, int R, int NR>
-inline void accumulate_rows(const T* b, int64_t b_stride, T* y, int64_t y_stride, const typename Lanes<T>::Acc* factor,
-                            int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
-  if (b) {
-    accumulate<T, R, NR, true>(b, b_stride, y, y_stride, factor, width, z);
-  } else {
-    accumulate<T, R, NR, false>(y, y_stride, y, y_stride, factor, width, z);
+// A row without an adapter: to = from + bias. from may be null, for zeros.
+template <class T>
+inline void copy_row(const T* from, const T* bias, T* to, const typename Lanes<T>::Acc* factor, int64_t width) {
+  using Acc = typename Lanes<T>::Acc;
+  if (bias) {  // rounded as a row with an adapter is
+    const Acc none[1][1] = {};
+    accumulate<T, 1, 1, Start::kAddendAndBias>(from, 0, bias, to, 0, factor, width, none);
+  } else if (!from) {
+    __builtin_memset(to, 0, width * sizeof(T));
+  } else if (from != to) {
+    __builtin_memcpy(to, from, width * sizeof(T));
   }
 }
 
@@ -171,16 +221,20 @@ inline void row_block(const RowsJob& job, int64_t first) {
   const T* x = static_cast<const T*>(job.src) + first * job.src_stride;
   Acc s[NR][R], z[NR][R];
   // s = x U - c
-  project<T, R, NR>(x, job.src_stride, basis, job.width, s);
-  Acc* projected = static_cast<Acc*>(job.projected) + first * R;
+  project<T, R, NR>(x, job.src_stride, basis, job.features, s);
+  Acc* coefficients = static_cast<Acc*>(job.coefficients) + first * R;
   for (int n = 0; n < NR; ++n) {
+    if (job.finite_only && !all_finite(s[n], R)) {
+      project_finite(x + n * job.src_stride, basis, job.features, R, s[n]);
+    }
     for (int k = 0; k < R; ++k) {
       if (offset) s[n][k] -= offset[k];
-      projected[n * R + k] = s[n][k];
+      coefficients[n * R + k] = s[n][k];
     }
   }
   if (!job.dst) return;
   const T* b = job.addend ? static_cast<const T*>(job.addend) + first * job.addend_stride : nullptr;
+  const T* bias = static_cast<const T*>(job.bias);
   T* y = static_cast<T*>(job.dst) + first * job.dst_stride;
   const Acc* factor = static_cast<const Acc*>(job.factor);  // [R, E]
   // z = s K^T
@@ -194,18 +248,19 @@ inline void row_block(const RowsJob& job, int64_t first) {
       z[n][j] = sum;
     }
   }
-  // y = b + z F
+  // y = b + bias + z F
   if (every_row) {
-    accumulate_rows<T, R, NR>(b, job.addend_stride, y, job.dst_stride, factor, job.dst_width, z);
+    accumulate_rows<T, R, NR>(b, job.addend_stride, bias, y, job.dst_stride, factor, job.dst_features, z);
     return;
   }
   for (int n = 0; n < NR; ++n) {
     const T* from = b ? b + n * job.addend_stride : nullptr;
     T* to = y + n * job.dst_stride;
     if (mixing_of<Acc>(job, first + n)) {
-      accumulate_rows<T, R, 1>(from, 0, to, 0, factor, job.dst_width, reinterpret_cast<const Acc(&)[1][R]>(z[n]));
+      const auto& z_n = reinterpret_cast<const Acc(&)[1][R]>(z[n]);
+      accumulate_rows<T, R, 1>(from, 0, bias, to, 0, factor, job.dst_features, z_n);
     } else {
-      copy_row(from, to, job.dst_width);
+      copy_row(from, bias, to, factor, job.dst_features);
     }
   }
 }
@@ -223,28 +278,30 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   using Reg = typename L::Reg;
-  const int64_t r = job.rank, width = job.width, dst_width = job.dst_width;
+  const int64_t r = job.rank, width = job.features, dst_width = job.dst_features;
   const Acc* basis = static_cast<const Acc*>(job.basis);
   const Acc* factor = static_cast<const Acc*>(job.factor);
   const Acc* offset = static_cast<const Acc*>(job.offset);
+  const T* bias = static_cast<const T*>(job.bias);
   for (int64_t n = begin; n < end; ++n) {
     const T* x = static_cast<const T*>(job.src) + n * job.src_stride;
-    Acc* s = static_cast<Acc*>(job.projected) + n * r;  // [r]
+    Acc* s = static_cast<Acc*>(job.coefficients) + n * r;  // [r]
     int64_t k = 0;
     for (; k + 4 <= r; k += 4) {
       project<T, 4, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][4]>(s[k]));
     }
     for (; k < r; ++k) project<T, 1, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][1]>(s[k]));
+    if (job.finite_only && !all_finite(s, r)) project_finite(x, basis, width, r, s);
     for (k = 0; offset && k < r; ++k) s[k] -= offset[k];
     if (!job.dst) continue;
     const T* b = job.addend ? static_cast<const T*>(job.addend) + n * job.addend_stride : nullptr;
     T* y = static_cast<T*>(job.dst) + n * job.dst_stride;
     const Acc* mixing = mixing_of<Acc>(job, n);
     if (!mixing) {
-      copy_row(b, y, dst_width);
+      copy_row(b, bias, y, factor, dst_width);
       continue;
     }
-    Acc* z = static_cast<Acc*>(job.scratch) + n * r;  // [r]
+    Acc* z = static_cast<Acc*>(job.gains) + n * r;  // [r]
     for (int64_t j = 0; j < r; ++j) {
       z[j] = 0;
       for (k = 0; k < r; ++k) z[j] += mixing[j * r + k] * s[k];
@@ -261,6 +318,11 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
         L::load_part(b + d, part, b_low, b_high);
         delta_low = L::add(b_low, delta_low);
         delta_high = L::add(b_high, delta_high);
+      }
+      if (bias) {
+        L::load_part(bias + d, part, b_low, b_high);
+        delta_low = L::add(delta_low, b_low);
+        delta_high = L::add(delta_high, b_high);
       }
       L::store_part(y + d, part, delta_low, delta_high);
     }

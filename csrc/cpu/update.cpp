@@ -73,40 +73,39 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byte
 struct Target {
   const void* addend;      // [N, E], [1, E] with stride 0 (a bias), or null for zero
   int64_t addend_stride;
+  const void* bias;        // [E] beside an addend, or null
   void* dst;               // [N, E]: the addend itself or disjoint from it; null: s alone is wanted
   int64_t dst_stride;
-  int64_t width;           // E
+  int64_t features;        // E
   const void* factor;      // Acc F [r, E]
 };
 
-Target in_place(const Arguments& call) {
-  return {call.rows, call.stride, call.rows, call.stride, call.width, call.basis};
-}
-
-// M or M^T of every adapter in use, and the job that runs them over the rows; s goes to `projected`.
+// M or M^T of every adapter in use, and the job that runs them over the rows; s goes to `coefficients`.
 template <class Acc>
 class Job {
  public:
-  Job(const Arguments& call, const Target& target, const UsedAdapters& used, bool transposed, void* projected)
-      : mixing_(used.count * call.rank * call.rank), scratch_(is_specialised(call.rank) ? 0 : call.count * call.rank) {
+  Job(const Arguments& call, const Target& target, const UsedAdapters& used, bool transposed, void* coefficients)
+      : mixing_(used.count * call.rank * call.rank), gains_(is_specialised(call.rank) ? 0 : call.rows * call.rank) {
     contract<Acc>(call, used, transposed, mixing_.data());
-    job_.src = call.rows;
+    job_.src = call.activation;
     job_.src_stride = call.stride;
-    job_.width = call.width;
+    job_.features = call.features;
     job_.basis = call.basis;
     job_.addend = target.addend;
     job_.addend_stride = target.addend_stride;
+    job_.bias = target.bias;
     job_.dst = target.dst;
     job_.dst_stride = target.dst_stride;
-    job_.dst_width = target.width;
+    job_.dst_features = target.features;
     job_.factor = target.factor;
     job_.rank = call.rank;
     job_.offset = call.offset;
     job_.mixing = mixing_.data();
     job_.slot_of_id = used.slots();
     job_.rows_per_id = call.ids.rows_per_id;
-    job_.projected = projected;
-    job_.scratch = scratch_.data();
+    job_.coefficients = coefficients;
+    job_.gains = gains_.data();
+    job_.finite_only = target.dst == call.activation;  // y0; what is not finite in a gradient is nobody's to hide
   }
   Job(const Job&) = delete;  // job_ points into the others
 
@@ -114,8 +113,8 @@ class Job {
   template <class After>
   void run(const Arguments& call, const After& after) {
     const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
-    for_chunks(call.count, std::max(call.width, job_.dst_width), [&](int64_t first, int64_t last) {
-      kernel(job_, first * kChunkRows, std::min(last * kChunkRows, call.count));
+    for_chunks(call.rows, std::max(call.features, job_.dst_features), [&](int64_t first, int64_t last) {
+      kernel(job_, first * kChunkRows, std::min(last * kChunkRows, call.rows));
       after(first, last);
     });
   }
@@ -123,7 +122,7 @@ class Job {
  private:
   RowsJob job_{};
   Scratch<Acc, 64> mixing_;  // [S, r, r]
-  Scratch<Acc, 1> scratch_;
+  Scratch<Acc, 1> gains_;
 };
 
 template <class Acc>
@@ -135,11 +134,11 @@ void forward_as(const Arguments& call, const Target& target, void* t) {
 
 template <class Acc>
 void backward_as(const Arguments& call, const Target& target, void* dv) {
-  const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.count);
+  const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.rows);
   const UsedAdapters used(call);
-  Scratch<Acc, 512> projected(call.count * r);  // a [N, r]
-  Job<Acc> job(call, target, used, /*transposed=*/true, projected.data());
-  const Acc* a = projected.data();
+  Scratch<Acc, 512> coefficients(call.rows * r);  // a [N, r]
+  Job<Acc> job(call, target, used, /*transposed=*/true, coefficients.data());
+  const Acc* a = coefficients.data();
   const Acc* t = static_cast<const Acc*>(call.t);
   const bool by_chunk = dv && !call.ids.data;
   Scratch<double, 128> partial(by_chunk ? chunks * square : 0);  // dM of each chunk
@@ -147,7 +146,7 @@ void backward_as(const Arguments& call, const Target& target, void* dv) {
     for (int64_t c = first; by_chunk && c < last; ++c) {
       double* d_mixing = partial.data() + c * square;
       std::fill_n(d_mixing, square, 0.0);
-      add_outer_products(a, t, r, c * kChunkRows, std::min((c + 1) * kChunkRows, call.count), d_mixing);
+      add_outer_products(a, t, r, c * kChunkRows, std::min((c + 1) * kChunkRows, call.rows), d_mixing);
     }
   });
   if (!dv) return;
@@ -173,28 +172,32 @@ void backward(const Arguments& call, const Target& target, void* dv) {
 }
 
 // Rows [N, width] without gaps that nothing has been written to yet.
-void expect_writes(const Arguments& call, void* rows, int64_t stride, int64_t width) {
+void expect_writes(const Arguments& call, void* rows, int64_t stride, int64_t features) {
   constexpr size_t bytes_of[] = {4, 2, 2, 8};  // by Dtype
-  if (rows && stride == width) prefer_huge_pages(rows, call.count * width * bytes_of[static_cast<int>(call.dtype)]);
+  if (rows && stride == features) prefer_huge_pages(rows, call.rows * features * bytes_of[static_cast<int>(call.dtype)]);
 }
 
 }  // namespace
 
-void update(const Arguments& call, void* t) { forward(call, in_place(call), t); }
+void update(const Arguments& call, void* t) {
+  const Target y{call.activation, call.stride, call.bias, call.activation, call.stride, call.features, call.basis};
+  forward(call, y, t);
+}
 
 void update_backward(const Arguments& call, void* g0, void* dv) {
-  expect_writes(call, g0, call.width, call.width);
-  backward(call, {call.rows, call.stride, g0, call.width, call.width, call.basis}, dv);
+  expect_writes(call, g0, call.features, call.features);
+  backward(call, {call.activation, call.stride, nullptr, g0, call.features, call.features, call.basis}, dv);
 }
 
 void low_rank(const Arguments& call, const OtherSide& y, void* t) {
-  expect_writes(call, y.rows, y.stride, y.width);
-  forward(call, {y.bias, 0, y.rows, y.stride, y.width, y.factor}, t);
+  expect_writes(call, y.activation, y.stride, y.features);
+  forward(call, {y.bias, 0, nullptr, y.activation, y.stride, y.features, y.factor}, t);
 }
 
 void update_input_grad(const Arguments& call, const OtherSide& dx, bool add, void* dv) {
-  if (!add) expect_writes(call, dx.rows, dx.stride, dx.width);
-  backward(call, {add ? dx.rows : nullptr, dx.stride, dx.rows, dx.stride, dx.width, dx.factor}, dv);
+  if (!add) expect_writes(call, dx.activation, dx.stride, dx.features);
+  const void* const addend = add ? dx.activation : nullptr;
+  backward(call, {addend, dx.stride, nullptr, dx.activation, dx.stride, dx.features, dx.factor}, dv);
 }
 
 }  // namespace tinylora::cpu

@@ -53,16 +53,16 @@ RowsArguments rows_arguments(const Arguments& call) {
                                 std::to_string(call.rank) + "; use the triton or the reference backend");
   }
   constexpr int64_t most = INT32_MAX;
-  at_most("columns", call.width, kMaxExtent, "use the reference backend");
-  at_most("rows", call.count, kMaxExtent, "split the batch");
-  at_most("numbers of the projection", call.trained * call.rank * call.rank, most, "use the reference backend");
-  at_most("adapters times chunks of 4096 rows", call.adapters * ceil_div(call.count + 1, kRowsPerChunk), most,
+  at_most("columns", call.features, kMaxExtent, "use the reference backend");
+  at_most("rows", call.rows, kMaxExtent, "split the batch");
+  at_most("numbers of the projection", call.numbers * call.rank * call.rank, most, "use the reference backend");
+  at_most("adapters times chunks of 4096 rows", call.adapters * ceil_div(call.rows + 1, kRowsPerChunk), most,
           "split the batch");
   RowsArguments p{};
-  p.source = call.rows;
+  p.source = call.activation;
   p.source_stride = call.stride;
-  p.rows = static_cast<int32_t>(call.count);
-  p.columns = static_cast<int32_t>(call.width);
+  p.rows = static_cast<int32_t>(call.rows);
+  p.columns = static_cast<int32_t>(call.features);
   p.basis = static_cast<const float*>(call.basis);
   p.offset = static_cast<const float*>(call.offset);
   p.mixing.v = static_cast<const float*>(call.v);
@@ -70,7 +70,7 @@ RowsArguments rows_arguments(const Arguments& call) {
   p.mixing.ids = call.ids.data;
   p.mixing.rows_per_id = static_cast<int32_t>(call.ids.rows_per_id);
   p.mixing.adapters = static_cast<int32_t>(call.adapters);
-  p.mixing.numbers = static_cast<int32_t>(call.trained);
+  p.mixing.numbers = static_cast<int32_t>(call.numbers);
   p.mixing.elementwise = call.elementwise;
   p.mixing.wide_ids = call.ids.is_int64;
   return p;
@@ -84,13 +84,15 @@ void check_launch() {
 }
 
 Tensor update_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                   const std::optional<Tensor>& offset, const std::optional<Tensor>& adapter_ids) {
-  const Arguments call = check_update(y, basis, v, projection, offset, adapter_ids);
+                   const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& adapter_ids) {
+  const Arguments call = check_update(y, basis, v, projection, offset, bias, adapter_ids);
+  if (call.bias) throw std::invalid_argument("bias: the CUDA kernels do not add it; ops/dispatch.py does");
   const Element element = element_of(call);
   RowsArguments p = rows_arguments(call);
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
-  Tensor t = empty_matrix(y, /*accumulate=*/true, call.count, call.rank);
-  p.target = call.rows;
+  Tensor t = empty_matrix(y, /*accumulate=*/true, call.rows, call.rank);
+  p.target = call.activation;
   p.target_stride = call.stride;
   p.coefficients = static_cast<float*>(t.mutable_data_ptr());
   run_update(element, static_cast<int>(call.rank), p, current_stream(y));
@@ -108,9 +110,9 @@ std::tuple<Tensor, Tensor> update_backward_cuda(const Tensor& g, const Tensor& b
   const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
   Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
-  Tensor workspace = empty_matrix(g, /*accumulate=*/true, 1, t ? workspace_words(rank, call.count, call.adapters) : 0);
+  Tensor workspace = empty_matrix(g, /*accumulate=*/true, 1, t ? workspace_words(rank, call.rows, call.adapters) : 0);
   p.target = need_input_grad ? g0.mutable_data_ptr() : nullptr;
-  p.target_stride = call.width;
+  p.target_stride = call.features;
   run_update_backward(element, rank, p, static_cast<const float*>(call.t),
                       t ? static_cast<float*>(dv.mutable_data_ptr()) : nullptr, workspace.mutable_data_ptr(),
                       current_stream(g));

@@ -26,7 +26,7 @@ def test_factor_bytes_are_those_of_the_buffers(rank, numbers, bias):
     model = apply_tiny_lora(tiny_decoder(bias=bias), config)
     for layer in adapted_layers(model).values():
         counted = sum(buffer.nbytes for buffer in layer.buffers(recurse=False))
-        assert counted == scale.layer_factor_bytes(layer.out_features, rank, numbers, bias)
+        assert counted == scale.layer_factor_bytes(layer.out_features, rank, numbers)
 
 
 def test_tensor_parallel_bytes_are_those_that_were_counted():

@@ -133,7 +133,7 @@ def refusals(rank: int, world: int) -> list[str]:
     apply_tiny_lora(model, CONFIG, factors=factorize_shared(model, CONFIG))
     messages = []
     layer = model.layers[0].o_proj
-    factors = layer.basis, layer.v, layer.projection, layer.offset, None
+    factors = layer.basis, layer.v, layer.projection, None
     for partial in ("avg", "max"):
         y = distribute_tensor(torch.ones(3, 24), mesh, [Replicate()])
         y = y.from_local(y.to_local(), mesh, [Partial(partial)])

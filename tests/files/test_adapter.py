@@ -120,6 +120,9 @@ def test_round_trip_into_a_bare_and_an_adapted_model(tmp_path, options, include_
     model = adapt(tiny_decoder(bias=True), **options)
     path = tmp_path / "a.safetensors"
     save_adapter(model, path, include_basis=include_basis)
+    with torch.no_grad():  # trained in float32 or more, and stored in v_dtype
+        for v in trainable_vectors(model):
+            v.copy_(v.to(options.get("v_dtype", v.dtype)))
     bare = load(tiny_decoder(bias=True), path)
     adapted = randomise(adapt(tiny_decoder(bias=True), **options), seed=6)
     vectors = trainable_vectors(adapted)
@@ -280,7 +283,7 @@ def test_an_arbitrary_basis_travels_in_the_file(tmp_path):
     other = apply_tiny_lora(degenerate_model(), config, progress=False)
     assert (other[0].basis - model[0].basis).abs().max() > 0.1
     for loaded in (load(degenerate_model(), tmp_path / "a.safetensors"), load(other, tmp_path / "a.safetensors")):
-        assert torch.equal(loaded[0].basis, model[0].basis) and torch.equal(loaded[0].offset, model[0].offset)
+        assert torch.equal(loaded[0].basis, model[0].basis)
         torch.testing.assert_close(delta_weight(loaded[0]), delta_weight(model[0]), rtol=0, atol=0)
         assert torch.equal(loaded(x), model(x))
 

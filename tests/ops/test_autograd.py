@@ -23,7 +23,7 @@ def test_opcheck(case, dtype):
     inputs = make_case(case, dtype)
     frozen = arguments(inputs, "basis", "v", "projection")
     torch.library.opcheck(
-        torch.ops.tinylora.update.default, (inputs.clone_y(), *frozen, inputs.offset, inputs.adapter_ids)
+        torch.ops.tinylora.update.default, (inputs.clone_y(), *frozen, inputs.offset, inputs.bias, inputs.adapter_ids)
     )
     t = torch.randn(case.rows, case.rank).to(inputs.basis.dtype)
     for saved, need_input_grad in ((t, True), (t, False), (None, True)):
@@ -51,7 +51,8 @@ def test_outputs_and_gradients_are_within_the_budget(case, dtype):
     found = []
     for inputs in draws:
         y, v = inputs.clone_y().requires_grad_(), inputs.v.clone().requires_grad_()
-        out = tiny_lora_update(y, inputs.basis, v, inputs.projection, inputs.offset, inputs.adapter_ids)
+        shared = inputs.basis, v, inputs.projection, inputs.offset, inputs.adapter_ids
+        out = tiny_lora_update(y, *shared, bias=inputs.bias)
         g0, dv = torch.autograd.grad(out, (y, v), inputs.g)
         assert torch.equal(y, inputs.y), "the caller's tensor was changed without inplace=True"
         found.append(Outputs(out.detach(), exact(inputs).t.to(inputs.basis.dtype), g0, dv))
@@ -149,7 +150,8 @@ def test_fullgraph_compilation_gives_the_same_numbers_and_one_graph_over_sequenc
 
 
 def test_the_short_way_into_autograd_is_closed_to_torch_func():
-    # Past Function.apply the tensors of a transform would be taken for plain ones, and their gradients would be lost.
+    # Past Function.apply the tensors of a transform would be taken for plain ones, and their gradients would be lost:
+    # plain operations run instead.
     inputs, weight = make_case(CASE, torch.float32), torch.randn(33, 5)
     v = inputs.v.clone().requires_grad_()
 
@@ -157,17 +159,16 @@ def test_the_short_way_into_autograd_is_closed_to_torch_func():
         return tiny_lora_linear(x, weight, None, inputs.basis, v, inputs.projection).sum()
 
     x = torch.randn(6, 5)
-    assert torch.autograd.functional.jacobian(adapted, x).shape == x.shape
-    for transform in (torch.func.grad, torch.func.vmap):
-        with pytest.raises(RuntimeError, match="functorch transforms"):
-            transform(adapted)(x)
+    expected = torch.autograd.functional.jacobian(adapted, x)
+    torch.testing.assert_close(torch.func.grad(adapted)(x), expected)
+    torch.testing.assert_close(torch.func.vmap(adapted)(x), torch.stack([adapted(row) for row in x]))
 
 
 def test_arguments_that_do_not_fit_are_one_line_errors_and_leave_the_output_alone():
     inputs = make_case(CASE, torch.float32)
     good = dict(
         y=inputs.clone_y(), basis=inputs.basis, v=inputs.v, projection=inputs.projection, offset=inputs.offset,
-        adapter_ids=None,
+        bias=None, adapter_ids=None,
     )  # fmt: skip
     before = good["y"].clone()
     many = torch.randn(5, CASE.numbers)
@@ -177,6 +178,8 @@ def test_arguments_that_do_not_fit_are_one_line_errors_and_leave_the_output_alon
         "v": dict(v=torch.randn(4)),
         "projection": dict(projection=torch.randn(3, 3, 3)),
         "offset": dict(offset=torch.randn(3)),
+        "bias": dict(bias=torch.randn(3)),
+        "contiguous": dict(v=torch.randn(2 * CASE.numbers)[::2]),
         "adapter_ids": dict(v=many, adapter_ids=torch.tensor([0, 1, 2, 3, 4, 5])),
         "divides": dict(v=many, adapter_ids=torch.tensor([0, 1, 2, 3])),
         "int32 or int64": dict(v=many, adapter_ids=torch.zeros(6)),

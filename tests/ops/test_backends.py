@@ -68,7 +68,7 @@ def test_a_captured_graph_replays_on_new_inputs(backend):
     run = ops.BACKENDS[backend]
 
     def step():
-        t = run.update(y, inputs.basis, v, inputs.projection, inputs.offset, None)
+        t = run.update(y, inputs.basis, v, inputs.projection, inputs.offset, None, None)
         return t, *run.update_backward(g, inputs.basis, v, inputs.projection, t, None, True)
 
     side = torch.cuda.Stream()
@@ -100,7 +100,7 @@ def test_kernels_run_on_the_callers_stream(backend):
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # the copy waits; a kernel on another stream would read y before it
         y.copy_(inputs.y)
-        ops.BACKENDS[backend].update(y, inputs.basis, inputs.v, inputs.projection, inputs.offset, None)
+        ops.BACKENDS[backend].update(y, inputs.basis, inputs.v, inputs.projection, inputs.offset, None, None)
     stream.synchronize()
     assert torch.equal(y, expected.y)
 

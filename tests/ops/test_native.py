@@ -42,6 +42,7 @@ def simple(rows=5, features=40, rank=2, numbers=3, dtype=torch.float32, **shape)
         "v": torch.randn(numbers, dtype=acc),
         "projection": torch.randn(numbers, rank, rank, dtype=acc),
         "offset": torch.randn(rank, dtype=acc),
+        "bias": None,
         "adapter_ids": None,
     } | shape
 
@@ -95,7 +96,7 @@ def test_rounding_is_that_of_torch(isa, dtype):
     values = torch.cat([patterns, ties, half_ties]).view(torch.float32)
     values = values[values.isfinite() & (values.abs() >= torch.finfo(torch.float32).tiny)]
     y, one = torch.zeros(1, len(values), dtype=dtype), torch.ones(1)
-    native.update(y, values[None].contiguous(), one, one.view(1, 1, 1), -one, None)
+    native.update(y, values[None].contiguous(), one, one.view(1, 1, 1), -one, None, None)
     assert torch.equal(y[0], values.to(dtype))
 
 
@@ -106,20 +107,23 @@ def test_zero_update_keeps_every_16_bit_number(isa, dtype):
         y = torch.where(y.abs() < torch.finfo(y.dtype).tiny, 0, y)
     y = y[y.isfinite()].view(-1, 1)
     before = y.clone()
-    native.update(y, torch.ones(1, 1), torch.zeros(1), torch.ones(1, 1, 1), None, None)
+    native.update(y, torch.ones(1, 1), torch.zeros(1), torch.ones(1, 1, 1), None, None, None)
     assert torch.equal(y, before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_nan_and_infinity_propagate(isa, dtype, bad):
+def test_what_is_not_finite_stays_where_it_is_in_y_and_spreads_over_a_gradient(isa, dtype, bad):
     call = simple(dtype=dtype)
     call["y"][3, 7] = bad
-    g = call["y"].clone()
+    g, at = call["y"].clone(), torch.zeros(5, 40, dtype=torch.bool)
+    at[3, 7] = True
+    expected = call | {"y": torch.where(at, 0, g)}
+    reference.update(**expected)
     t = native.update(**call)
+    assert torch.equal(call["y"].isfinite(), ~at) and t.isfinite().all()
+    assert error(call["y"][~at], expected["y"][~at]) < 2 * torch.finfo(dtype).eps
     rows = torch.arange(5) == 3
-    for result in (t, call["y"]):
-        assert not result[rows].isfinite().all() and result[~rows].isfinite().all()
     g0, dv = native.update_backward(g, call["basis"], call["v"], call["projection"], t, None, True)
     assert not g0[rows].isfinite().all() and g0[~rows].isfinite().all() and not dv.isfinite().any()
 
@@ -213,6 +217,8 @@ ERRORS = {
         r"v: expected \[4\], at least one number, found \(3\)",
     ),
     "offset": (lambda c: c | {"offset": torch.randn(3)}, r"offset: expected shape \(2\), found \(3\)"),
+    "bias": (lambda c: c | {"bias": torch.randn(39)}, r"bias: expected a contiguous tensor of shape \(40\)"),
+    "bias dtype": (lambda c: c | {"bias": torch.randn(40).bfloat16()}, r"bias: expected the dtype of y, found bfloat16"),
     "ids dtype": (
         lambda c: c | {"v": torch.randn(2, 3), "adapter_ids": torch.zeros(5)},
         r"adapter_ids: expected a contiguous 1-D int32 or int64 tensor, found float32 \(5\)",

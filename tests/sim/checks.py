@@ -127,7 +127,7 @@ def bad_ids(make) -> None:
         backend, t = make("forward", 0), torch.zeros(8, 2)
         operands = inputs.basis, inputs.v, inputs.projection
         for call in (
-            lambda: backend.update(inputs.clone_y(), *operands, inputs.offset, inputs.adapter_ids),
+            lambda: backend.update(inputs.clone_y(), *operands, inputs.offset, inputs.bias, inputs.adapter_ids),
             lambda: backend.update_backward(inputs.g, *operands, t, inputs.adapter_ids, True),
             lambda: backend.update_backward(inputs.g, *operands, t, inputs.adapter_ids, False),
         ):

@@ -110,8 +110,9 @@ class SimulatedCuda:
     launches: list[Launch] = field(default_factory=list)
 
     def update(
-        self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, adapter_ids: Tensor | None
-    ) -> Tensor:
+        self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
+        adapter_ids: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         rows = self._skewed(y)
         p = _rows_arguments(rows, basis, v, projection, adapter_ids)
         t = torch.empty(p.rows, len(basis))
@@ -120,6 +121,8 @@ class SimulatedCuda:
         self._call(y.dtype, "simulate_update", len(basis), p)
         if rows is not y:
             y.copy_(rows)
+        if bias is not None:  # as ops/dispatch.py
+            y.add_(bias)
         return t
 
     def update_backward(

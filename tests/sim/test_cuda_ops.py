@@ -24,7 +24,10 @@ def ops():
     library._destroy()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.rank in emulator.RANKS and c.features < 2000], ids=str)
+OPS_CASES = [c for c in CASES if c.rank in emulator.RANKS and c.features < 2000 and not c.adds_bias]
+
+
+@pytest.mark.parametrize("case", OPS_CASES, ids=str)
 def test_within_the_error_budget(ops, case):
     inputs = draws(case, torch.bfloat16)
     assert_within_budget([run_ops(ops, i) for i in inputs], inputs)
@@ -35,7 +38,7 @@ def test_leading_dimensions_collapse_and_shapes_come_back(ops):
     flat = run_ops(ops, inputs)
     operands = inputs.basis, inputs.v, inputs.projection
     y, g = (x.clone().view(2, 4, 8, -1) for x in (inputs.y, inputs.g))
-    t = ops.update(y, *operands, inputs.offset, None)
+    t = ops.update(y, *operands, inputs.offset, None, None)
     g0, dv = ops.update_backward(g, *operands, t, None, True)
     assert y.shape == g0.shape == (2, 4, 8, CASES[10].features) and t.shape == (64, 2)
     assert same_bits(y.view(64, -1), flat.y) and same_bits(g0.view(64, -1), flat.g0) and same_bits(dv, flat.dv)
@@ -57,14 +60,14 @@ def test_a_gradient_without_row_stride(ops):
 
 def test_no_columns(ops):
     """D = 0: nothing to update; t = -c."""
-    t = ops.update(torch.empty(3, 0), torch.empty(2, 0), torch.ones(1), torch.ones(1, 2, 2), torch.ones(2), None)
+    t = ops.update(torch.empty(3, 0), torch.empty(2, 0), torch.ones(1), torch.ones(1, 2, 2), torch.ones(2), None, None)
     assert torch.equal(t, -torch.ones(3, 2))
 
 
 def _good() -> dict:
     return dict(
         y=torch.zeros(4, 8), basis=torch.zeros(2, 8), v=torch.zeros(3), projection=torch.zeros(3, 2, 2),
-        offset=torch.zeros(2), adapter_ids=None,
+        offset=torch.zeros(2), bias=None, adapter_ids=None,
     )  # fmt: skip
 
 
@@ -100,7 +103,7 @@ def test_refused_before_any_launch(ops, change, message):
 
 
 def test_refused_in_the_backward_too(ops):
-    good = {name: value for name, value in _good().items() if name not in ("y", "offset")}
+    good = {name: value for name, value in _good().items() if name not in ("y", "offset", "bias")}
     with pytest.raises((ValueError, RuntimeError), match="t: expected shape"):
         ops.update_backward(torch.zeros(4, 8), **(good | {"t": torch.zeros(3, 2)}), need_input_grad=True)
     many = {"basis": torch.zeros(2, 1), "v": torch.zeros(3), "projection": torch.zeros(3, 2, 2)}

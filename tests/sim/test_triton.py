@@ -120,7 +120,7 @@ def test_adapter_id_out_of_range_stops_the_kernel(bad, kind):
     ids = inputs.adapter_ids.to(kind)
     ids[5] = bad
     with simulated_gpu(CUDA_TARGETS[90]), pytest.raises(Trap, match="adapter id outside"):
-        triton_kernels.update(inputs.clone_y(), inputs.basis, inputs.v, inputs.projection, None, ids)
+        triton_kernels.update(inputs.clone_y(), inputs.basis, inputs.v, inputs.projection, None, None, ids)
 
 
 # Compiled for every target
@@ -246,7 +246,7 @@ def test_implicit_fma_makes_lanes_disagree(monkeypatch):
 
 def _operands(**changes):
     inputs = make_case(Case(6, 32, numbers=3), torch.float32)
-    given = {name: getattr(inputs, name) for name in ("y", "basis", "v", "projection", "offset", "adapter_ids")}
+    given = {name: getattr(inputs, name) for name in ("y", "basis", "v", "projection", "offset", "bias", "adapter_ids")}
     return {**given, **changes}
 
 

@@ -38,6 +38,8 @@ class Kind:
         why_not: the reason why this one cannot be adapted, one line with the way out, or None.
         matrix: the weight as it is stored -> W [out, in]; a view wherever its strides allow one.
         stored: (W [out, in], shape of the weight) -> the weight as it is stored; undoes `matrix`.
+        product: (x, weight as stored) -> x W^T, what such a layer computes before its bias, where torch has an op for it.
+        is_product: whether the forward of a module is that product and the bias, and nothing else.
         fresh: types whose forward returns a tensor nobody else holds, from a node that saves no output: the update may
             be written into it.
         channels_first: the `out` features are the channels of [B, C, ...], not the last dimension.
@@ -50,6 +52,8 @@ class Kind:
     matches: Callable[[nn.Module], bool]
     matrix: Callable[[Tensor], Tensor]
     stored: Callable[[Tensor, torch.Size], Tensor]
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    is_product: Callable[[nn.Module], bool] = lambda module: False
     fresh: tuple[type, ...] = ()
     why_not: Callable[[nn.Module], str | None] = lambda module: None
     channels_first: bool = False
@@ -96,10 +100,12 @@ def _why_not_embedding(module: nn.Embedding) -> str | None:
 
 LINEAR = Kind(
     "linear layers", lambda module: isinstance(module, nn.Linear) or _is_gguf(module), lambda weight: weight, _as_is,
-    fresh=(nn.Linear,), by_default=True,
+    product=nn.functional.linear, is_product=lambda module: type(module) is nn.Linear, fresh=(nn.Linear,),
+    by_default=True,
 )  # fmt: skip
 CONV1D = Kind(
-    "linear layers", _is_conv1d, lambda weight: weight.T, _transposed, by_default=True,
+    "linear layers", _is_conv1d, lambda weight: weight.T, _transposed,
+    product=torch.matmul, is_product=_is_conv1d, by_default=True,
 )  # fmt: skip
 CONVOLUTION = Kind(
     # [out, in, k...] -> [out, in * k...]

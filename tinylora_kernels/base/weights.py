@@ -41,15 +41,24 @@ def dense_weight(module: nn.Module) -> Tensor:
     return dequantised_weight(module)
 
 
+@torch.no_grad()
 def bias_offset(basis: Tensor, bias: Tensor | None) -> Tensor | None:
-    """c = b U [r] from U^T [r, out] and b [out], so that t = y U - c is the projection of W x alone; None without a bias."""
-    return None if bias is None else basis @ dense(bias.detach()).to(basis)
+    """c = b U [r] from U^T [r, out] and b [out], so that t = y U - c is the projection of W x alone; None without b.
+
+    In float64, which autocast and the precision asked of matrix products leave alone.
+    """
+    if bias is None:
+        return None
+    return (basis.double() @ dense(bias).to(basis.device, torch.float64)).to(basis.dtype)
 
 
 @torch.no_grad()
 def right_factor(basis: Tensor, matrix: Tensor) -> Tensor:
-    """B^T = U^T W [r, in] from U^T [r, out] and W [out, in], in the basis's dtype, without a whole W in it."""
-    right = basis.new_zeros(basis.shape[0], matrix.shape[1])
-    for columns, rows in zip(basis.split(_ROWS, dim=1), matrix.split(_ROWS)):
-        right.addmm_(columns, rows.to(basis.dtype))
-    return right
+    """B^T = U^T W [r, in] from U^T [r, out] and W [out, in], in the basis's dtype.
+
+    In float64 like bias_offset, a slab of W at a time.
+    """
+    right = basis.new_zeros(basis.shape[0], matrix.shape[1], dtype=torch.float64)
+    for columns, rows in zip(basis.double().split(_ROWS, dim=1), matrix.split(_ROWS), strict=True):
+        right.addmm_(columns, rows.double())
+    return right.to(basis.dtype)

@@ -19,7 +19,7 @@ from ..common.atomic import write_atomically
 from ..common.words import listed, one_line
 from ..factors.cache import weight_fingerprint
 from ..factors.modules import factorize_modules
-from ..factors.svd import Factors, basis_sketch, compare_sketch
+from ..factors.svd import SKETCH_TOLERANCE, Factors, basis_sketch, compare_sketch
 from ..layers.layer import TinyLoRALayer
 from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig
 from ..method.tying import assign_groups
@@ -28,10 +28,6 @@ from ..model.attach import adapt
 from ..model.merging import is_merged, original_weight
 from ..model.targets import base_module, fused_parts, target_names
 from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
-
-# Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to
-# float32; the update then agrees to about this.
-BASIS_TOL = 1e-5
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool = False) -> None:
@@ -108,6 +104,7 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
         vectors.setdefault(layer.group, layer.v.detach().cpu())
     if v is None:
         v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]
+    v = v.to(config.v_dtype)
     if not bool(torch.isfinite(v).all()):
         raise AdapterError("model: a trained vector v holds NaN or infinity; nothing was written")
     return AdapterFile(config, v, modules)
@@ -225,7 +222,7 @@ def _check_weights(matrix_of: Callable[[str], Tensor], adapter: AdapterFile) -> 
 
 
 def _check_bases(bases: dict[str, Tensor], adapter: AdapterFile) -> None:
-    wrong = [m.name for m in adapter.modules if compare_sketch(m.sketch, basis_sketch(bases[m.name])) > BASIS_TOL]
+    wrong = [m.name for m in adapter.modules if compare_sketch(m.sketch, basis_sketch(bases[m.name])) > SKETCH_TOLERANCE]
     if wrong:
         raise AdapterError(
             f"the singular vectors came out different for {len(wrong)} of {len(adapter.modules)} modules, "

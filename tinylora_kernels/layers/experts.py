@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.experts import stack_names
+from ..base.weights import bias_offset
 from ..ops import BACKENDS, choose
 from ..ops.schema import accumulation_dtype
 from .layer import TinyLoRALayer
@@ -129,7 +130,7 @@ class _Piece:
     def update(self, y: Tensor, vectors: list[Tensor]) -> Tensor:
         """y[rows] <- its update, in place; returns t [rows, r]."""
         return BACKENDS[self.backend].update(
-            y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, self.adapter_ids
+            y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, None, self.adapter_ids
         )
 
 
@@ -142,7 +143,7 @@ def _piece(
         v, projection, ids = selection.of(layer, y.device)
         ids = routing.per_row(ids)[start:end].contiguous()
     basis, projection = layer.basis.to(accumulate), projection.to(accumulate)
-    offset = None if layer.offset is None else layer.offset.to(accumulate)
+    offset = bias_offset(basis, layer.base.bias)
     backend = choose(y.device.type, y.dtype, basis.shape[0], layer.backend)
     return _Piece(slice(start, end), vectors.setdefault(v, len(vectors)), basis, projection, offset, ids, backend)
 

@@ -2,16 +2,26 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ..base.kinds import FORWARDED, has_fresh_output, kind_of, weight_matrix
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
+from ..base.witness import witness
+from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
-from ..linear.plan import Chosen, has_hooks, is_plain_linear, make_plan, note_change, right_for
+from ..linear.plan import Chosen, has_hooks, is_bare_product, is_plain_linear, make_plan, note_change, right_for
+from ..method.config import IDENTITY_FIELDS
 from ..method.parts import block_basis, compact_basis
 from .channels import update_channels
+
+
+_OTHER_WEIGHT = (
+    "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt the "
+    "model then, or call refresh_factors(model)"
+)
 
 
 class TinyLoRALayer(nn.Module):
@@ -53,6 +63,8 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_plan"] = None  # how the last call ran, if the next ones can run like it
         self.__dict__["_right"] = None  # B^T and the weight it was computed from: linear.plan.right_for
         self.__dict__["_selection"] = None  # the bank's at the last call
+        self.__dict__["_adapted_to"] = None  # the witness of the weight that U and sigma are of
+        self.__dict__["_in_doubt"] = False  # whether the weight may be another one now: it was loaded, or emptied
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
         self.degenerate = degenerate
@@ -66,16 +78,19 @@ class TinyLoRALayer(nn.Module):
         self.register_buffer("basis", basis.to(device).contiguous(), persistent=False)
         self.register_buffer("sigma", sigma.to(device), persistent=False)
         self.register_buffer("projection", projection.to(self.basis).contiguous(), persistent=False)
-        self.register_buffer("offset", bias_offset(self.basis, getattr(base, "bias", None)), persistent=False)
         if isinstance(v, TinyLoRALayer):
             self._owner = (v,)  # in a tuple, or nn.Module would register the owner as a child
         else:
             self.register_parameter("v", v)
             self._owner = (self,)
         self._fresh_output = has_fresh_output(base)
+        self.take_witness()
+        self.register_load_state_dict_post_hook(_doubt_what_was_loaded)
         kind = kind_of(base)
+        self._product = kind.product if kind is not None and kind.is_product(base) else None
         channels_first = kind is not None and kind.channels_first
-        self._update = functools.partial(update_channels, 1 - base.weight.dim()) if channels_first else tiny_lora_update
+        self._feature_axis = base.weight.dim() - 1 if channels_first else 1  # of the output, counted from its end
+        self._update = functools.partial(update_channels, -self._feature_axis) if channels_first else tiny_lora_update
 
     def forward(self, *args, **kwargs) -> Tensor:
         if not torch.compiler.is_compiling() and self._plan is not None and len(args) == 1 and not kwargs:
@@ -90,6 +105,8 @@ class TinyLoRALayer(nn.Module):
         base, buffers = self._modules["base"], self._buffers
         if not self.enabled:
             return base(*args, **kwargs)
+        if self._in_doubt:
+            self._expect_the_weight_adapted_to()
         basis, projection = buffers["basis"], buffers["projection"]
         v, adapter_ids, chosen = self._owner[0]._parameters["v"], None, None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
@@ -97,24 +114,39 @@ class TinyLoRALayer(nn.Module):
             _, v, projection, adapter_ids = chosen
         if v.device != basis.device:
             v = v.to(basis.device)  # a tie group that spans devices
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         fresh = self._fresh_output and not has_hooks(base)
-        if fresh and len(args) == 1 and not kwargs and is_plain_linear(base, args[0]):
-            weight, bias = base._parameters["weight"], base._parameters["bias"]
-            right = right_for(self, args[0])
-            if self._worth_a_plan(chosen):
-                self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen)
-            return tiny_lora_linear(
-                args[0], weight, bias, basis, v, projection, buffers["offset"], adapter_ids, right=right,
-                backend=self.backend,
-            )  # fmt: skip
-        factors = basis, v, projection, buffers["offset"], adapter_ids
-        if is_sharded(base._parameters.get("weight")):
+        if self._product and fresh and len(args) == 1 and not kwargs and is_bare_product(base, args[0]):
+            if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
+                right = right_for(self, args[0])
+                if self._worth_a_plan(chosen):
+                    self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen)
+                return tiny_lora_linear(
+                    args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, backend=self.backend
+                )
+            y = self._product(args[0], weight)  # traced, cast by autocast, with a W that is trained, or of a Conv1D
+            bias = None if bias is None else bias.to(y.dtype)
+            return self._update(y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True, backend=self.backend)
+        if is_sharded(weight):
             from .sharded import sharded_forward  # loads torch.distributed: only where it is in use
 
             update = functools.partial(self._update, backend=self.backend)
+            factors = basis, v, projection, adapter_ids
             return sharded_forward(base, self.name, factors, update, self.backend, args, kwargs)
-        inplace = fresh and type(base._parameters.get("weight")) in PLAIN
-        return self._update(base(*args, **kwargs), *factors, inplace=inplace, backend=self.backend)
+        y = base(*args, **kwargs)
+        inplace = fresh and type(weight) in PLAIN
+        return self._update_with_bias(y, basis, v, projection, adapter_ids, getattr(base, "bias", None), inplace)
+
+    def _update_with_bias(self, y, basis, v, projection, adapter_ids, bias: Tensor | None, inplace: bool) -> Tensor:
+        """The update of an output that has the layer's bias in it."""
+        update = functools.partial(self._update, backend=self.backend)
+        if bias is None or not bias.requires_grad:
+            offset = bias_offset(basis, bias)
+            return update(y, basis, v, projection, offset, adapter_ids, inplace=inplace)
+        # The gradient of c = b U would be missing: b is taken out, and added again after the update.
+        bias = bias.to(y.dtype)
+        bare = y - bias.view(-1, *[1] * (self._feature_axis - 1)) if self._feature_axis > 1 else y - bias
+        return update(bare, basis, v, projection, None, adapter_ids, bias=bias, inplace=True)
 
     def _worth_a_plan(self, chosen: Chosen | None) -> bool:
         """Whether calls like this one are to be expected: of a bank's block from its second on, as in generation."""
@@ -126,6 +158,60 @@ class TinyLoRALayer(nn.Module):
     def __getstate__(self) -> dict:
         """Copies and pickles carry no bank: it belongs to the layers of one model in one process."""
         return {**self.__dict__, "bank": None, "_plan": None, "_right": None, "_selection": None}
+
+    # What the weight was
+
+    def take_witness(self) -> None:
+        """The weight as it is now is the one that U and sigma are of."""
+        weight = self._modules["base"].weight
+        dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
+        self.__dict__["_adapted_to"] = witness(weight) if dense else None
+        self.__dict__["_in_doubt"] = False
+
+    def _holds_the_weight_adapted_to(self) -> bool:
+        """Whether the weight is, in whatever dtype it is now, the one that U and sigma are of; true where nobody can tell."""
+        weight, known = self._modules["base"].weight, self._adapted_to
+        if known is None or weight.requires_grad or type(weight) not in PLAIN:
+            known = None  # it is quantized now, or is being trained, and U stays what it was
+        elif weight.is_meta or not witness(weight)._replace(bits=known.cast(weight.dtype).bits).knows(weight):
+            return False
+        self.take_witness()
+        return True
+
+    def _expect_the_weight_adapted_to(self) -> None:
+        """Raises where other weights came than those that U and sigma are of, or none since the layer was emptied."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{self.name}: its weight may be another one now; call the model once before compiling it")
+        if not self._holds_the_weight_adapted_to():
+            raise RuntimeError(f"{self.name}: {_OTHER_WEIGHT}")
+
+    def _identity(self) -> dict[str, object]:
+        """What v belongs to: the same numbers in another layer, or with another config, are another function."""
+        config = {name: getattr(self.config, name, None) for name in IDENTITY_FIELDS}
+        config["fused"] = str(config["fused"])
+        config["v_dtype"] = str(config["v_dtype"])
+        return {
+            "method": type(self.config).__name__, **config, "module": self.index, "tie group": self.group,
+            "sketch": basis_sketch(self.singular_basis()).flatten().tolist(),
+        }  # fmt: skip
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if "v" in self._parameters and not keep_vars:
+            destination[prefix + "v"].tinylora = self._identity()  # kept by pickles and copies of the tensor
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        key, error_messages = prefix + "v", others[-1]
+        self.__dict__["_in_doubt"] = error_messages  # the weight comes next, with the base: _doubt_what_was_loaded
+        note_change()
+        if "v" in self._parameters and key in state_dict:
+            theirs = getattr(state_dict[key], "tinylora", None)
+            if theirs is None:
+                _warn_of_unlabelled_numbers()
+            elif reason := _difference(self._identity(), theirs):
+                error_messages.append(f"{key}: {reason}; nothing was loaded into it")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)
@@ -151,12 +237,11 @@ class TinyLoRALayer(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, basis: Tensor, sigma: Tensor) -> None:
-        """Take the U^T [r, out] and sigma that the numbers were trained with: P' and the offset follow from them."""
+        """Take U^T [r, out] and sigma, of the weight as it is now or those that v was trained with: P' follows from them."""
         self.basis.copy_(block_basis(basis, self.parts) if self.parts else basis)
         self.sigma.copy_(sigma)
         self.projection.copy_(self.config.projection(self.projection_index, sigma, kind_of(self.base).lookup))
-        if self.offset is not None:
-            self.offset.copy_(bias_offset(self.basis, self.base.bias))
+        self.take_witness()
 
     def extra_repr(self) -> str:
         rank, features = self.basis.shape
@@ -173,15 +258,50 @@ class TinyLoRALayer(nn.Module):
             raise
 
     def _apply(self, fn, recurse=True):
-        """Move with the model, but keep v and the factors in their own dtype: model.bfloat16() must not round v."""
+        """Move with the model, but keep v and the factors as they are: bfloat16() must not round, to_empty() not empty them."""
 
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+        def keep_values(tensor: Tensor) -> Tensor:
+            device = fn(tensor).device
+            if tensor.is_meta and device.type != "meta":
+                raise RuntimeError(
+                    f"{self.name}: its vectors and factors were left on the meta device; load the weights and adapt the "
+                    "model after to_empty()"
+                )
+            return tensor.to(device)
 
         if recurse:
             self.base._apply(fn)
-        moved = super()._apply(keep_dtype, recurse=False)
+        moved = super()._apply(keep_values, recurse=False)
         self.__dict__["_right"] = None  # the weight is the same object, and may hold other values now
+        self.__dict__["_in_doubt"] = not self._holds_the_weight_adapted_to()  # e.g. after to_empty()
         note_change()
         return moved
+
+
+def _doubt_what_was_loaded(layer: TinyLoRALayer, incompatible_keys) -> None:
+    """Called once the base has its part of a state dict; the error joins those that load_state_dict raises at its end."""
+    error_messages = layer._in_doubt
+    layer.__dict__["_in_doubt"] = not layer._holds_the_weight_adapted_to()
+    if layer._in_doubt and isinstance(error_messages, list):
+        error_messages.append(f"{layer.name}.weight: {_OTHER_WEIGHT}")
+
+
+def _difference(ours: dict, theirs: dict) -> str | None:
+    """In what the numbers of a state dict belong to something else than this layer, one line; None if they do not."""
+    for name, value in ours.items():
+        if name == "sketch":
+            found, expected = (torch.tensor(sketch).view(-1, SKETCH_COLUMNS) for sketch in (theirs[name], value))
+            if found.shape != expected.shape or compare_sketch(found, expected) > SKETCH_TOLERANCE:
+                return "it was trained on another base: U is not the same"
+        elif theirs.get(name) != value:
+            return f"{name} is {theirs.get(name)} there and {value} in this model"
+    return None
+
+
+@functools.cache
+def _warn_of_unlabelled_numbers() -> None:
+    warnings.warn(
+        "a state dict brought vectors v that do not say what they were trained with (they were cloned, or came from a file "
+        "that keeps plain tensors): seed, scaling and base were not compared; save_adapter and load_adapter compare them",
+        stacklevel=6,
+    )

@@ -1,8 +1,8 @@
 """The update of a layer whose weight is a DTensor: a shard on this rank of what lives on many.
 
-Every rank holds the whole adapter: v, and U, P' and c of each layer, none of which is ever gathered. What travels is
+Every rank holds the whole adapter: v, and U and P' of each layer, none of which is ever gathered. What travels is
 
-    column shards     y_p = x W_p^T + b_p on rank p:   t = sum_p y_p U_p - c,   a = sum_p g_p U_p    r numbers a token
+    column shards     y_p = x W_p^T + b_p on rank p:   t = sum_p (y_p - b_p) U_p,   a = sum_p g_p U_p    r numbers a token
     row shards        y = sum_p y_p before the engine's own reduction: the update is linear, y_p takes its share with
                       c / ranks, and dv = sum_p dv_p: u numbers a layer
     sharded rows      (sequence parallelism)  dv = sum_p dv_p
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from ..base.kinds import CONVOLUTION, kind_of
+from ..base.weights import bias_offset
 from ..functional import tiny_lora_update
-from ..ops.reference import contract, contract_backward
+from ..ops.reference import contract, contract_backward, product, project
 from ..ops.schema import accumulation_dtype
 
 Group = dist.ProcessGroup | None
-Factors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # basis, v, projection, offset, adapter_ids
+Factors = tuple[Tensor, Tensor, Tensor, Tensor | None]  # basis, v, projection, adapter_ids
 
 
 def sharded_forward(
@@ -38,14 +39,15 @@ def sharded_forward(
 
     Args:
         name: of the layer, in messages.
-        factors: basis, v, projection, offset and adapter_ids, whole on every rank.
-        update: (y, *factors) -> the updated y, for an output that is whole.
+        factors: basis, v, projection and adapter_ids, whole on every rank.
+        update: tiny_lora_update for an output that is whole.
     """
 
     def updated(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
-        if not isinstance(y, DTensor):  # FSDP2 has gathered the weight for this one call
-            return update(y, *factors)
-        return update_sharded(y, base, name, factors, backend)
+        if isinstance(y, DTensor):
+            return update_sharded(y, base, name, factors, backend)
+        basis, v, projection, adapter_ids = factors  # FSDP2 has gathered the weight for this one call
+        return update(y, basis, v, projection, bias_offset(basis, getattr(base, "bias", None)), adapter_ids)
 
     handle = base.register_forward_hook(updated, prepend=True)
     try:
@@ -65,7 +67,7 @@ def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, bac
             f"{name}: expected a layer whose features are the last dimension, found a convolution with a sharded "
             "output; leave it out of target_modules"
         )
-    basis, v, projection, offset, adapter_ids = factors
+    basis, v, projection, adapter_ids = factors
     mesh, spread = y.device_mesh, [(i, p) for i, p in enumerate(y.placements) if not p.is_replicate()]
     known = all(type(p) is Shard or p == Partial("sum") for _, p in spread)
     if len(spread) > 1 or not known or y.shape[-1] != basis.shape[1]:
@@ -78,18 +80,22 @@ def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, bac
             f"{name}: an AdapterBank needs whole outputs on every rank, found {y.placements}; run the bank on "
             "a model that is not tensor parallel"
         )
-    local = y.to_local()
+    local, bias = y.to_local(), getattr(base, "bias", None)
     if not spread:
+        offset = bias_offset(basis, bias)
         updated = tiny_lora_update(local, basis, v, projection, offset, adapter_ids, backend=backend)
     else:
         ((dimension, placement),) = spread
         group = mesh.get_group(dimension)
         if isinstance(placement, Shard) and placement.dim % y.dim() == y.dim() - 1:
             first = mesh.get_local_rank(dimension) * -(-y.shape[-1] // mesh.size(dimension))  # as torch.chunk cuts
-            own = basis[:, first : first + local.shape[-1]]  # [r, D_p]
-            small = (None if s is None else s.to(accumulation_dtype(y.dtype)) for s in (own, v, projection, offset))
-            updated = _ColumnUpdate.apply(local, *small, group)
+            own = slice(first, first + local.shape[-1])
+            offset = bias_offset(basis[:, own], _own_part(bias, own))  # c_p
+            small = (basis[:, own], v, projection, offset)  # basis: [r, D_p]
+            accumulate = accumulation_dtype(y.dtype)
+            updated = _ColumnUpdate.apply(local, *(None if s is None else s.to(accumulate) for s in small), group)
         else:
+            offset = bias_offset(basis, bias)
             if placement.is_partial() and offset is not None:
                 offset = offset / mesh.size(dimension)
             v = _SumGradient.apply(v, group)
@@ -97,19 +103,25 @@ def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, bac
     return DTensor.from_local(updated, mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride())
 
 
+def _own_part(bias: Tensor | None, own: slice) -> Tensor | None:
+    """b_p [D_p] of the rank's columns, without a gather where b is sharded as they are."""
+    if isinstance(bias, DTensor):
+        local = bias.to_local()
+        return local if len(local) == own.stop - own.start else bias.full_tensor()[own]
+    return None if bias is None else bias[own]
+
+
 class _ColumnUpdate(torch.autograd.Function):
     """The update where each rank holds some of the columns: y [..., D_p], basis [r, D_p], the rest whole."""
 
     @staticmethod
     def forward(ctx, y, basis, v, projection, offset, group):
-        # t = sum_p y_p U_p - c
-        t = _project(y, basis, group)  # [N, r]
-        if offset is not None:
-            t -= offset
+        # t = sum_p (y_p U_p - c_p)
+        t = _project(y, basis, offset, group)  # [N, r]
         ctx.frozen = basis, projection, group
         ctx.save_for_backward(t, v)
         # y_p + (t M^T) U_p^T
-        return _add(y, t @ contract(v, projection).T, basis)
+        return _add(y, product(t, contract(v, projection).T), basis)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,22 +129,25 @@ class _ColumnUpdate(torch.autograd.Function):
         basis, projection, group = ctx.frozen
         t, v = ctx.saved_tensors
         # a = sum_p g_p U_p;  g0_p = g_p + (a M) U_p^T;  dM = a^T t, the same on every rank
-        a = _project(g, basis, group)
-        g0 = _add(g, a @ contract(v, projection), basis) if ctx.needs_input_grad[0] else None
-        dv = contract_backward(a.T @ t, projection) if ctx.needs_input_grad[2] else None
+        a = _project(g, basis, None, group)
+        g0 = _add(g, product(a, contract(v, projection)), basis) if ctx.needs_input_grad[0] else None
+        dv = contract_backward(product(a.T, t), projection) if ctx.needs_input_grad[2] else None
         return g0, None, dv, None, None, None
 
 
-def _project(y: Tensor, basis: Tensor, group: Group) -> Tensor:
-    """sum_p y_p U_p, [N, r]."""
-    t = y.reshape(-1, basis.shape[1]).to(basis.dtype) @ basis.T
+def _project(y: Tensor, basis: Tensor, offset: Tensor | None, group: Group) -> Tensor:
+    """sum_p (y_p U_p - c_p), [N, r]."""
+    t = project(y, basis)
+    if offset is not None:
+        t -= offset
     dist.all_reduce(t, group=group)
     return t
 
 
-def _add(y: Tensor, z: Tensor, basis: Tensor) -> Tensor:
-    """y + z U_p^T for z [N, r], in the dtype of y."""
-    return torch.addmm(y.reshape(-1, basis.shape[1]), z.to(y.dtype), basis.to(y.dtype)).view(y.shape)
+def _add(y: Tensor, gains: Tensor, basis: Tensor) -> Tensor:
+    """y + gains U_p^T for gains [N, r], in the dtype of y."""
+    with torch.autocast(y.device.type, enabled=False):
+        return torch.addmm(y.reshape(-1, basis.shape[1]), gains.to(y.dtype), basis.to(y.dtype)).view(y.shape)
 
 
 class _SumGradient(torch.autograd.Function):

@@ -4,6 +4,7 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -12,6 +13,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -34,11 +37,11 @@ c10::TypedOperatorHandle<Signature> op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-Tensor update(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& offset,
+Tensor update(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& bias,
               const Maybe& adapter_ids) {
-  static const auto call =
-      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&)>("tinylora::update");
-  return call.call(y, basis, v, projection, offset, adapter_ids);
+  static const auto call = op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&,
+                                     const Maybe&)>("tinylora::update");
+  return call.call(y, basis, v, projection, /*offset=*/std::nullopt, bias, adapter_ids);
 }
 
 std::tuple<Tensor, Tensor> update_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
@@ -85,31 +88,91 @@ Tensor empty_rows(const Tensor& like, int64_t width) {
   return at::empty(sizes, like.options());
 }
 
+// What a call holds still: node.py's FrozenLinear, but for the backend.
+struct Frozen {
+  Tensor weight;      // [out, in]
+  Maybe bias;         // [out]
+  Tensor basis;       // [r, out]
+  Tensor projection;  // [u, r, r] or [r, r]
+  Maybe adapter_ids;  // [B]
+  Maybe right;        // [r, in]
+  int64_t order;
+};
+
 // The updated output, fresh and contiguous; also t [N, r].
-std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Tensor& weight, const Maybe& bias,
-                               const Tensor& basis, const Tensor& projection, const Maybe& offset,
-                               const Maybe& adapter_ids, const Maybe& right, int64_t order) {
-  if (order & kLastForward) {
+std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Frozen& f) {
+  if (f.order & kLastForward) {
     const Tensor x = input.contiguous();
     // y = b + (t M^T) U^T + x W^T
-    auto [y, t] = low_rank(x, *right, basis, v, projection, bias, adapter_ids);
-    add_product(y, x, weight.t());
+    auto [y, t] = low_rank(x, *f.right, f.basis, v, f.projection, f.bias, f.adapter_ids);
+    add_product(y, x, f.weight.t());
     return {y, t};
   }
-  Tensor y = at::linear(input, weight, bias).contiguous();
-  Tensor t = update(y, basis, v, projection, offset, adapter_ids);
+  Tensor y = at::linear(input, f.weight).contiguous();
+  Tensor t = update(y, f.basis, v, f.projection, f.bias, f.adapter_ids);
   return {y, t};
 }
 
-// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W.
+// Products here are those of the dtypes at hand, whatever autocast is on around a call or a backward pass.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
+
+// Gradients in plain operations, for those that are differentiated again: reference.py's project, gains, vector_gradient.
+namespace plain {
+
+Tensor project(const Tensor& rows, const Tensor& basis) {
+  return rows.reshape({-1, basis.size(1)}).to(basis.scalar_type()).matmul(basis.t());
+}
+
+// M of the one adapter [r, r], or of each row's [N, r, r]; and the ids of the rows [N].
+std::tuple<Tensor, Tensor> mixing(const Tensor& v, const Tensor& projection, const Maybe& adapter_ids, int64_t rows) {
+  const auto contract = [&](const Tensor& vectors) {
+    const int64_t r = projection.size(-1);
+    const Tensor flat =
+        projection.dim() == 3 ? vectors.matmul(projection.flatten(1)) : vectors * projection.flatten();
+    return flat.unflatten(-1, {r, r});
+  };
+  if (!adapter_ids) return {contract(v), Tensor()};
+  const Tensor ids =
+      adapter_ids->to(at::kLong).repeat_interleave(rows / std::max<int64_t>(adapter_ids->numel(), 1));
+  return {contract(v.index_select(0, ids.clamp_min(0))), ids};
+}
+
+// a M
+Tensor gains(const Tensor& a, const Tensor& v, const Tensor& projection, const Maybe& adapter_ids) {
+  const auto [M, ids] = mixing(v, projection, adapter_ids, a.size(0));
+  if (!adapter_ids) return a.matmul(M);
+  const Tensor all = M.transpose(-1, -2).matmul(a.unsqueeze(-1)).squeeze(-1);
+  return at::where(ids.ge(0).unsqueeze(-1), all, at::zeros_like(all));
+}
+
+// dv_i = <P'_i, a^T t>
+Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const Tensor& projection,
+                       const Maybe& adapter_ids) {
+  const auto contract_backward = [&](const Tensor& d_mixing) {
+    const Tensor flat = d_mixing.flatten(-2);
+    return projection.dim() == 3 ? flat.matmul(projection.flatten(1).t()) : flat * projection.flatten();
+  };
+  if (!adapter_ids) return contract_backward(a.t().matmul(t));
+  const Tensor ids =
+      adapter_ids->to(at::kLong).repeat_interleave(a.size(0) / std::max<int64_t>(adapter_ids->numel(), 1));
+  const Tensor keep = ids.ge(0).nonzero().squeeze(1);
+  const Tensor outer = a.index_select(0, keep).unsqueeze(-1) * t.index_select(0, keep).unsqueeze(-2);
+  return at::zeros_like(v).index_add(0, ids.index_select(0, keep), contract_backward(outer));
+}
+
+}  // namespace plain
+
+// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Its second output is t, which
+// nobody reads: saved as an output it has a history, and gradients of gradients find their way (ops/autograd.py).
 //
 // A node by hand: torch::autograd::Function keeps maps and lists on the heap for what any function might want, and that has
 // to be made and found again around every product.
 struct TinyLoRALinear : torch::autograd::Node {
   SavedVariable t;  // where v wants a gradient
-  Tensor v, weight, basis, projection;
-  Maybe adapter_ids, right;
-  int64_t order, v_version, weight_version;
+  Tensor v;
+  Frozen frozen;
+  std::vector<int64_t> sizes;  // of y
+  int64_t v_version, weight_version;
   bool released = false;
 
   std::string name() const override { return "TinyLoRALinear (C++)"; }
@@ -123,17 +186,17 @@ struct TinyLoRALinear : torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
-    variable_list both(2);
-    if (!grads[0].defined()) return both;
-    both = gradients(grads[0]);
-    if (at::GradMode::is_enabled() && grads[0].requires_grad()) both = differentiable_once(std::move(both));
-    return both;
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(2);
+    const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
+    const Tensor saved = t.unpack(getptr());  // a checkpoint runs forward again here, with autograd
+    expect_version("v", v, v_version);
+    expect_version("the frozen weight", frozen.weight, weight_version);
+    return grads[1].defined() || at::GradMode::is_enabled() ? differentiable(grads[0], grads[1], saved)
+                                                            : gradients(grads[0], saved);
   }
 
-  variable_list gradients(const Tensor& grad) {
-    const Tensor saved = t.unpack();  // a checkpoint runs forward again here, with autograd
-    expect_version("v", v, v_version);
-    expect_version("the frozen weight", weight, weight_version);
+  variable_list gradients(const Tensor& grad, const Tensor& saved) {
+    const auto& [weight, bias, basis, projection, adapter_ids, right, order] = frozen;
     at::AutoDispatchBelowADInplaceOrView below;
     const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
     const bool need_dx = task_should_compute_output(0);
@@ -151,20 +214,23 @@ struct TinyLoRALinear : torch::autograd::Node {
     return {need_dx ? at::matmul(g0, weight) : Tensor(), maybe_t ? dv : Tensor()};
   }
 
+  // g_t [N, r] is what came to t.
+  variable_list differentiable(const Tensor& grad, const Tensor& g_t, const Tensor& saved) {
+    const Tensor g = grad.defined() ? grad : at::zeros(sizes, frozen.weight.options());
+    const Tensor a = plain::project(g, frozen.basis);
+    Tensor gains = plain::gains(a, v, frozen.projection, frozen.adapter_ids);
+    if (g_t.defined()) gains = gains + g_t;
+    // dx = (g + (a M + g_t) U^T) W
+    const Tensor delta = gains.matmul(frozen.basis).view(g.sizes());
+    const Tensor g0 = (g.to(delta.scalar_type()) + delta).to(g.scalar_type());
+    return {task_should_compute_output(0) ? g0.matmul(frozen.weight) : Tensor(),
+            saved.defined() ? plain::vector_gradient(a, saved, v, frozen.projection, frozen.adapter_ids) : Tensor()};
+  }
+
   static void expect_version(const char* name, const Tensor& tensor, int64_t expected) {
     TORCH_CHECK(tensor._version() == expected,
                 "one of the variables needed for gradient computation has been modified by an inplace operation: ", name,
                 " ", tensor.sizes(), " is at version ", tensor._version(), "; expected version ", expected, " instead.");
-  }
-
-  // create_graph=True: second derivatives are an error, not zero.
-  static variable_list differentiable_once(variable_list results) {
-    for (Tensor& result : results) {
-      if (result.defined()) result = result.detach().requires_grad_();
-    }
-    const auto error = std::make_shared<torch::autograd::DelayedError>(
-        "trying to differentiate twice a function that was marked with @once_differentiable", results.size());
-    return (*error)(std::move(results));
   }
 };
 
@@ -181,47 +247,47 @@ Pointer new_node(N*& node) {
   }
 }
 
-Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias,
-                            const Tensor& basis, const Tensor& projection, const Maybe& offset,
-                            const Maybe& adapter_ids, const Maybe& right, int64_t order) {
+Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& frozen) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const auto below = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return run(x, v, weight, bias, basis, projection, offset, adapter_ids, right, order);
+    return run(x, v, frozen);
   };
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || v.requires_grad())) return std::get<0>(below());
   TinyLoRALinear* node = nullptr;
   const auto pointer = new_node(node);
   node->set_next_edges(torch::autograd::collect_next_edges(x, v));
   auto [y, t] = below();
-  if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
+  node->sizes = y.sizes().vec();
+  node->frozen = frozen;
   node->v = v;
   node->v_version = v._version();
-  node->weight = weight;
-  node->weight_version = weight._version();
-  node->basis = basis;
-  node->projection = projection;
-  node->adapter_ids = adapter_ids;
-  node->right = right;
-  node->order = order;
+  node->weight_version = frozen.weight._version();
   torch::autograd::set_history(y, pointer);
+  torch::autograd::set_history(t, pointer);
+  if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/true);
   return y;
 }
 
+Tensor linear_op(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
+                 const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, int64_t order) {
+  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, order});
+}
+
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
-                    const Tensor& projection, const Maybe& offset, const Maybe& adapter_ids, const Maybe& right,
-                    int64_t order) {
-  return std::get<0>(run(x, v, weight, bias, basis, projection, offset, adapter_ids, right, order));
+                    const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, int64_t order) {
+  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, order}));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tinylora, m) {
   m.def(
-      "linear(Tensor x, Tensor v, Tensor weight, Tensor? bias, Tensor basis, Tensor projection, Tensor? offset, "
-      "Tensor? adapter_ids, Tensor? right, int order) -> Tensor");
+      "linear(Tensor x, Tensor v, Tensor weight, Tensor? bias, Tensor basis, Tensor projection, Tensor? adapter_ids, "
+      "Tensor? right, int order) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_with_autograd); }
+TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_op); }
 TORCH_LIBRARY_IMPL(tinylora, CPU, m) { m.impl("linear", linear_alone); }  // inference mode
 
 #include "plan.inl"

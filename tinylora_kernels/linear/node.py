@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.autograd import update_gradients
+from ..ops.autograd import differentiable_gradients, update_gradients
 from ..ops.dispatch import Backend
+from ..ops.reference import product
 from . import build
 from .rules import LAST_BACKWARD, LAST_FORWARD, PAST_WEIGHT, product_order
 
@@ -19,7 +20,6 @@ extension, why_no_twin = build.load()
 twin = torch.ops.tinylora.linear.default if extension is not None else None
 TWIN_BACKENDS = ("cpu",)
 
-_in_transform = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -30,7 +30,6 @@ class FrozenLinear(NamedTuple):
     bias: Tensor | None  # [out]
     basis: Tensor  # [r, out]
     projection: Tensor  # [u, r, r] or [r, r]
-    offset: Tensor | None  # [r]
     adapter_ids: Tensor | None
     right: Tensor | None  # [r, in] B^T = U^T W, where the order wants it
     order: int  # rules.product_order, 0 without right
@@ -42,34 +41,76 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
     return product_order(weight, bias) if backend.low_rank is not None else 0
 
 
+def seen_by_a_mode() -> bool:
+    """Whether a TorchDispatchMode may keep what a product returned: selective checkpointing hands it out again later."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """The updated output of a linear layer, by the shortest node there is; without one where nothing wants a gradient."""
-    traced = _in_transform() or _is_compiling()
-    if twin is not None and frozen.backend.name in TWIN_BACKENDS and not traced:
+    compiling = _is_compiling()
+    if twin is not None and frozen.backend.name in TWIN_BACKENDS and not compiling and not seen_by_a_mode():
         return twin(x, v, *frozen[:-1])
-    if torch.is_grad_enabled() and (v.requires_grad or x.requires_grad):
-        return (TinyLoRALinear.apply if traced else _apply_outside_transforms)(x, v, frozen)
-    return _updated_linear(x, v, frozen)[0]
+    if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
+        return _updated_linear(x, v, frozen)[0]
+    return TracedLinear.apply(x, v, frozen) if compiling else _apply_untransformed(x, v, frozen)[0]
 
 
 class TinyLoRALinear(torch.autograd.Function):
-    """y = x W^T + b and its update, W and b frozen: gradients into x and v. Saves t, and refers to W."""
+    """y = x W^T + b and its update, W and b frozen: gradients into x and v; also t (ops/autograd.py says why).
+
+    Saves t, and refers to W.
+    """
 
     @staticmethod
     def forward(ctx, x, v, frozen: FrozenLinear):
-        y, t = _updated_linear(x, v, frozen)
-        ctx.frozen = frozen
-        ctx.save_for_backward(t if v.requires_grad else None, v, frozen.weight)  # a W changed since is an error
-        return y
+        ctx.set_materialize_grads(False)
+        return _forward(ctx, x, v, frozen)
+
+    @staticmethod
+    def backward(ctx, g, g_t):
+        if g is None and g_t is None:
+            return None, None, None
+        if g_t is None and not torch.is_grad_enabled():
+            return _backward(ctx, g)
+        t, v, weight = ctx.saved_tensors
+        basis, adapter_ids = ctx.frozen.basis, ctx.frozen.adapter_ids
+        g = t.new_zeros(ctx.shape, dtype=weight.dtype) if g is None else g
+        g0, dv = differentiable_gradients(g, g_t, basis, v, ctx.frozen.projection, t, adapter_ids)
+        # dx = g0 W
+        return product(g0, weight) if ctx.needs_input_grad[0] else None, dv, None
+
+
+class TracedLinear(torch.autograd.Function):
+    """The same while tracing, where there are no second derivatives."""
+
+    @staticmethod
+    def forward(ctx, x, v, frozen: FrozenLinear):
+        return _forward(ctx, x, v, frozen)[0]
 
     @staticmethod
     def backward(ctx, g):
-        return _BACKWARD_ONCE(ctx, g) if torch.is_grad_enabled() else _backward(ctx, g)
+        return _backward(ctx, g)
 
 
-def _backward(ctx, g):
+# What Function.apply comes to outside torch.func's transforms and torch.compile, less its search of the arguments for
+# wrappers that a transform has left behind: 3 us of 14 with nine arguments, 2 of 12 with three.
+_apply_untransformed = super(torch.autograd.Function, TinyLoRALinear).apply
+
+
+def _forward(ctx, x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+    y, t = _updated_linear(x, v, frozen)
+    ctx.frozen, ctx.shape = frozen, y.shape
+    ctx.save_for_backward(t if v.requires_grad else None, v, frozen.weight)  # a W changed since is an error
+    return y, t
+
+
+def _backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    if torch.is_autocast_enabled(g.device.type):  # it would cast the product
+        with torch.autocast(g.device.type, enabled=False):
+            return _backward(ctx, g)
     t, v, weight = ctx.saved_tensors
-    _, _, basis, projection, _, adapter_ids, right, order, backend = ctx.frozen
+    _, _, basis, projection, adapter_ids, right, order, backend = ctx.frozen
     if order & PAST_WEIGHT and ctx.needs_input_grad[0]:
         g = g.contiguous()
         last = order & LAST_BACKWARD
@@ -85,31 +126,19 @@ def _backward(ctx, g):
     return dx, dv, None
 
 
-# create_graph=True: second derivatives are an error, not zero.
-_BACKWARD_ONCE = torch.autograd.function.once_differentiable(_backward)
-# What Function.apply comes to outside torch.func's transforms and torch.compile, less its search of the arguments for
-# wrappers that a transform has left behind: 3 us of 14 with nine arguments, 2 of 12 with three.
-_apply_outside_transforms = super(torch.autograd.Function, TinyLoRALinear).apply
-
-
 def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
     """The updated output, fresh and no view of another tensor, and t [N, r]."""
-    weight, bias, basis, projection, offset, adapter_ids, right, order, backend = frozen
+    weight, bias, basis, projection, adapter_ids, right, order, backend = frozen
     if order & LAST_FORWARD:
         x = x.contiguous()
         # y = b + (t M^T) U^T + x W^T
         y, t = backend.low_rank(x, right, basis, v, projection, bias, adapter_ids)
         _add_product(y, x, weight.t())
         return y, t
-    y = frozen_linear(x, weight, bias)
-    return y, backend.update(y, basis, v, projection, offset, adapter_ids)
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b as a fresh contiguous tensor that is no view of another."""
-    y = torch.nn.functional.linear(x, weight, bias).contiguous()
-    # With a bias and more than two dimensions y is a view of its matmul, which autograd would have to track.
-    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+    y = torch.nn.functional.linear(x, weight).contiguous()
+    if not _is_compiling() and seen_by_a_mode():
+        y = y.clone()
+    return y, backend.update(y, basis, v, projection, None, bias, adapter_ids)
 
 
 def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:

@@ -34,13 +34,14 @@ struct Questions {
   PyObject *selected, *selection;  // a ContextVar and its value, or None
   uint32_t version;
   const void* address;  // of the weight's numbers
+  PyObject* witness;    // base/witness.py, or None: what B^T was computed from
   bool lacks_right, live;
 };
 
 struct Answer {
-  Tensor v, weight, basis, projection, table;
-  Maybe bias, offset, adapter_ids, right;
-  int64_t order;
+  Tensor v, table;
+  Frozen frozen;
+  Tensor offsets, bits;  // of the witness, where there is one
 };
 
 struct PlanObject {
@@ -77,17 +78,34 @@ bool python_is_as_it_was(const Questions& q, const Tensor& table) {
   return selection_is_as_it_was(q, table);
 }
 
-bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor& x) {
-  return x.scalar_type() == a.weight.scalar_type() && x.device() == a.weight.device() && !a.weight.requires_grad() &&
-         !(a.bias && a.bias->requires_grad()) && a.weight._version() == q.version &&
-         a.weight.const_data_ptr() == q.address && !(q.lacks_right && x.requires_grad() && at::GradMode::is_enabled());
+// A weight can be written through .data, which torch does not count.
+bool witness_confirms(const Answer& a, const void* weight) {
+  const int64_t bytes = a.bits.element_size(), count = a.bits.numel();
+  const auto* numbers = static_cast<const char*>(weight);
+  const auto* bits = static_cast<const char*>(a.bits.const_data_ptr());
+  const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::memcmp(numbers + offsets[i] * bytes, bits + i * bytes, bytes) != 0) return false;
+  }
+  return true;
 }
 
-// Modes that want to see the call as Python makes it.
-bool is_watched(const Tensor& x) {
+bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor& x) {
+  const Tensor& weight = a.frozen.weight;
+  const Maybe& bias = a.frozen.bias;
+  return x.scalar_type() == weight.scalar_type() && x.device() == weight.device() && !weight.requires_grad() &&
+         !(bias && (bias->requires_grad() || bias->scalar_type() != x.scalar_type())) && weight._version() == q.version &&
+         weight.const_data_ptr() == q.address &&
+         !(q.lacks_right && x.requires_grad() && at::GradMode::is_enabled()) &&
+         (!a.bits.defined() || witness_confirms(a, q.address));
+}
+
+// Modes that want to see the call as Python makes it, and tangents, which plain operations carry on.
+bool is_watched(const Tensor& x, const Tensor& v) {
   const c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
   return at::autocast::is_autocast_enabled(x.device().type()) || at::impl::torch_function_mode_enabled() ||
-         keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set() || x._fw_grad(/*level=*/0).defined() ||
+         v._fw_grad(/*level=*/0).defined() || keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          keys.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
@@ -98,14 +116,14 @@ PyObject* plan_run(PyObject* self, PyObject* input) {
   if (Py_TYPE(input) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(input);
   const Answer& a = *plan.answer;
-  if (!python_is_as_it_was(plan.questions, a.table) || !tensors_are_as_they_were(plan.questions, a, x) || is_watched(x)) {
+  if (!python_is_as_it_was(plan.questions, a.table) || !tensors_are_as_they_were(plan.questions, a, x) ||
+      is_watched(x, a.v)) {
     Py_RETURN_NONE;
   }
   Tensor y;
   try {
     pybind11::gil_scoped_release others_may_run;
-    y = linear_with_autograd(x, a.v, a.weight, a.bias, a.basis, a.projection, a.offset, a.adapter_ids, a.right,
-                             a.order);
+    y = linear_with_autograd(x, a.v, a.frozen);
   } catch (const std::invalid_argument& error) {  // as torch.ops raises it, and std::out_of_range
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;
@@ -141,17 +159,21 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   }
   const auto field = [](PyObject* tuple, const char* name) { return attribute(tuple, name).get(); };
   PyObject* frozen = field(plan, "frozen");
+  PyObject* witness = field(plan, "witness");
   auto answer = std::make_unique<Answer>(Answer{
-      THPVariable_Unpack(field(plan, "v")), tensor(frozen, "weight"), tensor(frozen, "basis"),
-      tensor(frozen, "projection"), optional_tensor(plan, "table").value_or(Tensor()), optional_tensor(frozen, "bias"),
-      optional_tensor(frozen, "offset"), optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"),
-      PyLong_AsLongLong(field(frozen, "order"))});
+      THPVariable_Unpack(field(plan, "v")),
+      optional_tensor(plan, "table").value_or(Tensor()),
+      {tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
+       optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"),
+       PyLong_AsLongLong(field(frozen, "order"))},
+      witness == Py_None ? Tensor() : tensor(witness, "offsets"),
+      witness == Py_None ? Tensor() : tensor(witness, "bits")});
   const Questions questions{
       plans, dispatch, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
-      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->weight._version()),
-      answer->weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
+      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->frozen.weight._version()),
+      answer->frozen.weight.const_data_ptr(), witness, field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   self->arguments = Py_NewRef(arguments);

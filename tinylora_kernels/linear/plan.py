@@ -2,8 +2,7 @@
 
 Generation streams every weight through the caches, so whatever Python touches for a layer has to come from memory
 again: asking all questions took longer than the update; build.py has the figures. Where node.cpp is compiled,
-plan.inl is the twin
-of Plan: what asks here must ask there.
+plan.inl is the twin of Plan: what asks here must ask there.
 """
 from __future__ import annotations
 
@@ -12,9 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..base.weights import PLAIN, right_factor
+from ..base.witness import Witness, witness
 from ..ops import BACKENDS, choose, dispatch
+from ..ops.native import library as native
 from ..ops.schema import accumulation_dtype
 from . import node
 from .node import FrozenLinear, apply_linear
@@ -25,6 +27,7 @@ _GLOBAL_HOOKS = (
     _all_modules._global_forward_hooks, _all_modules._global_forward_pre_hooks,
     _all_modules._global_backward_hooks, _all_modules._global_backward_pre_hooks,
 )  # fmt: skip
+_in_transform = torch._C._are_functorch_transforms_active
 twin = node.extension.Plan if node.extension is not None else None
 _changes = 0  # attributes set on adapted layers so far, in the whole process
 
@@ -51,18 +54,21 @@ def _has_hooks(state: dict) -> bool:
     )
 
 
-def is_plain_linear(base: nn.Module, x: Tensor) -> bool:
-    """Whether base(x), hooks aside, is x W^T + b on frozen tensors, with nothing that wants to see the call.
-
-    Not so with tensor subclasses (quantised or sharded weights), under autocast, while tracing, where a library has
-    put its own ``forward`` on the module (offloading), or where the base is being trained.
+def is_bare_product(base: nn.Module, x: Tensor) -> bool:
+    """Of a layer whose forward is x W^T + b: whether it is so on this call, hooks aside. Not with tensor subclasses
+    (quantised or sharded weights), nor with a ``forward`` that a library has put on the module (offloading).
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or torch.compiler.is_compiling():
+    if "forward" in base.__dict__:
         return False
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # a DataParallel replica has neither
+    return type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
+
+
+def is_plain_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a call of an nn.Linear that is_bare_product has frozen tensors of one dtype, no autocast and no tracer."""
     return (
-        type(x) in PLAIN and type(weight) in PLAIN and x.dtype is weight.dtype and not weight.requires_grad
-        and (bias is None or (type(bias) in PLAIN and not bias.requires_grad))
+        not torch.compiler.is_compiling() and x.dtype is weight.dtype and not weight.requires_grad
+        and (bias is None or (bias.dtype is weight.dtype and not bias.requires_grad))
         and not torch.is_autocast_enabled(x.device.type)
     )  # fmt: skip
 
@@ -74,6 +80,15 @@ class Chosen(NamedTuple):
     vectors: Tensor  # [K, u]
     projection: Tensor
     adapter_ids: Tensor  # [B]
+
+
+class HeldRight(NamedTuple):
+    """B^T of a layer, and what it was computed from."""
+
+    weight: Tensor
+    witness: Witness
+    basis: Tensor
+    right: Tensor
 
 
 class Plan(NamedTuple):
@@ -89,6 +104,7 @@ class Plan(NamedTuple):
     parameters: dict[str, Tensor | None]  # of the layer that holds v
     v: Tensor
     lacks_right: bool  # the first x that wants a gradient wants B^T as well
+    witness: Witness | None  # of the weight that B^T was computed from
     frozen: FrozenLinear
     selected: ContextVar | None  # of the layer's bank
     selection: Any  # what it holds inside the block of bank.use that the plan is for
@@ -107,8 +123,10 @@ class Plan(NamedTuple):
             or type(x) is not Tensor or x.dtype is not dtype  # a weight of another dtype by now is an error to come
             or _has_hooks(state) or "forward" in state
             or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
-            or weight.requires_grad or (bias is not None and bias.requires_grad)
+            or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
             or (weight._version, weight.data_ptr()) != written
+            or _in_transform() or forward_ad._current_level >= 0 or node.seen_by_a_mode()
+            or (self.witness is not None and not _knows(self.witness, weight))
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
             or (self.selected is not None and not self._selects())
         ):  # fmt: skip
@@ -145,16 +163,17 @@ def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: 
         return None
     if weight.is_inference():  # it has no version
         return None
-    bias, offset = base._parameters["bias"], buffers["offset"]
+    bias = base._parameters["bias"]
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     order = node.order_of(weight, bias, backend)
     lacks_right = right is None and wants_right(order, training=True)
     frozen = FrozenLinear(
-        weight, bias, basis, projection, offset, adapter_ids, right, 0 if right is None else order, backend
+        weight, bias, basis, projection, adapter_ids, right, 0 if right is None else order, backend
     )
+    held = None if right is None else layer.__dict__["_right"].witness
     plan = Plan(
         _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
-        parameters, v, lacks_right, frozen, *of_bank,
+        parameters, v, lacks_right, held, frozen, *of_bank,
     )  # fmt: skip
     if twin is None or backend.name not in node.TWIN_BACKENDS:
         return plan
@@ -174,13 +193,24 @@ def right_for(layer: nn.Module, x: Tensor) -> Tensor | None:
     order = node.order_of(weight, parameters["bias"], backend)
     if not wants_right(order, training=x.requires_grad and torch.is_grad_enabled()):
         return None
-    held, written = layer.__dict__["_right"], (_written(weight), weight.dtype)
-    if held is None or held[0] is not weight or held[1] != written or held[2] is not basis:
+    held = layer.__dict__["_right"]
+    if held is None or held.weight is not weight or held.basis is not basis or not _confirms(held.witness, weight):
         right = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
-        held = layer.__dict__["_right"] = weight, written, basis, right
-    return held[3]
+        held = layer.__dict__["_right"] = HeldRight(weight, witness(weight), basis, right)
+    return held.right
+
+
+def _confirms(held: Witness, weight: Tensor) -> bool:
+    return _written(weight) == (held.version, held.address) and _knows(held, weight)
+
+
+def _knows(held: Witness, weight: Tensor) -> bool:
+    """Witness.knows in a microsecond where the weight is on the CPU. It has the dtype that it had: a witness's address."""
+    if weight.device.type == "cpu" and native.load().path is not None:
+        return native.same_numbers(weight, held.offsets, held.bits)
+    return held.knows(weight)
 
 
 def _written(weight: Tensor) -> tuple[int, int]:
-    """What changes when other values come into a weight. Only weight.data.copy_() gets past it."""
+    """What changes when other values come into a weight, but for what is written through its .data: Witness."""
     return weight._version, weight.data_ptr()

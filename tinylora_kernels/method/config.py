@@ -61,7 +61,8 @@ class TinyLoRAConfig:
         does).
         seed: key of the fixed random P.
         init: "zeros" starts at the base model; "uniform" draws v from U(-0.01, 0.01) by the seed.
-        v_dtype: storage of v; arithmetic is float32 whatever it is.
+        v_dtype: of v in adapter files. It is trained in float32 (float64 where that is asked for): in 16 bits the steps of
+            an optimizer are soon smaller than what rounding takes away.
         backend: "cuda", "triton", "cpu", "reference" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
         fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2}
@@ -123,7 +124,7 @@ class LoRAXSConfig:
         scaling: "left", R acts between S and V^T (the paper); "sqrt", S is split evenly on both sides of R.
         seed: key of the random initial R.
         init: "zeros" starts at the base model; "normal" draws R from N(0, 1e-5 squared), as the paper does.
-        v_dtype: storage of R; arithmetic is float32 whatever it is.
+        v_dtype: of R in adapter files; it is trained in float32 or float64, as in TinyLoRAConfig.
         backend: "cuda", "triton", "cpu", "reference" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
     """
@@ -156,6 +157,11 @@ class LoRAXSConfig:
 
     def initial(self, group: int) -> Tensor:
         return torch.zeros(self.numbers) if self.init == "zeros" else normal_vector(self.seed, group, self.numbers)
+
+
+def trained_dtype(v_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers are trained that are stored in v_dtype."""
+    return torch.promote_types(v_dtype, torch.float32)
 
 
 # What makes two adapters the same function; the other fields say how modules and groups were chosen, and those are

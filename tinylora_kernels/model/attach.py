@@ -12,10 +12,10 @@ from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
-from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
-from .adapted import wrappers
+from .adapted import adapted_layers, wrappers
 from .targets import base_module, fused_parts, target_names
 
 
@@ -117,7 +117,7 @@ def attach(
         basis = block_basis(factor.basis, sizes) if sizes else factor.basis
         v = owners.get(group)
         if v is None:
-            v = nn.Parameter(config.initial(group).to(device=base.weight.device, dtype=config.v_dtype))
+            v = nn.Parameter(config.initial(group).to(device=base.weight.device, dtype=trained_dtype(config.v_dtype)))
         layer = TinyLoRALayer(
             base, basis, factor.sigma, config.projection(projection_index, factor.sigma, kind_of(base).lookup), v,
             name=name, index=index, group=group, config=config, degenerate=factor.degenerate,
@@ -156,6 +156,31 @@ def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -
         for child_name, child in list(parent._modules.items()):
             if child in replacement:
                 parent._modules[child_name] = replacement[child]
+
+
+def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
+    """Compute U and sigma of every adapted layer again, of the weights it holds now; v keeps its numbers.
+
+    For a base that was replaced after adapting. The adapter is another function then, and v is usually to be trained
+    again; a base of the same weights needs none of this.
+
+    Raises:
+        ValueError: no adapter, a merged model, or a weight without the rank. The layers are as they were.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
+    merged = [name for name, layer in layers.items() if layer.saved_weight is not None]
+    if merged:
+        raise ValueError(f"refresh_factors: {merged[0]} is merged; call unmerge(model) first")
+    config = next(iter(layers.values())).config
+    bases = {name: layer.base for name, layer in layers.items()}
+    parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
+    factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)
+    for name, layer in layers.items():
+        layer.set_factors(factors[name].basis, factors[name].sigma)
+        layer.degenerate = factors[name].degenerate
+    return model
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:

@@ -1,7 +1,10 @@
-"""Registration of the ops with torch (fakes, fallbacks) and their gradient.
+"""Registration of the ops with torch (fakes, fallbacks) and the gradient of the update.
 
 A torch.autograd.Function outside the ops costs about 25 us a call pair less than register_autograd, and lets the
 update stay in place on the frozen layer's fresh output.
+
+Its second output is t. Nobody reads it, but what was saved is then an output with a history, so that a gradient which is
+to be differentiated again (create_graph=True) is made of plain operations on tensors that lead back to every input.
 """
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ library.impl("update_input_grad", reference.update_input_grad, "CompositeExplici
 
 
 @torch.library.register_fake("tinylora::update")
-def _(y, basis, v, projection, offset, adapter_ids):
-    check_arguments("y", y, basis, v, projection, offset=offset, adapter_ids=adapter_ids)
+def _(y, basis, v, projection, offset, bias, adapter_ids):
+    check_arguments("y", y, basis, v, projection, offset=offset, bias=bias, adapter_ids=adapter_ids)
     return y.new_empty((_rows(y), basis.shape[0]), dtype=accumulation_dtype(y.dtype))
 
 
@@ -61,27 +64,53 @@ def _rows(y: Tensor):
 
 
 class TinyLoRAUpdate(torch.autograd.Function):
-    """y <- y + ((y U - c) M^T) U^T in place, with gradients into y and v. Saves t: r numbers a row, nothing else."""
+    """y <- y0 + b + (t M^T) U^T in place, with gradients into y, b and v; also t. Saves t: r numbers a row, nothing else."""
 
     @staticmethod
-    def forward(ctx, y, basis, v, projection, offset, adapter_ids, backend: str):
-        t = BACKENDS[backend].update(y, basis, v, projection, offset, adapter_ids)
-        ctx.mark_dirty(y)
-        # The frozen factors go on ctx: saving a tensor costs a microsecond each way, and nobody writes into these.
-        ctx.frozen = basis, projection, adapter_ids, BACKENDS[backend]
-        ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, v)
+    def forward(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend: str):
+        t = _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
+        ctx.set_materialize_grads(False)
+        return y, t
+
+    @staticmethod
+    def backward(ctx, g, g_t):
+        if g is None and g_t is None:
+            return (None,) * 8
+        t, v = ctx.saved_tensors
+        basis, projection, adapter_ids, backend = ctx.frozen
+        needs_y, _, needs_v, _, _, needs_bias, _, _ = ctx.needs_input_grad
+        if g_t is not None or torch.is_grad_enabled():
+            g = t.new_zeros(ctx.shape) if g is None else g
+            g0, dv = differentiable_gradients(g, g_t, basis, v, projection, t, adapter_ids)
+        else:
+            g0, dv = update_gradients(g, basis, v, projection, t, adapter_ids, needs_y, backend)
+        return g0 if needs_y else None, None, dv, None, None, bias_gradient(g) if needs_bias else None, None, None
+
+
+class TracedUpdate(torch.autograd.Function):
+    """The same while tracing, where there are no second derivatives, and a second output would be carried along."""
+
+    @staticmethod
+    def forward(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend: str):
+        _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        return _UPDATE_BACKWARD_ONCE(ctx, g) if torch.is_grad_enabled() else _update_backward(ctx, g)
+        t, v = ctx.saved_tensors
+        basis, projection, adapter_ids, backend = ctx.frozen
+        needs_y, _, _, _, _, needs_bias, _, _ = ctx.needs_input_grad
+        g0, dv = update_gradients(g, basis, v, projection, t, adapter_ids, needs_y, backend)
+        return g0, None, dv, None, None, bias_gradient(g) if needs_bias else None, None, None
 
 
-def _update_backward(ctx, g):
-    t, v = ctx.saved_tensors
-    basis, projection, adapter_ids, backend = ctx.frozen
-    g0, dv = update_gradients(g, basis, v, projection, t, adapter_ids, ctx.needs_input_grad[0], backend)
-    return g0, None, dv, None, None, None, None
+def _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend: str) -> Tensor:
+    t = BACKENDS[backend].update(y, basis, v, projection, offset, bias, adapter_ids)
+    ctx.mark_dirty(y)
+    # The frozen factors go on ctx: saving a tensor costs a microsecond each way, and nobody writes into these.
+    ctx.frozen, ctx.shape = (basis, projection, adapter_ids, BACKENDS[backend]), y.shape
+    ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, v)
+    return t
 
 
 def update_gradients(
@@ -94,5 +123,19 @@ def update_gradients(
     return (g0 if need_input_grad else None), (None if t is None else dv)
 
 
-# create_graph=True: second derivatives are an error, not zero.
-_UPDATE_BACKWARD_ONCE = torch.autograd.function.once_differentiable(_update_backward)
+def differentiable_gradients(
+    g: Tensor, g_t: Tensor | None, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(g0, dv) in plain operations, for gradients that are differentiated again; g_t [N, r] is what came to t."""
+    a = reference.project(g, basis)  # [N, r]
+    gains = reference.gains(a, v, projection, adapter_ids, transposed=True)
+    # g0 = g + (a M + g_t) U^T;  dv_i = <P'_i, a^T t>
+    delta = reference.product(gains if g_t is None else gains + g_t, basis).view(g.shape)
+    dv = None if t is None else reference.vector_gradient(a, t, v, projection, adapter_ids)
+    return (g.to(delta.dtype) + delta).to(g.dtype), dv
+
+
+def bias_gradient(g: Tensor) -> Tensor:
+    """db [D] = the sum of g [..., D] over its rows."""
+    return g.reshape(-1, g.shape[-1]).sum(0)

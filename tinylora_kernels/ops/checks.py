@@ -15,6 +15,7 @@ def check_arguments(
     v: Tensor,
     projection: Tensor,
     offset: Tensor | None = None,
+    bias: Tensor | None = None,
     t: Tensor | None = None,
     adapter_ids: Tensor | None = None,
     *,
@@ -48,6 +49,10 @@ def check_arguments(
             raise ValueError(f"{name}: expected {accumulate} beside {activation.dtype} activations, found {tensor.dtype}")
         if tensor.device != activation.device:
             raise ValueError(f"{name}: expected device {activation.device} as {activation_name}, found {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor; call .contiguous() first")
+    if bias is not None:
+        _check_bias(bias, activation_name, activation, features)
     if adapter_ids is not None:
         _check_adapter_ids(adapter_ids, rows, activation)
 
@@ -57,10 +62,8 @@ def check_low_rank(x: Tensor, right: Tensor, basis: Tensor, bias: Tensor | None)
     if basis.dim() != 2 or basis.shape[0] != right.shape[0] or basis.dtype != right.dtype or basis.device != x.device:
         found = f"{basis.dtype} {tuple(basis.shape)} on {basis.device}"
         raise ValueError(f"basis: expected {right.dtype} ({right.shape[0]}, E) on {x.device}, found {found}")
-    expected = (basis.shape[1],)
-    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device or tuple(bias.shape) != expected):
-        found = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        raise ValueError(f"bias: expected {x.dtype} {expected} on {x.device}, found {found}")
+    if bias is not None:
+        _check_bias(bias, "x", x, basis.shape[1])
 
 
 def check_input_grad(dx: Tensor, right: Tensor, g: Tensor, basis: Tensor) -> None:
@@ -70,9 +73,17 @@ def check_input_grad(dx: Tensor, right: Tensor, g: Tensor, basis: Tensor) -> Non
     if dx.dim() < 1 or dx.numel() // max(dx.shape[-1], 1) != g.numel() // max(g.shape[-1], 1):
         raise ValueError(f"dx: expected the rows of g {tuple(g.shape)}, found {tuple(dx.shape)}")
     expected = basis.shape[0], dx.shape[-1]
-    if tuple(right.shape) != expected or right.dtype != basis.dtype or right.device != g.device:
+    if tuple(right.shape) != expected or not right.is_contiguous() or right.dtype != basis.dtype or right.device != g.device:
         found = f"{right.dtype} {tuple(right.shape)} on {right.device}"
-        raise ValueError(f"right: expected {basis.dtype} {expected} on {g.device}, found {found}")
+        raise ValueError(f"right: expected contiguous {basis.dtype} {expected} on {g.device}, found {found}")
+
+
+def _check_bias(bias: Tensor, activation_name: str, activation: Tensor, features: int) -> None:
+    expected = activation.dtype, activation.device, (features,)
+    if (bias.dtype, bias.device, tuple(bias.shape)) != expected or not bias.is_contiguous():
+        found = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        kind = f"contiguous {activation.dtype} ({features},) on {activation.device} as {activation_name}"
+        raise ValueError(f"bias: expected {kind}, found {found}")
 
 
 def _check_projection(v: Tensor, projection: Tensor, rank: int, adapter_ids: Tensor | None) -> None:
@@ -89,10 +100,9 @@ def _check_projection(v: Tensor, projection: Tensor, rank: int, adapter_ids: Ten
 
 
 def _check_adapter_ids(adapter_ids: Tensor, rows: int, activation: Tensor) -> None:
-    if adapter_ids.dtype not in (torch.int32, torch.int64) or adapter_ids.dim() != 1:
-        raise ValueError(
-            f"adapter_ids: expected a 1-D int32 or int64 tensor, found {adapter_ids.dtype} {tuple(adapter_ids.shape)}"
-        )
+    if adapter_ids.dtype not in (torch.int32, torch.int64) or adapter_ids.dim() != 1 or not adapter_ids.is_contiguous():
+        found = f"{adapter_ids.dtype} {tuple(adapter_ids.shape)}"
+        raise ValueError(f"adapter_ids: expected a contiguous 1-D int32 or int64 tensor, found {found}")
     if adapter_ids.device != activation.device:
         raise ValueError(f"adapter_ids: expected device {activation.device}, found {adapter_ids.device}")
     count = adapter_ids.numel()

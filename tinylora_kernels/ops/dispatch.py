@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import reference
 from .native import library as native
@@ -35,8 +36,15 @@ class Backend(NamedTuple):
     update_input_grad: Callable | None = None
 
 
+def _update_cuda(y: Tensor, basis, v, projection, offset, bias, adapter_ids) -> Tensor:
+    t = native.update(y, basis, v, projection, offset, None, adapter_ids)
+    if bias is not None:
+        y.add_(bias)
+    return t
+
+
 BACKENDS: dict[str, Backend] = {  # in order of preference
-    "cuda": Backend("cuda", native.update, native.update_backward, native.why_not_cuda),
+    "cuda": Backend("cuda", _update_cuda, native.update_backward, native.why_not_cuda),
     "triton": Backend("triton", triton.update, triton.update_backward, triton.why_not),
     "cpu": Backend(
         "cpu", native.update, native.update_backward, native.why_not_cpu, native.low_rank, native.update_input_grad

@@ -8,20 +8,37 @@ import torch
 from torch import Tensor
 
 from .checks import check_arguments, check_input_grad, check_low_rank
-from .schema import accumulation_dtype
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype of both, whatever autocast and torch.set_float32_matmul_precision ask of products."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype is torch.float32 and not _products_are_exact():
+            return (a.double() @ b.double()).float()
+        return a @ b
+
+
+def _products_are_exact() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by backend: torch.backends.*.fp32_precision
+        return False
+
+
+_products_are_exact._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import
 
 
 def contract(v: Tensor, projection: Tensor) -> Tensor:
     """M = sum_i v_i P'_i, or projection * v for LoRA-XS: v [u] -> [r, r];  v [n, u] -> [n, r, r]."""
     rank = projection.shape[-1]
-    flat = v @ projection.flatten(1) if projection.dim() == 3 else v * projection.flatten()
+    flat = product(v, projection.flatten(1)) if projection.dim() == 3 else v * projection.flatten()
     return flat.unflatten(-1, (rank, rank))
 
 
 def contract_backward(d_mixing: Tensor, projection: Tensor) -> Tensor:
     """dv_i = <P'_i, dM>, or projection * dM for LoRA-XS: dM [r, r] -> [u];  dM [n, r, r] -> [n, u]."""
     flat = d_mixing.flatten(-2)
-    return flat @ projection.flatten(1).T if projection.dim() == 3 else flat * projection.flatten()
+    return product(flat, projection.flatten(1).T) if projection.dim() == 3 else flat * projection.flatten()
 
 
 def _row_ids(adapter_ids: Tensor, rows: int, adapters: int) -> Tensor:
@@ -35,43 +52,66 @@ def _row_ids(adapter_ids: Tensor, rows: int, adapters: int) -> Tensor:
     return adapter_ids.long().repeat_interleave(repeats)
 
 
-def _mix(t: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, transposed: bool = False) -> Tensor:
-    """z = t M^T of each row's adapter, or t M if transposed; zero for rows to leave alone.  [N, r] -> [N, r]"""
+def gains(
+    coefficients: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, transposed: bool = False
+) -> Tensor:
+    """t M^T of each row's adapter, or a M if transposed; zero for rows to leave alone.  [N, r] -> [N, r]"""
     if adapter_ids is None:
         mixing = contract(v, projection)
-        return t @ (mixing if transposed else mixing.T)
-    ids = _row_ids(adapter_ids, len(t), len(v))  # [N]
+        return product(coefficients, mixing if transposed else mixing.T)
+    ids = _row_ids(adapter_ids, len(coefficients), len(v))  # [N]
     mixing = contract(v[ids.clamp(min=0)], projection)  # [N, r, r]
-    z = ((mixing.mT if transposed else mixing) @ t.unsqueeze(-1)).squeeze(-1)
-    return torch.where((ids >= 0).unsqueeze(-1), z, 0)
+    gains = product(mixing.mT if transposed else mixing, coefficients.unsqueeze(-1)).squeeze(-1)
+    return torch.where((ids >= 0).unsqueeze(-1), gains, 0)
 
 
-def _project(rows: Tensor, basis: Tensor) -> Tensor:
+def project(rows: Tensor, basis: Tensor) -> Tensor:
     """[..., D] times basis^T in the accumulation dtype, [N, r]."""
-    return rows.reshape(-1, basis.shape[1]).to(accumulation_dtype(rows.dtype)) @ basis.T
+    return product(rows.reshape(-1, basis.shape[1]).to(basis.dtype), basis.T)
+
+
+def updated(
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y0 + b + (t M^T) U^T, t), out of place: plain operations that torch differentiates in any mode and to any order."""
+    # t = y0 U - c over the finite elements of y0
+    t = project(torch.where(torch.isfinite(y), y, 0), basis)  # [N, r]
+    if offset is not None:
+        t = t - offset
+    # y = y0 + b + (t M^T) U^T
+    delta = product(gains(t, v, projection, adapter_ids), basis).view(y.shape)
+    wide = y.to(delta.dtype) if bias is None else y.to(delta.dtype) + bias.to(delta.dtype)
+    return (wide + delta).to(y.dtype), t
 
 
 def update(
-    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, adapter_ids: Tensor | None
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
 ) -> Tensor:
-    """y += ((y U - c) M^T) U^T in place; returns t = y U - c, [N, r]. Shapes and dtypes: see schema.py."""
-    check_arguments("y", y, basis, v, projection, offset=offset, adapter_ids=adapter_ids)
-    # t = y0 U - c
-    t = _project(y, basis)  # [N, r]
-    if offset is not None:
-        t = t - offset
-    # y = y0 + (t M^T) U^T
-    delta = _mix(t, v, projection, adapter_ids) @ basis
-    y.copy_(y.to(delta.dtype) + delta.view(y.shape))
+    """y <- y0 + b + (t M^T) U^T in place; returns t = y0 U - c, [N, r]. Shapes and dtypes: see schema.py."""
+    check_arguments("y", y, basis, v, projection, offset=offset, bias=bias, adapter_ids=adapter_ids)
+    changed, t = updated(y, basis, v, projection, offset, bias, adapter_ids)
+    y.copy_(changed)
     return t
 
 
-def _vector_gradient(a: Tensor, t: Tensor | None, v: Tensor, projection: Tensor, adapter_ids: Tensor | None) -> Tensor:
+def vector_gradient(a: Tensor, t: Tensor | None, v: Tensor, projection: Tensor, adapter_ids: Tensor | None) -> Tensor:
     """dv_i = <P'_i, a^T t>; empty without t."""
     if t is None:
         return v.new_empty(0)
     if adapter_ids is None:
-        return contract_backward(a.T @ t, projection)
+        return contract_backward(product(a.T, t), projection)
     ids = _row_ids(adapter_ids, len(a), len(v))  # [N]
     keep = ids >= 0
     outer = a[keep].unsqueeze(-1) * t[keep].unsqueeze(-2)  # dM of each row  [n, r, r]
@@ -89,13 +129,13 @@ def update_backward(
 ) -> tuple[Tensor, Tensor]:
     """(g0, dv): g0 = g + ((g U) M) U^T and dv_i = <P'_i, (g U)^T t>; what is not asked for comes back empty."""
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
-    a = _project(g, basis)  # [N, r]
+    a = project(g, basis)  # [N, r]
     g0 = g.new_empty(0)
     if need_input_grad:
         # g0 = g + (a M) U^T
-        delta = _mix(a, v, projection, adapter_ids, transposed=True) @ basis
+        delta = product(gains(a, v, projection, adapter_ids, transposed=True), basis)
         g0 = (g.to(delta.dtype) + delta.view(g.shape)).to(g.dtype)
-    return g0, _vector_gradient(a, t, v, projection, adapter_ids)
+    return g0, vector_gradient(a, t, v, projection, adapter_ids)
 
 
 def low_rank(
@@ -111,9 +151,9 @@ def low_rank(
     check_arguments("x", x, right, v, projection, adapter_ids=adapter_ids, basis_name="right")
     check_low_rank(x, right, basis, bias)
     # t = x B
-    t = _project(x, right)  # [N, r]
+    t = project(x, right)  # [N, r]
     # y = b + (t M^T) U^T
-    y = _mix(t, v, projection, adapter_ids) @ basis
+    y = product(gains(t, v, projection, adapter_ids), basis)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(x.dtype).view(*x.shape[:-1], basis.shape[1]), t
@@ -133,11 +173,11 @@ def update_input_grad(
     """dx = ((g U) M) B^T in place, or dx += the same with add; returns dv as update_backward does."""
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
-    a = _project(g, basis)  # [N, r]
+    a = project(g, basis)  # [N, r]
     # dx (+)= (a M) B^T
-    delta = (_mix(a, v, projection, adapter_ids, transposed=True) @ right).view(dx.shape)
+    delta = product(gains(a, v, projection, adapter_ids, transposed=True), right).view(dx.shape)
     dx.copy_(dx.to(delta.dtype) + delta if add else delta)
-    return _vector_gradient(a, t, v, projection, adapter_ids)
+    return vector_gradient(a, t, v, projection, adapter_ids)
 
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:

@@ -1,10 +1,13 @@
 """The ops of the package, declared once.
 
-Every backend implements the first two. With a frozen layer's output y0 = W x + b, the truncated SVD W ~ U S V^T and
-M = sum_i v_i P'_i (Morris et al., arXiv 2602.04118, rewritten on the output side):
+Every backend implements the first two. With a frozen layer's output y0, the truncated SVD W ~ U S V^T and M = sum_i v_i P'_i
+(Morris et al., arXiv 2602.04118, rewritten on the output side):
 
-    update              t = y0 U - c          y  = y0 + (t M^T) U^T         c = b U
+    update              t = y0 U - c          y  = y0 + b + (t M^T) U^T
     update_backward     a = g U               g0 = g  + (a M) U^T           dM = a^T t,  dv_i = <P'_i, dM>
+
+t must be of W x alone. Where y0 is the product, the op adds the bias b; where the layer has added it, c = b U takes it out
+again. Elements of y0 that are not finite count as zero in t: one inf leaves the rest of its row finite.
 
 Around a frozen linear layer, with B^T = U^T W at hand, the matrix product may be added to a term of low rank instead:
 y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU has the terms in brackets:
@@ -18,22 +21,26 @@ Shapes: N rows, D output and E input features, r the frozen rank, u trained numb
 
     y, g         [..., D]   float32, bfloat16, float16 or float64; last stride 1, leading dimensions one row stride
     x, dx        [..., E]   the same
-    bias         [D]        b, or None, dtype of x
+    bias         [D]        b, or None, dtype of y, contiguous
     basis        [r, D]     U^T, contiguous
     right        [r, E]     B^T, contiguous
-    v            [u], or [K, u] with adapter_ids
+    v            [u], or [K, u] with adapter_ids, contiguous, as are the next three
     projection   [u, r, r]  P': M = sum_i v_i P'_i;   or [r, r] (LoRA-XS, u = r * r): M = projection * v.view(r, r)
-    offset       [r]        c, or None for a layer without bias
+    offset       [r]        c, or None where y0 has no bias in it
     adapter_ids  [B]        int32 or int64, N a multiple of B; row n belongs to adapter_ids[n // (N / B)];
                             -1 leaves the row alone, any other id outside [0, K) is an error
     t, a         [N, r]
 
 basis, right, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
+
+The words for all of it, here and in C++, CUDA and Triton: N, D, E, r, u, K as above; basis, right, offset, bias, projection;
+mixing M; coefficients t or a [N, r]; gains t M^T or a M [N, r], what multiplies U^T or B^T.
 """
 import torch
 
 UPDATE = (
-    "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? adapter_ids) -> Tensor"
+    "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, Tensor? adapter_ids) "
+    "-> Tensor"
 )
 UPDATE_BACKWARD = (
     "update_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for the CPU by g++ and run one fiber per thread, as a backend like any other.
 
     backend = Emulated(build("asan"), order="random", seed=3)
-    t = backend.update(y, basis, v, projection, offset, adapter_ids)
+    t = backend.update(y, basis, v, projection, offset, bias, adapter_ids)
 
 Modes: `plain` finds wrong results, deadlocks, divergent barriers and shuffles, and traps; `asan` also out-of-bounds and
 misaligned accesses, integer overflow and undefined shifts; `race` also races between threads, warps and blocks.
@@ -201,12 +201,14 @@ class Emulated:
         arrays = [_row_span(rows), basis, v, projection, offset, ids, t]
         return run(self.executable, struct.pack(f"<{len(header)}q", *map(int, header)) + b"".join(map(_raw, arrays)))
 
-    def update(self, y, basis, v, projection, offset, adapter_ids) -> Tensor:
+    def update(self, y, basis, v, projection, offset, bias, adapter_ids) -> Tensor:
         out = self._call(False, y, basis, v, projection, offset, adapter_ids, None, True)
         span = _row_span(y)
         bytes_y = span.numel() * y.element_size()
         if span.numel():
             span.copy_(torch.frombuffer(bytearray(out[:bytes_y]), dtype=y.dtype))
+        if bias is not None:  # as ops/dispatch.py
+            y.add_(bias)
         return _tensor(out[bytes_y:], torch.float32, (y.shape[0], basis.shape[0]))
 
     def update_backward(self, g, basis, v, projection, t, adapter_ids, need_input_grad) -> tuple[Tensor, Tensor]:

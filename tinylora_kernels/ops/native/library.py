@@ -64,7 +64,7 @@ def load() -> Status:
     build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
     if build["version"] != __version__:
         return _unusable(f"{LIBRARY.name} is of version {build['version']}, the package of {__version__}", None, record)
-    if not hasattr(library, "tinylora_products"):
+    if not hasattr(library, "tinylora_same_numbers"):
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     error = isa.removeprefix("error: ") if isa.startswith("error: ") else None
@@ -100,7 +100,7 @@ def can_multiply(weight: Tensor) -> bool:
     on_cpu = plain and weight.device.type == "cpu" and weight.stride(1) == 1
     if not on_cpu or weight.dtype not in PRODUCT_DTYPES or load().error:
         return False
-    return bool(_products_library().tinylora_has_products())
+    return bool(_functions().tinylora_has_products())
 
 
 def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,19 +117,29 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     y, sums = torch.empty(count, padded, **floats), torch.zeros(padded, padded_width, **floats)
-    _products_library().tinylora_products(
+    _functions().tinylora_products(
         PRODUCT_DTYPES.index(rows.dtype), rows.data_ptr(), rows.stride(0), count, width,
         x.data_ptr(), padded, y.data_ptr(), sums.data_ptr(), padded_width,
     )  # fmt: skip
     return y[:, :vectors].T, sums[:vectors, :width]
 
 
+def same_numbers(weight: Tensor, offsets: Tensor, bits: Tensor) -> bool:
+    """base.witness.Witness.knows for a weight on the CPU, in a microsecond."""
+    count, size = len(bits), bits.element_size()
+    return _functions().tinylora_same_numbers(
+        weight.data_ptr(), offsets.data_ptr(), bits.data_ptr(), count, size
+    )
+
+
 @functools.cache
-def _products_library() -> ctypes.CDLL:
+def _functions() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     types = [ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size]
     library.tinylora_products.argtypes, library.tinylora_products.restype = types, None
+    library.tinylora_same_numbers.argtypes = [pointer, pointer, pointer, size, size]
+    library.tinylora_same_numbers.restype = ctypes.c_bool
     return library
 
 

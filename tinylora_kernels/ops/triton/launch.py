@@ -79,10 +79,16 @@ def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
 
 
 def update(
-    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, adapter_ids: Tensor | None
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
 ) -> Tensor:
-    """y += ((y U - c) M^T) U^T in place; returns t = y U - c, [N, r]. Shapes and dtypes: see schema.py."""
-    check_arguments("y", y, basis, v, projection, offset=offset, adapter_ids=adapter_ids)
+    """y <- y0 + b + (t M^T) U^T in place; returns t = y0 U - c, [N, r]. Shapes and dtypes: see schema.py."""
+    check_arguments("y", y, basis, v, projection, offset=offset, bias=bias, adapter_ids=adapter_ids)
     _check_supported("y", y, basis, v, projection, offset, adapter_ids)
     flat = _as_rows("y", y)  # [N, D]
     if len(flat) > 1 and flat.stride(0) < flat.shape[1]:
@@ -90,6 +96,8 @@ def update(
     t = v.new_empty(len(flat), len(basis))
     if len(flat):
         _launch_update(flat, basis, v, projection, offset, adapter_ids, t)
+    if bias is not None:
+        flat.add_(bias)
     return t
 
 
