@@ -258,12 +258,12 @@ class Solver:
             for key in ("passes", "rows", "gflops")
         )
         shape = int(row["out"]), int(row["in"])
-        products = sum(operations(shape, vectors) / (1e9 * rate) for vectors, rate in zip(rows, gflops))
+        products = sum(operations(shape, vectors) / (1e9 * rate) for vectors, rate in zip(rows, gflops, strict=True))
         overhead = (float(row["cpu_s"]) - products) / sum(shape)
         return Solver(passes, rows, tuple(1e9 * rate for rate in gflops), overhead)
 
     def cpu_seconds(self, shape: tuple[int, int]) -> float:
-        products = sum(operations(shape, rows) / rate for rows, rate in zip(self.rows, self.rate))
+        products = sum(operations(shape, rows) / rate for rows, rate in zip(self.rows, self.rate, strict=True))
         return products + self.overhead * sum(shape)
 
     def gpu_bytes(self, entries: int) -> float:

@@ -56,7 +56,7 @@ class LanguageModel:
 
     def decode_all(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Tokens and mask [B, T] -> B texts."""
-        return [self.decode(row[keep].tolist()) for row, keep in zip(tokens, mask)]
+        return [self.decode(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)]
 
 
 def load_model(name: str) -> LanguageModel:

@@ -86,7 +86,7 @@ def verdict(trained: Evaluation, control: Evaluation, name: str) -> str:
 
 def fresh_process(adapter: Path, trained: Evaluation, found: dict) -> str:
     """Whether the file gives another process the same answers."""
-    same = sum(a == b for a, b in zip(trained.replies, found["replies"]))
+    same = sum(a == b for a, b in zip(trained.replies, found["replies"], strict=True))
     return (
         f"{adapter} ({adapter.stat().st_size:,} bytes) in a fresh process: greedy {100 * found['greedy']:.1f}%, "
         f"sampled {100 * found['sampled']:.1f}%;\n  {same} of {len(trained.replies)} greedy replies are identical"

@@ -85,7 +85,7 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 

@@ -91,10 +91,10 @@ class _WriteCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
             return result  # memory that nothing is written to yet
-        arguments = {spec.name: value for spec, value in zip(func._schema.arguments, args)} | kwargs
-        written = [
-            arguments.get(spec.name) for spec in func._schema.arguments if spec.alias_info and spec.alias_info.is_write
-        ]
+        specs = func._schema.arguments
+        named = zip(specs, args, strict=False)  # the rest is in kwargs, or left to its default
+        arguments = {spec.name: value for spec, value in named} | kwargs
+        written = [arguments.get(spec.name) for spec in specs if spec.alias_info and spec.alias_info.is_write]
         results = result if isinstance(result, (tuple, list)) else [result]
         held = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
         written += [r for r in results if isinstance(r, Tensor) and r.untyped_storage().data_ptr() not in held]

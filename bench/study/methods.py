@@ -128,7 +128,8 @@ class Alone:
 
     def norm(self, run: Run) -> float:
         """How far the trained numbers are from where they started."""
-        moved = [(p.detach() - start).double().square().sum() for p, start in zip(self.trained, self.start)]
+        pairs = zip(self.trained, self.start, strict=True)
+        moved = [(p.detach() - start).double().square().sum() for p, start in pairs]
         return torch.stack(moved).sum().sqrt().item()
 
 

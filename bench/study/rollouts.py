@@ -62,7 +62,7 @@ class RolloutRun:
         """The columns that are known before it has run, as they stand in the file."""
         settings = self.design.settings
         values = (self.source, f"{self.rate:.5g}", self.seed, settings.steps, settings.samples)
-        return dict(zip(KEY, map(str, values)))
+        return dict(zip(KEY, map(str, values), strict=True))
 
 
 def run(design: Design, path: Path, processes: int) -> list[dict]:

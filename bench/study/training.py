@@ -64,7 +64,7 @@ class GRPO:
             self.task.max_new_tokens, uniform=uniform, adapters=learners.assignment(self._owners(self.runs)),
         )  # fmt: skip
         batch = Batch(self.runs, problems, found, score_replies(model, problems, found))
-        for run, reward in zip(self.runs, batch.rewards.view(len(self.runs), -1).mean(dim=1).tolist()):
+        for run, reward in zip(self.runs, batch.rewards.view(len(self.runs), -1).mean(dim=1).tolist(), strict=True):
             run.rewards.append(reward)
         return batch
 

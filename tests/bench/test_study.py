@@ -114,7 +114,7 @@ def test_foreign_demonstrations_are_right(name, tiny):
     model = tiny if name == "digit-sums" else replace(tiny, encode=list, encode_text=lambda text: [text], end_id=".")
     known = {problem.prompt for problem in problems.held_out}
     for problem, demonstration in zip(
-        problems.training(demonstrations.SEED), demonstrations.foreign_demonstrations(model, problems)
+        problems.training(demonstrations.SEED), demonstrations.foreign_demonstrations(model, problems), strict=True
     ):
         text = tiny.decode(demonstration.reply) if name == "digit-sums" else demonstration.reply[0]
         assert problem.score(text) == 1.0 and problem.prompt not in known

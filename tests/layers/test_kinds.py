@@ -104,7 +104,7 @@ def test_output_and_gradients_equal_the_dense_formula(kind, dtype, bound):
     expected = truth(model[0], x, g)
     found = y.detach(), x.grad, model[0].v.grad
     assert error(y.detach(), model[0].base(x).detach().double()) > 0.05
-    for name, ours, theirs in zip(("y", "dx", "dv"), found, expected):
+    for name, ours, theirs in zip(("y", "dx", "dv"), found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or error(ours, theirs) < bound, name
 

@@ -55,12 +55,13 @@ class Build:
 
     library: ctypes.CDLL
     ptx: dict[int, str]  # by capability
+    kernels: dict[tuple[int, str], Kernel] = field(default_factory=dict)  # parsed so far
 
-    @functools.cache
     def kernel(self, capability: int, name: str) -> Kernel:
-        return parse(self.ptx[capability], name)
-
-    __hash__ = object.__hash__
+        key = capability, name
+        if key not in self.kernels:
+            self.kernels[key] = parse(self.ptx[capability], name)
+        return self.kernels[key]
 
 
 @functools.cache

@@ -35,7 +35,7 @@ class Selection:
         }  # [used, u]
         self._mixing: dict[TinyLoRALayer, Tensor] | None = None
         if own is not None:
-            self._mixing = dict(zip(own.position, own.mixing(rows, self._copies)))
+            self._mixing = dict(zip(own.position, own.mixing(rows, self._copies), strict=True))
 
     def of(self, layer: TinyLoRALayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(vectors [K, u], projection, ids [B]) for a layer's rows; vectors [K, r * r] where M is given as it is."""

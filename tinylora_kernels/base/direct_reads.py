@@ -52,9 +52,9 @@ def warn_of_direct_reads(model: nn.Module, names: Iterable[str]) -> None:
     if found:
         reads = sorted({f"{cls} reads self.{name.rpartition('.')[2]}.weight" for name, cls in found.items()})
         warnings.warn(
-            f"{len(found)} of the modules to adapt may be bypassed: {', '.join(reads)} itself. Where it does, the frozen "
-            "weight is used without the update, and v learns nothing there. Leave them out of target_modules; for "
-            "torch's own transformer layers torch.backends.mha.set_fastpath_enabled(False) makes linear1 and linear2 "
-            "safe",
+            f"{len(found)} of the modules to adapt may be bypassed: {', '.join(reads)} itself. Where it does, the "
+            "frozen weight is used without the update, and v learns nothing there. Leave them out of target_modules; "
+            "for torch's own transformer layers torch.backends.mha.set_fastpath_enabled(False) makes linear1 and "
+            "linear2 safe",
             stacklevel=4,
         )

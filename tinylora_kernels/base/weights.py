@@ -42,7 +42,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def bias_offset(basis: Tensor, bias: Tensor | None) -> Tensor | None:
-    """c = b U [r] from U^T [r, out] and b [out], so that t = y U - c is the projection of W x alone; None without a bias."""
+    """c = b U [r] from U^T [r, out] and b [out], so that t = y U - c is that of W x alone; None without a bias."""
     return None if bias is None else basis @ dense(bias.detach()).to(basis)
 
 
@@ -50,6 +50,6 @@ def bias_offset(basis: Tensor, bias: Tensor | None) -> Tensor | None:
 def right_factor(basis: Tensor, matrix: Tensor) -> Tensor:
     """B^T = U^T W [r, in] from U^T [r, out] and W [out, in], in the basis's dtype, without a whole W in it."""
     right = basis.new_zeros(basis.shape[0], matrix.shape[1])
-    for columns, rows in zip(basis.split(_ROWS, dim=1), matrix.split(_ROWS)):
+    for columns, rows in zip(basis.split(_ROWS, dim=1), matrix.split(_ROWS), strict=True):
         right.addmm_(columns, rows.to(basis.dtype))
     return right

@@ -84,9 +84,11 @@ def store(key: str, tensors: dict[str, Tensor]) -> None:
         _warn_once(str(directory), str(error))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(directory: str, error: str) -> None:
-    warnings.warn(f"factors are not cached in {directory} ({error}); set TINYLORA_CACHE to a writable directory")
+    warnings.warn(
+        f"factors are not cached in {directory} ({error}); set TINYLORA_CACHE to a writable directory", stacklevel=3
+    )
 
 
 def _chunk_digest(rows: Tensor) -> bytes:

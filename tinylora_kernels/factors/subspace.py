@@ -19,6 +19,8 @@ from ..common.threads import Run, serial
 from ..method.philox import STREAM_SOLVER, philox_normal
 from ..ops.native import library as native
 
+Product = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows W [m, n], X [b, n] -> X W^T [b, m], X W^T W [b, n]
+
 OVERSAMPLING = 6  # vectors in a block beyond the rank
 SETTLED = 1e-2  # from this residual on the space grows along the wanted vectors
 COMPANY = 2  # and so many more: half a block takes three quarters of the time of a whole one, and no more passes
@@ -116,7 +118,7 @@ class _Ritz:
         """
         theta, rho = self.theta.tolist(), self.residual.tolist()
         if power_step_follows:
-            rho = [residual * POWER_STEP * theta[-1] / value for residual, value in zip(rho, theta)]
+            rho = [residual * POWER_STEP * theta[-1] / value for residual, value in zip(rho, theta, strict=True)]
         for i in range(min(rank, len(theta))):
             floor = rounding * theta[0] / max(theta[i], 1e-300)
             gaps = [abs(theta[i] - other) / theta[i] for j, other in enumerate(theta) if j != i]
@@ -127,8 +129,8 @@ class _Ritz:
             distance = max(1.0 - theta[-1] / theta[i], DEGENERATE_GAP) if len(theta) > 1 else 1.0
             if rho[i] > max(ANGLE_TOL * distance, floor):
                 return False
-            others = [other for j, other in enumerate(rho) if j != i]
-            if any(rho[i] * other > ANGLE_TOL * distance * gap for other, gap in zip(others, gaps)) and rho[i] > floor:
+            others = zip((other for j, other in enumerate(rho) if j != i), gaps, strict=True)
+            if rho[i] > floor and any(rho[i] * other > ANGLE_TOL * distance * gap for other, gap in others):
                 return False
         return True
 
@@ -237,8 +239,8 @@ def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, imag
         image.add_(partial)
 
 
-def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """Rows in a slab, and their product with X by torch: a chunk is widened and multiplied twice while it is in cache."""
+def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Product]:
+    """Rows in a slab, and their product by torch: a chunk is widened, and multiplied twice while it is in cache."""
     chunk_rows = CHUNK_BYTES[weight.device.type] // (weight.shape[1] * x.element_size())
     step = max(1, chunk_rows // CHUNK_ROWS) * CHUNK_ROWS
 

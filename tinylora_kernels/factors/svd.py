@@ -178,7 +178,7 @@ def _largest_magnitude(weight: Tensor) -> float:
     rows = max(1, PIECE_ELEMENTS // n)
     with one_thread_each() as run:
         limits = run(lambda begin: weight[begin : begin + rows].aminmax(), range(0, m, rows))
-    low, high = (torch.stack(values) for values in zip(*limits))
+    low, high = (torch.stack(values) for values in zip(*limits, strict=True))
     return torch.maximum(-low.amin(), high.amax()).item()
 
 

@@ -150,7 +150,7 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
         raise AdapterError(f"the model is merged ({merged[0]}); call unmerge(model) first")
     _check_names(list(layers), [module.name for module in adapter.modules])
     _check_config(_config_of(layers), adapter.config)
-    for position, (layer, module) in enumerate(zip(layers.values(), adapter.modules)):
+    for position, (layer, module) in enumerate(zip(layers.values(), adapter.modules, strict=True)):
         if layer.index != position or layer.group != module.group:
             raise AdapterError(
                 f"{module.name} is module {position} in tie group {module.group} there, and module {layer.index} in "
@@ -166,7 +166,7 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
 def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
     layers = adapted_layers(model)
     check_fits(layers, adapter)
-    for layer, module in zip(layers.values(), adapter.modules):
+    for layer, module in zip(layers.values(), adapter.modules, strict=True):
         if module.basis is not None:
             layer.set_factors(module.basis, module.sigma)
     _set_vectors(layers, adapter.v)

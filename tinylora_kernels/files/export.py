@@ -68,9 +68,9 @@ def export_lora(
     misread = sorted({name.rpartition(".")[2] for name in layers} & READ_AS_EXPERTS)
     if misread and any(map(is_experts, model.modules())):
         warnings.warn(
-            f"export_lora: PEFT takes {', '.join(misread)} of a {type(model).__name__} for its stacks of experts, so it "
-            "will load the directory without these modules and with fresh adapters on the experts. Other readers take "
-            "the names as they are; for PEFT, leave these modules out of target_modules",
+            f"export_lora: PEFT takes {', '.join(misread)} of a {type(model).__name__} for its stacks of experts, so "
+            "it will load the directory without these modules and with fresh adapters on the experts. Other readers "
+            "take the names as they are; for PEFT, leave these modules out of target_modules",
             stacklevel=2,
         )
     target = os.path.realpath(directory)
@@ -83,7 +83,7 @@ def export_lora(
             raise ValueError(f"{name}: its update is not finite in {dtype_name(dtype)}")
         tensors |= {f"base_model.model.{name}.{key}": tensor for key, tensor in _as_peft(layer, lora_a, lora_b).items()}
     config = json.dumps(_peft_config(model, layers, rank), indent=2, sort_keys=True) + "\n"
-    write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})))))
+    write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})), strict=True)))
 
 
 @torch.no_grad()

@@ -231,7 +231,7 @@ def _decode(metadata: dict, extents: dict, payload: bytes, size: int) -> Adapter
     rank = config.rank
     v = tensor("v", config.v_dtype, [max(groups) + 1, config.numbers])
     modules = []
-    for i, (name, shape, group) in enumerate(zip(names, shapes, groups)):
+    for i, (name, shape, group) in enumerate(zip(names, shapes, groups, strict=True)):
         parts = _parts(config, name, shape)
         if rank > min(*shape, *(parts or ())):
             raise AdapterError(f"{_shown(name)}: rank {rank} above the smaller side of its shape {shape} or of a part")
@@ -261,7 +261,8 @@ def _columns(metadata: dict) -> tuple[list[str], list[list[int]], list[int]]:
         if not isinstance(column, list) or len(column) != len(metadata["names"]) or not column:
             raise AdapterError(f"metadata: {key} must be a list with one entry for each module")
     highest = -1
-    for name, shape, group, weight in zip(*(columns[key] for key in ("names", "shapes", "groups", "weights"))):
+    in_order = (columns[key] for key in ("names", "shapes", "groups", "weights"))
+    for name, shape, group, weight in zip(*in_order, strict=True):
         if not _is_name(name):
             raise AdapterError(f"metadata: {_shown(name)} is not a module name")
         if not _is_counts(shape, MAX_DIMENSION) or len(shape) != 2:
@@ -299,7 +300,7 @@ def _decode_config(method: object, values: object, names: list[str], groups: lis
         if not isinstance(values[field], str):
             raise AdapterError(f"config: {field} must be a string, found {_shown(values[field])}")
     if values["tying"] == "map":
-        values["tying"] = dict(zip(names, groups))
+        values["tying"] = dict(zip(names, groups, strict=True))
     dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
     if values["v_dtype"] not in dtypes:
         raise AdapterError(f"config: v_dtype must be one of {', '.join(dtypes)}, found {_shown(values['v_dtype'])}")

@@ -123,7 +123,7 @@ class _Accelerated:
         if len(parts) == 1:
             return parts[0]
         stacks = self._tinylora.stacks
-        if names not in stacks or any(a is not b for a, b in zip(stacks[names][0], parts)):
+        if names not in stacks or any(a is not b for a, b in zip(stacks[names][0], parts, strict=True)):
             stacks[names] = (parts, _joined(parts))
         return stacks[names][1]
 
@@ -152,7 +152,8 @@ class AcceleratedLinear(_OfTinyLora, tinylora.Linear):
     def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer))
-        return _Update(side.basis, side.projection(fixed).contiguous(), bias_offset(side.basis, getattr(self.base_layer, "bias", None)))
+        offset = bias_offset(side.basis, getattr(self.base_layer, "bias", None))
+        return _Update(side.basis, side.projection(fixed).contiguous(), offset)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         return y.to(x.dtype)
@@ -190,8 +191,9 @@ class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
     def _fit(self, name: str) -> _Update:
         right, left = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer), diagonal=True)
+        offset = bias_offset(side.basis, getattr(self.base_layer, "bias", None))
         # M = (s n g^T) * (R - I)
-        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), bias_offset(side.basis, getattr(self.base_layer, "bias", None)))
+        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), offset)
 
 
 class _MixedBatches:
@@ -358,8 +360,8 @@ def _refresh(layer: _Accelerated, incompatible_keys) -> None:
 
 
 def _unchanged(seen: list[tuple[Tensor, int]], now: tuple[Tensor, ...]) -> bool:
-    for (old, version), new in zip(seen, now):  # on every forward: no generator, no call that can be spared
-        if old is not new or (version is not None and version != new._version):
+    for n, (old, version) in enumerate(seen):  # on every forward: no generator, no call that can be spared
+        if old is not now[n] or (version is not None and version != old._version):
             return False
     return True
 

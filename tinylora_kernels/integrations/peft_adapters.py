@@ -143,8 +143,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         weight_tying, groups = 0.0, list(range(len(groups)))
 
     tensors = {}
-    for (name, layer), group in zip(layers.items(), groups):
-        for kind, tensor in zip("ABP", _peft_tensors(layer)):
+    for (name, layer), group in zip(layers.items(), groups, strict=True):
+        for kind, tensor in zip("ABP", _peft_tensors(layer), strict=True):
             tensors[f"{PREFIX}{name}.tinylora_{kind}"] = tensor
         tensors[f"base_model.tinylora_v.{group}"] = layer.v.detach().float().cpu().clone()
     numbers = {len(tensor) for key, tensor in tensors.items() if ".tinylora_v." in key}

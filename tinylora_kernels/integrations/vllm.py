@@ -81,7 +81,7 @@ def _tensor_problems(
             modules.setdefault(name, {})[suffix] = shape
     for name, pair in modules.items():
         problems += [f"{name}: no {suffix[1:]}" for suffix in SUFFIXES if suffix not in pair]
-        inner = {pair[suffix][axis] for suffix, axis in zip(SUFFIXES, (0, 1)) if suffix in pair}
+        inner = {pair[suffix][axis] for suffix, axis in zip(SUFFIXES, (0, 1), strict=True) if suffix in pair}
         if rank is not None and inner != {rank}:
             problems.append(f"{name}: its factors have rank {sorted(inner)}, the config says {rank}")
         if served_modules is not None and name.rpartition(".")[2] not in served_modules:

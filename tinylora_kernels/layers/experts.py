@@ -165,9 +165,10 @@ class _ExpertsUpdate(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
         ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
         need_input_grad = ctx.needs_input_grad[0]
-        gradients = [torch.zeros_like(v) if needed else None for v, needed in zip(vectors, ctx.needs_input_grad[2:])]
+        wanted = zip(vectors, ctx.needs_input_grad[2:], strict=True)
+        gradients = [torch.zeros_like(v) if needed else None for v, needed in wanted]
         g0 = g.clone() if need_input_grad else None
-        for piece, t in zip(ctx.pieces, ts):
+        for piece, t in zip(ctx.pieces, ts, strict=True):
             dv = gradients[piece.vector]
             part, d = BACKENDS[piece.backend].update_backward(
                 g[piece.rows], piece.basis, vectors[piece.vector], piece.projection, None if dv is None else t,

@@ -43,7 +43,7 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
 
 
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
-    """The updated output of a linear layer, by the shortest node there is; without one where nothing wants a gradient."""
+    """The updated output of a linear layer, by the shortest node there is; by none where nothing wants a gradient."""
     traced = _in_transform() or _is_compiling()
     if twin is not None and frozen.backend.name in TWIN_BACKENDS and not traced:
         return twin(x, v, *frozen[:-1])

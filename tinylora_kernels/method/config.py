@@ -1,4 +1,4 @@
-"""What an adapter is: its hyperparameters, validated where they are written down, and the numbers that follow from them."""
+"""What an adapter is: its hyperparameters, validated where they are written down, and what follows from them."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -53,7 +53,7 @@ def part_sizes(
 
 def row_slices(sizes: Sequence[int]) -> list[slice]:
     ends = list(accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends)]
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def padded_rank(rank: int) -> int:

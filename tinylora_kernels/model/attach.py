@@ -1,4 +1,4 @@
-"""Adapting a model in place, and giving the bare one back: factorise its modules, share the vectors, freeze the rest."""
+"""Adapting a model in place, and giving the bare one back: factorise modules, share vectors, freeze the rest."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ def attach(
     layers: dict[str, TinyLoRALayer] = {}
     owners: dict[int, TinyLoRALayer] = {}
     projection_index = 0
-    for index, (name, group) in enumerate(zip(names, groups)):
+    for index, (name, group) in enumerate(zip(names, groups, strict=True)):
         base, factor, sizes = bases[name], factors[name], parts.get(name)
         if sizes and factor.sigma.shape != (len(sizes), config.rank):
             raise ValueError(

@@ -214,7 +214,7 @@ def _parameter_name(name: str, layer: TinyLoRALayer) -> str:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the tensor covers in its storage."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.storage_offset() * tensor.element_size()
     return start, start + (last + 1) * tensor.element_size()
 

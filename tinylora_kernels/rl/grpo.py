@@ -229,7 +229,7 @@ class GRPOTrainer(VectorTrainer):
                 "tis_capped_fraction": ((weight > self.tis_cap) * keep).sum() / count,
             }
             values = torch.stack([value.detach().to(dtype) for value in metrics.values()]).tolist()  # one transfer
-        return loss, dict(zip(metrics, values))
+        return loss, dict(zip(metrics, values, strict=True))
 
     def _check_rewards(self, rewards, log_probs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rewards = torch.as_tensor(rewards, device=log_probs.device).detach().to(dtype)
