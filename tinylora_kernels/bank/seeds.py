@@ -50,6 +50,7 @@ class OwnProjections:
         shape = (len(layers), capacity, u, r * r) if trainable else (len(layers), capacity, r * r)
         self._held = torch.zeros(shape, dtype=layers[0].basis.dtype)  # P' [L, K, u, r r], or M [L, K, r r]
         self.ones = torch.ones(r, r, dtype=layers[0].basis.dtype)
+        self.model_seed = config.seed
         self.seeds = [config.seed] * capacity  # of each slot
         self.of_seed = functools.lru_cache(SEEDS_KEPT)(self._of_seed)
 

@@ -40,7 +40,7 @@ def read_directly(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        cls = type(model.get_submodule(parent))
+        cls: type = type(model.get_submodule(parent))
         if child in weights_read_by(cls):
             found[name] = cls.__name__
     return found

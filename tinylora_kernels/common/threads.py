@@ -10,12 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-Argument, Result = TypeVar("Argument"), TypeVar("Result")
-Run = Callable[[Callable[[Argument], Result], Sequence[Argument]], list[Result]]
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+class Run(Protocol):
+    """A map over independent pieces of work, in order, perhaps on several threads."""
+
+    def __call__(
+        self, function: Callable[[Argument], Result], arguments: Sequence[Argument], /
+    ) -> list[Result]: ...  # fmt: skip
 
 
 def serial(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:

@@ -142,11 +142,10 @@ class _Space:
         m, n = weight.shape
         self.weight, self.block, self.scale, self.run = weight, block, scale, run
         self.capacity = min(BLOCKS_KEPT * block, n)
-        empty = {"dtype": torch.float64, "device": weight.device}
-        self.right = torch.empty(self.capacity, n, **empty)  # X
-        self.left = torch.empty(self.capacity, m, **empty)  # X W^T
-        self.image = torch.empty(self.capacity, n, **empty)  # X A
-        self.gram = torch.zeros(self.capacity, self.capacity, **empty)  # X A X^T
+        self.right = torch.empty(self.capacity, n, dtype=torch.float64, device=weight.device)  # X
+        self.left = self.right.new_empty(self.capacity, m)  # X W^T
+        self.image = self.right.new_empty(self.capacity, n)  # X A
+        self.gram = self.right.new_zeros(self.capacity, self.capacity)  # X A X^T
         self.size = 0
 
     def grow(
@@ -249,7 +248,7 @@ def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Product]:
         total = torch.zeros_like(x)
         y = x.new_empty(len(x), len(slab))
         as_is = slab.dtype == x.dtype and scale == 1.0
-        buffer = None if as_is else torch.empty_like(slab[:step], dtype=x.dtype)  # one for all chunks
+        buffer = slab if as_is else torch.empty_like(slab[:step], dtype=x.dtype)  # one for all chunks
         for begin in range(0, len(slab), step):
             chunk = slab[begin : begin + step]  # [step, n]
             if not as_is:

@@ -69,16 +69,7 @@ def truncated_svd(
     """
     weight = weight.detach()
     _check(weight, rank, name)
-    fingerprint = key = None
-    if cache:
-        fingerprint = weight_fingerprint(weight)
-        precision = 64 if weight.dtype == torch.float64 else 32
-        key = f"{fingerprint}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
-    factors = _load(key, fingerprint, weight, rank) if key else None
-    if factors is None:
-        factors = _compute(weight, rank, name, tol, fingerprint)
-        if key:
-            _store(key, factors)
+    factors = _cached(weight, rank, name, tol) if cache else _compute(weight, rank, name, tol)
     if factors.degenerate:
         warnings.warn(
             f"{name}: leading singular values coincide (relative gap below {DEGENERATE_GAP:g}), so the basis is one of "
@@ -144,7 +135,19 @@ def _check(weight: Tensor, rank: int, name: str) -> None:
         raise ValueError(f"{name}: rank must be from 1 to min(out, in) = {min(weight.shape)}, got {rank}")
 
 
-def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str | None) -> Factors:
+def _cached(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
+    """From the disk, or computed and put there."""
+    fingerprint = weight_fingerprint(weight)
+    precision = 64 if weight.dtype == torch.float64 else 32
+    key = f"{fingerprint}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
+    factors = _load(key, fingerprint, weight, rank)
+    if factors is None:
+        factors = _compute(weight, rank, name, tol, fingerprint)
+        _store(key, factors)
+    return factors
+
+
+def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str | None = None) -> Factors:
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()  # fp64 is not everywhere
     largest = _largest_magnitude(weight)

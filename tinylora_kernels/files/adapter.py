@@ -34,7 +34,7 @@ from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
 BASIS_TOL = 1e-5
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool = False) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: bool = False) -> None:
     """Write the trained numbers of an adapted model, merged or not, and what is needed to check them again.
 
     Args:
@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool 
 
 def load_adapter(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     backend: str | None = None,
     cache: bool = True,
@@ -90,7 +90,8 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     if not layers:
         raise AdapterError("model: it has no adapter to save; call apply_tiny_lora(model, config) first")
     config = _config_of(layers)
-    modules, vectors = [], {}
+    modules: list[AdaptedModule] = []
+    vectors: dict[int, Tensor] = {}  # tie group -> v
     for position, (name, layer) in enumerate(layers.items()):
         if layer.index != position:
             raise AdapterError(
@@ -101,7 +102,7 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
         store, basis = include_basis or layer.degenerate, layer.singular_basis()
         modules.append(
             AdaptedModule(
-                name, tuple(weight.shape), layer.group, weight_fingerprint(weight), basis_sketch(basis),
+                name, (weight.shape[0], weight.shape[1]), layer.group, weight_fingerprint(weight), basis_sketch(basis),
                 basis if store else None, layer.sigma if store else None,
             )  # fmt: skip
         )
@@ -113,7 +114,9 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     return AdapterFile(config, v, modules)
 
 
-def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool, progress: bool) -> None:
+def _load_into_bare(
+    model: nn.Module, adapter: AdapterFile, backend: str | None, cache: bool, progress: bool
+) -> None:
     config = dataclasses.replace(adapter.config, backend=backend, cache=cache)
     names = [module.name for module in adapter.modules]
     try:
@@ -133,7 +136,7 @@ def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool
     except ValueError as error:
         raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
 
-    stored = {m.name: Factors(m.basis, m.sigma, True, 0.0) for m in adapter.modules if m.basis is not None}
+    stored = {m.name: Factors(*m.stored, degenerate=True, residual=0.0) for m in adapter.modules if m.stored}
     wanted = {name: base for name, base in bases.items() if name not in stored}
     computed = factorize_modules(wanted, config.rank, parts, cache=cache, progress=progress) if wanted else {}
     factors = stored | computed
@@ -167,8 +170,8 @@ def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
     layers = adapted_layers(model)
     check_fits(layers, adapter)
     for layer, module in zip(layers.values(), adapter.modules, strict=True):
-        if module.basis is not None:
-            layer.set_factors(module.basis, module.sigma)
+        if module.stored:
+            layer.set_factors(*module.stored)
     _set_vectors(layers, adapter.v)
 
 
@@ -199,7 +202,7 @@ def _check_names(found: list[str], expected: list[str]) -> None:
     raise AdapterError("it is for another model: " + " and ".join(parts))
 
 
-def _check_config(found, expected) -> None:
+def _check_config(found: TinyLoRAConfig | LoRAXSConfig, expected: TinyLoRAConfig | LoRAXSConfig) -> None:
     if type(found) is not type(expected):
         raise AdapterError(f"it holds a {type(expected).__name__}, the model was adapted with a {type(found).__name__}")
     for field in IDENTITY_FIELDS:

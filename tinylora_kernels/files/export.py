@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, is_experts
 from ..base.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from ..common.atomic import write_directory
@@ -37,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export_lora(
-    model: nn.Module, directory: str | os.PathLike, rank: int = 8, dtype: torch.dtype = torch.float32
+    model: nn.Module, directory: str | os.PathLike[str], rank: int = 8, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write the update of an adapted model, merged or not, as a LoRA adapter directory.
 
@@ -76,7 +77,7 @@ def export_lora(
     target = os.path.realpath(directory)
     _refuse_foreign_directory(target)
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         lora_a, lora_b = lora_factors(layer, rank, dtype)
         if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
@@ -110,7 +111,7 @@ def _as_peft(layer: TinyLoRALayer, lora_a: Tensor, lora_b: Tensor) -> dict[str, 
     if kind is EMBEDDING:
         return {"lora_embedding_A": lora_a, "lora_embedding_B": lora_b}
     if kind is CONVOLUTION:
-        shape = layer.base.weight.shape  # [out, in, k...]
+        shape = weight_of(layer.base).shape  # [out, in, k...]
         lora_a = lora_a.view(len(lora_a), *shape[1:])
         lora_b = lora_b.view(*lora_b.shape, *[1] * (len(shape) - 2))
     return {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict:
+def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict[str, object]:
     config = getattr(model, "config", None)
     kinds = [kind_of(layer.base) for layer in layers.values()]
     return {

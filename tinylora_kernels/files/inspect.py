@@ -13,7 +13,7 @@ from ..method.tying import module_kind
 from .format import AdaptedModule, AdapterError, AdapterFile, encode_config, read
 
 
-def inspect_adapter(path: str | os.PathLike) -> AdapterFile:
+def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     """Read and check a file without any model; ``format_adapter`` prints the result.
 
     Raises:

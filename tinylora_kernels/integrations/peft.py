@@ -19,10 +19,11 @@ from peft.tuners.psoft import layer as psoft
 from peft.tuners.psoft.model import PsoftModel
 from peft.tuners.tinylora import layer as tinylora
 from peft.tuners.tinylora.model import TinyLoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base.attributes import bias_of
 from ..base.kinds import is_linear_like, weight_matrix
 from ..base.weights import bias_offset
 from ..functional import tiny_lora_update
@@ -34,6 +35,8 @@ __all__ = ["accelerate_peft", "acceleration_report", "deaccelerate_peft", "from_
 
 TRAINED_BASE = FitError("its base is trained (a bias, by bias='all'), and the update on the output would follow it")
 BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
+
+Seen = tuple[Tensor, int | None]  # a tensor and its version when it was read
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ class _Update:
 class _State:
     """What an accelerated layer remembers; all of it can be computed again."""
 
-    factors: dict[str, tuple[list, _Update | FitError]] = field(default_factory=dict)
-    stacks: dict[tuple[str, ...], tuple[list, _Update]] = field(default_factory=dict)
+    factors: dict[str, tuple[list[Seen], _Update | FitError]] = field(default_factory=dict)
+    stacks: dict[tuple[str, ...], tuple[list[_Update], _Update]] = field(default_factory=dict)
     sample_names: tuple[str, ...] | None = None  # the adapters of this batch
     sample_ids: Tensor | None = None  # [B] index into sample_names, -1 for none
     hook: RemovableHandle | None = None  # of _refresh
 
 
-class _Accelerated:
+class _Accelerated(BaseTunerLayer):
     """The forward shared by all kinds of layer; what differs between them is in the methods below it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -66,12 +69,14 @@ class _Accelerated:
         names = state.sample_names
         if names is None:
             names = tuple(name for name in self.active_adapters if name in self._adapters())
-        parts = [self._factors(name) for name in names]
-        for part in parts:
+        parts: list[_Update] = []
+        for name in names:
+            part = self._factors(name)
             if isinstance(part, FitError):
                 if state.sample_names is not None:
                     raise ValueError(f"adapter_names: {part}")
                 return super().forward(x, *args, **kwargs)
+            parts.append(part)
         y = self.base_layer(x, *args, **kwargs)
         if names:
             y = self._update(y, x, names, self._stack(names, parts))
@@ -109,6 +114,7 @@ class _Accelerated:
         watched = (*self._sources(name), frozen["weight"])
         if name in stored and _unchanged(stored[name][0], watched):
             return stored[name][1]
+        factors: _Update | FitError
         try:
             dropout = self._dropout(name)
             if isinstance(dropout, nn.Dropout) and dropout.p > 0:
@@ -152,7 +158,7 @@ class AcceleratedLinear(_OfTinyLora, tinylora.Linear):
     def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer))
-        offset = bias_offset(side.basis, getattr(self.base_layer, "bias", None))
+        offset = bias_offset(side.basis, bias_of(self.base_layer))
         return _Update(side.basis, side.projection(fixed).contiguous(), offset)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
@@ -191,12 +197,12 @@ class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
     def _fit(self, name: str) -> _Update:
         right, left = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer), diagonal=True)
-        offset = bias_offset(side.basis, getattr(self.base_layer, "bias", None))
+        offset = bias_offset(side.basis, bias_of(self.base_layer))
         # M = (s n g^T) * (R - I)
         return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), offset)
 
 
-class _MixedBatches:
+class _MixedBatches(BaseTuner):
     """Hands adapter_names to the layers for the duration of a forward or a generate, as PEFT does for LoRA."""
 
     @contextlib.contextmanager
@@ -247,7 +253,7 @@ LAYERS = {
     psoft.Linear: AcceleratedPsoftLinear,
 }
 MODELS = {TinyLoraModel: AcceleratedTinyLoraModel, PsoftModel: AcceleratedPsoftModel}
-ORIGINALS = {ours: theirs for theirs, ours in (LAYERS | MODELS).items()}
+ORIGINALS: dict[type, type] = {ours: theirs for theirs, ours in (LAYERS | MODELS).items()}
 
 
 def accelerate_peft(model: nn.Module) -> nn.Module:
@@ -303,7 +309,7 @@ def deaccelerate_peft(model: nn.Module) -> nn.Module:
 
 def acceleration_report(model: nn.Module) -> dict[str, str | None]:
     """Module name -> None where its active adapters run on our ops, else the reason why not."""
-    report = {}
+    report: dict[str, str | None] = {}
     for name, layer in _peft_layers(model):
         if layer.merged:
             report[name] = "merged: the base alone is running"
@@ -359,7 +365,7 @@ def _refresh(layer: _Accelerated, incompatible_keys) -> None:
             layer._factors(name)
 
 
-def _unchanged(seen: list[tuple[Tensor, int]], now: tuple[Tensor, ...]) -> bool:
+def _unchanged(seen: list[Seen], now: tuple[Tensor, ...]) -> bool:
     for n, (old, version) in enumerate(seen):  # on every forward: no generator, no call that can be spared
         if old is not now[n] or (version is not None and version != old._version):
             return False
@@ -383,7 +389,8 @@ def _joined(parts: list[_Update]) -> _Update:
         u, r, _ = projection.shape
         blocks[row : row + u, column : column + r, column : column + r] = projection
         row, column = row + u, column + r
-    offset = None if first.offset is None else torch.cat([part.offset for part in parts])
+    offsets = [part.offset for part in parts if part.offset is not None]  # of one base: all of them or none
+    offset = torch.cat(offsets) if offsets else None
     return _Update(torch.cat([part.basis for part in parts]), blocks, offset)
 
 

@@ -69,7 +69,7 @@ class PeftAdapterConfig:
         return self.vectors[group]
 
 
-def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | None = None) -> nn.Module:
+def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: str | None = None) -> nn.Module:
     """Adapt a bare model with a TinyLoRA adapter that PEFT saved; the same function to about 1e-6 in float32.
 
     Args:
@@ -107,7 +107,7 @@ def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | 
     return attach(model, adapter, names, groups, progress=False, factors=factors)
 
 
-def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
+def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write an adapted model as a TinyLoRA directory that PeftModel.from_pretrained(base, directory) loads.
 
     Args:
@@ -166,7 +166,7 @@ def is_from_peft(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def load_peft_vectors(model: nn.Module, directory: str | os.PathLike) -> None:
+def load_peft_vectors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Copy the vectors of a directory that to_peft wrote from this model back into it."""
     _, tensors = _read(Path(directory))
     for layer in adapted_layers(model).values():

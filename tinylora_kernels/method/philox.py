@@ -30,9 +30,15 @@ Test vectors. Philox4x32-10 (Random123, kat_vectors): counter 0 0 0 0, key 0 0 g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Words = NDArray[np.uint32]
+Doubles = NDArray[np.float64]
 
 STREAM_PROJECTION, STREAM_VECTOR, STREAM_SOLVER, STREAM_SKETCH = range(4)
 
@@ -91,7 +97,7 @@ def philox_normal(seed: int, index: int, rows: int, columns: int, stream: int) -
     return torch.from_numpy(normal_from_words(_random_words(seed, index, rows, columns, stream)))
 
 
-def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """Philox4x32-10: counter [..., 4] of 32-bit words, key two 32-bit words -> [..., 4] uint32."""
     c0, c1, c2, c3 = np.moveaxis(counter.astype(np.uint64), -1, 0)
     k0, k1 = key
@@ -107,7 +113,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def normal_from_words(words: np.ndarray) -> np.ndarray:
+def normal_from_words(words: Words) -> Doubles:
     """32-bit words -> N(0, 1) in fp64 of the same shape, by the inverse distribution function."""
     # q = p - 1/2, exact in a double
     q = (words.astype(np.float64) + 0.5) * 2.0**-32 - 0.5
@@ -123,7 +129,7 @@ def normal_from_words(words: np.ndarray) -> np.ndarray:
     return z
 
 
-def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -> np.ndarray:
+def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -> Words:
     _check_range("seed", seed, 0, 2**64)
     _check_range("module index", index, 0, 2**32)
     blocks = -(-columns // 4)
@@ -136,7 +142,7 @@ def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -
     return words.reshape(rows, 4 * blocks)[:, :columns]
 
 
-def _log(p: np.ndarray) -> np.ndarray:
+def _log(p: Doubles) -> Doubles:
     """Natural logarithm in double operations only: p = m 2^e with m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1)."""
     m, e = np.frexp(p)
     low = m < _SQRT_HALF
@@ -148,7 +154,7 @@ def _log(p: np.ndarray) -> np.ndarray:
     return e * _LN2 + 2.0 * s * series
 
 
-def _polynomial(coefficients, x: np.ndarray) -> np.ndarray:
+def _polynomial(coefficients: Sequence[float], x: Doubles) -> Doubles:
     value = np.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value = value * x + coefficient

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
 from ..base.experts import ExpertSlice
 from ..base.kinds import kind_of
@@ -97,7 +98,7 @@ def attach(
     """
     bases = {name: base_module(model, name) for name in names}
     for name, base in bases.items():
-        if base.weight.is_meta:
+        if weight_of(base).is_meta:
             raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
     warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
     parts = fused_parts(config, bases)
@@ -115,9 +116,9 @@ def attach(
                 f"{list(factor.sigma.shape)}; factors.modules.factorize_modules makes them"
             )
         basis = block_basis(factor.basis, sizes) if sizes else factor.basis
-        v = owners.get(group)
+        v: nn.Parameter | TinyLoRALayer | None = owners.get(group)
         if v is None:
-            v = nn.Parameter(config.initial(group).to(device=base.weight.device, dtype=config.v_dtype))
+            v = nn.Parameter(config.initial(group).to(device=weight_of(base).device, dtype=config.v_dtype))
         layer = TinyLoRALayer(
             base, basis, factor.sigma, config.projection(projection_index, factor.sigma, kind_of(base).lookup), v,
             name=name, index=index, group=group, config=config, degenerate=factor.degenerate,

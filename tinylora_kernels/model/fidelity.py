@@ -51,9 +51,9 @@ class MergeFidelity:
     error: float
 
     def __str__(self) -> str:
-        head = ("module", "cast to", "||dW||", "survived", "error", "changed")
+        head: tuple[str, ...] = ("module", "cast to", "||dW||", "survived", "error", "changed")
         if len(self.rows) <= ROWS_SHOWN:
-            body = [
+            body: list[tuple[str, ...]] = [
                 (row.name, dtype_name(row.dtype), f"{row.norm:.3g}", f"{row.survived:.1%}", f"{row.error:.3g}",
                  f"{row.changed:.1%}") for row in self.rows
             ]  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -246,5 +247,5 @@ class GRPOTrainer(VectorTrainer):
         """[B, T] -> scalar, see ``loss_type``; a sequence without tokens counts as zero."""
         if self.loss_type == "grpo":
             return ((per_token * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1.0)).mean()
-        divisor = keep.sum() if self.loss_type == "dapo" else keep.shape[0] * self.max_tokens
+        divisor = keep.sum() if self.loss_type == "dapo" else keep.shape[0] * cast(int, self.max_tokens)
         return (per_token * keep).sum() / divisor

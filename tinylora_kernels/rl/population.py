@@ -43,7 +43,9 @@ class PopulationAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, adapters: Sequence[Hashable]) -> dict[Hashable, float]:
+    def step(  # type: ignore[override]  # adapters for torch's closure: what moves is named, never all that has a gradient
+        self, adapters: Sequence[Hashable]
+    ) -> dict[Hashable, float]:
         """One step of the adapters named; returns each one's gradient norm before clipping.
 
         Raises:
