@@ -411,7 +411,7 @@ def test_weights_loaded_under_an_accelerated_adapter_are_noticed():
     model = accelerate_peft(tiny_lora())
     other = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()
              if name.endswith("q_proj.base_layer.weight")}  # fmt: skip
-    model.load_state_dict(other, strict=True)
+    model.load_state_dict(other, strict=False)
     assert sum(reason is not None for reason in acceleration_report(model).values()) == 2
     found = outputs_and_gradients(model)
     assert_close(found, outputs_and_gradients(deaccelerate_peft(model)))

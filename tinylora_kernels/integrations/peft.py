@@ -13,13 +13,14 @@ import contextlib
 import warnings
 from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.psoft import layer as psoft
 from peft.tuners.psoft.model import PsoftModel
 from peft.tuners.tinylora import layer as tinylora
 from peft.tuners.tinylora.model import TinyLoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +38,13 @@ TRAINED_BASE = FitError("its base is trained (a bias, by bias='all'), and the up
 BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 Seen = tuple[Tensor, int | None]  # a tensor and its version when it was read
+
+# What the mixins below stand before. For types alone: with a base of PEFT's an object could not change its class.
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner as Tuner
+    from peft.tuners.tuners_utils import BaseTunerLayer as TunerLayer
+else:
+    Tuner = TunerLayer = object
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class _State:
     hook: RemovableHandle | None = None  # of _refresh
 
 
-class _Accelerated(BaseTunerLayer):
+class _Accelerated(TunerLayer):
     """The forward shared by all kinds of layer; what differs between them is in the methods below it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -202,7 +210,7 @@ class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
         return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), offset)
 
 
-class _MixedBatches(BaseTuner):
+class _MixedBatches(Tuner):
     """Hands adapter_names to the layers for the duration of a forward or a generate, as PEFT does for LoRA."""
 
     @contextlib.contextmanager
