@@ -18,7 +18,6 @@ what the same run alone, on the same replies, ends away from itself when it star
 zero (column `sensitivity`, measured where it matters). At rates that are too high a run amplifies any rounding without
 bound.
 """
-
 from __future__ import annotations
 
 import argparse

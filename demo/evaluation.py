@@ -1,5 +1,4 @@
 """Accuracy, its confidence interval, and whether two accuracies differ."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

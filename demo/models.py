@@ -1,5 +1,4 @@
 """The demo's language models: a real one out of a PyPI package, any local transformers directory, the tiny decoder."""
-
 from __future__ import annotations
 
 import importlib.util

@@ -1,5 +1,4 @@
 """What the demo says when it is done: a table within 100 columns, verdicts, a plot, and the same as JSON."""
-
 from __future__ import annotations
 
 import json

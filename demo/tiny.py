@@ -7,7 +7,6 @@ answers are right: what reinforcement learning has to find is a habit, not an ab
 
 The module takes the keyword arguments of a transformers causal language model and needs none of transformers.
 """
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,4 @@
 """The demo's training loop: sample, check, score, one GRPO step."""
-
 from __future__ import annotations
 
 import time

@@ -201,7 +201,8 @@ def peft_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor
 def generation(*, blocks: int, rounds: int) -> list[dict]:
     """Tokens a second of `generate` with 64 sequences under one adapter and under 64, SmolLM2's architecture.
 
-    blocks: of its 30.
+    Args:
+        blocks: of its 30.
     """
     results = []
     for dtype in (torch.float32, torch.bfloat16):

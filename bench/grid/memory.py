@@ -18,10 +18,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces eve
 class Memory:
     """Bytes of one forward and backward.
 
-    saved         kept between forward and backward, weights and buffers apart; an input kept alive counts
-    peak          most memory held above the start of the step, y and dx included (torch's allocator)
-    written       by the ops of forward and backward, in place or into fresh tensors; None under torch.compile, whose
-                  generated kernels are out of sight
+    Attributes:
+        saved: kept between forward and backward, weights and buffers apart; an input kept alive counts.
+        peak: most memory held above the start of the step, y and dx included (torch's allocator).
+        written: by the ops of forward and backward, in place or into fresh tensors; None under torch.compile, whose
+            generated kernels are out of sight.
     """
 
     saved: int

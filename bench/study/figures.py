@@ -1,5 +1,4 @@
 """The study's pictures, drawn from its rows."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

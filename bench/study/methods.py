@@ -1,5 +1,4 @@
 """What is trained: TinyLoRA, LoRA-XS, LoRA through PEFT, or every weight."""
-
 from __future__ import annotations
 
 import copy

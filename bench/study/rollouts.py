@@ -7,7 +7,6 @@ The trainer runs a bfloat16 model with the update in float32 beside it. Its roll
     merged, TIS   the same, the gradient weighted by min(p_train / p_rollout, cap) (GRPOTrainer's rollout_log_probs)
     LoRA export   the update as export_lora writes it, loaded by PEFT: beside the weights again, all of it
 """
-
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,4 @@
 """One step of GRPO or SFT for all runs that share a batch, and their held-out scores."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

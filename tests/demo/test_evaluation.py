@@ -1,5 +1,4 @@
 """The statistics against published and hand-computed values, and accuracy on a model whose replies are known."""
-
 import math
 
 import pytest

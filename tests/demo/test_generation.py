@@ -1,5 +1,4 @@
 """The prefix tree against the whole sequence at once: same tokens, same log-probabilities, same gradients."""
-
 import pytest
 import torch
 

@@ -1,5 +1,4 @@
 """Loading models: SmolLM2 out of its package where that is installed, and clear errors where something is missing."""
-
 import importlib.util
 
 import pytest

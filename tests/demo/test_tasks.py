@@ -1,5 +1,4 @@
 """Every task: held-out problems never appear in training, and the checker tells right from wrong."""
-
 import re
 from itertools import islice
 

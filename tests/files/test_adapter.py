@@ -1,5 +1,4 @@
 """The adapter file: what it holds, that it comes back exactly, and that nothing wrong with it reaches a model."""
-
 import dataclasses
 import hashlib
 import json

@@ -1,5 +1,4 @@
 """Merging: the merged model is the adapted model, names are the original's, and every bit comes back."""
-
 import copy
 import pickle
 import sys

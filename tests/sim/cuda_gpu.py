@@ -68,7 +68,8 @@ class Build:
 def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path, launchers: Path | None) -> Build:
     """Compile the sources for one element type; PTX only, so that no card's assembler is involved.
 
-    launchers: other sources, with the same host code: these launch the kernels, and no second library is built.
+    Args:
+        launchers: other sources, with the same host code: these launch the kernels, and no second library is built.
     """
     element = f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}"
     if launchers:

@@ -4,7 +4,6 @@ An update of a layer's output is applied where the layer is called. torch's Mult
 to a function, its TransformerEncoderLayer does so with both linear layers when nobody trains, and Mamba's mixers with
 dt_proj.weight: there the frozen weight is used as it is, and nothing would say so. Source code does.
 """
-
 from __future__ import annotations
 
 import functools

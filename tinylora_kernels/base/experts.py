@@ -9,7 +9,6 @@ and owns nothing; its qualified name is that of the parameter and the expert's n
 Modules are known by what transformers' use_experts_implementation gives them (transformers.integrations.moe), so all
 its mixture models are covered and nothing is imported.
 """
-
 from __future__ import annotations
 
 from typing import TypeGuard, cast

@@ -7,7 +7,6 @@ merging. Everything else (SVD, files, merging, export, per-row adapters) works o
 A new kind of layer is a new row of KINDS. A new way to hold the numbers of a weight goes into weights.py (sharded)
 or quantised.py, which every reader of a weight comes through.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable

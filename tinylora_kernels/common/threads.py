@@ -1,10 +1,10 @@
 """Torch's threads spent on independent pieces of work instead of inside each small product.
 
-A product of a megabyte is too small to split: on 2 cores, factorising 3584 x 3584 with two threads inside each product
-took 1.8 times as long as with one, and two matrices side by side on a thread each 0.6 times. Pieces of one matrix keep
-that gain with one matrix in memory, and what runs on one thread has the same bits whatever the number of threads.
+A product of a megabyte is too small to split: factorising 3584 x 3584 with two threads inside each product took 1.8
+times as long as with one, and two matrices side by side on a thread each 0.6 times (two cores, 5a5a410; in no table).
+Pieces of one matrix keep that gain with one matrix in memory, and what runs on one thread has the same bits whatever
+the number of threads. bench/results/startup.csv has what a whole model takes.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

@@ -3,7 +3,6 @@
 An entry that is missing, damaged, or written by another version is computed again; a disk that cannot be written to
 costs one warning. Writers race safely: an entry appears whole, by a rename.
 """
-
 from __future__ import annotations
 
 import functools

@@ -6,7 +6,6 @@ CPU by a kernel of the library (csrc/cpu/products.inl), until rounding stops it;
 in fp64, refined there, and accepted on their true residual. A block, not a single vector, because equal singular
 values hide from a single one. The first block comes from a few steps on a sample of the rows.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -45,10 +44,11 @@ DEGENERATE_GAP = 1e-6  # closer relative to each other, two singular values have
 class Triplets:
     """Leading singular triplets, largest first.
 
-    left      [b, m] rows u_i, orthonormal, fp64
-    sigma     [b] fp64
-    residual  [b] ||W^T u_i - sigma_i v_i|| / sigma_i
-    resolved  whether the first `rank` are good enough; False: the steps ran out
+    Attributes:
+        left: [b, m] rows u_i, orthonormal, fp64.
+        sigma: [b] fp64.
+        residual: [b] ||W^T u_i - sigma_i v_i|| / sigma_i.
+        resolved: whether the first `rank` are good enough; False: the steps ran out.
     """
 
     left: Tensor
@@ -62,7 +62,8 @@ def leading_triplets(
 ) -> Triplets:
     """Triplets of scale * weight [m, n] on cpu or cuda; the first `rank` good enough unless MAX_STEPS ran out.
 
-    run  maps a function over pieces of the weight, perhaps on several threads.
+    Args:
+        run: maps a function over pieces of the weight, perhaps on several threads.
     """
     block = rank + OVERSAMPLING
     run = run if weight.device.type == "cpu" else serial
@@ -109,9 +110,10 @@ class _Ritz:
     def good_enough(self, rank: int, tol: float, rounding: float, power_step_follows: bool = False) -> bool:
         """Whether the first `rank` are resolved to tol and ANGLE_TOL, or as far as rounding allows.
 
-        power_step_follows: not as they are but after one multiplication of the block by A, as far as can be told. What
-        is wrong with x_i lies along vectors outside the block, of eigenvalues below theta_b, and shrinks to at most
-        theta_b / theta_i of itself.
+        Args:
+            power_step_follows: not as they are but after one multiplication of the block by A, as far as can be told.
+                What is wrong with x_i lies along vectors outside the block, of eigenvalues below theta_b, and shrinks
+                to at most theta_b / theta_i of itself.
 
         Against a spectrum outside the block at relative distance d, a relative residual rho leaves an error rho / d in
         the vector. Against a neighbour inside it at distance g, whose residual is rho', the error is rho rho' / (d g).

@@ -4,7 +4,6 @@ An adapter of a few numbers moves between machines only if both compute the same
 residual (subspace.py), signs are fixed, vectors that no solver can pin down are reported, and everything is cached on
 disk by the weight's content (factor_cache.py).
 """
-
 from __future__ import annotations
 
 import functools
@@ -36,11 +35,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Factors:
     """Truncated SVD W = U S V^T of a weight [out, in].
 
-    basis        [r, out] U^T, contiguous, on the CPU; fp32, or fp64 for an fp64 weight
-    sigma        [r] singular values, falling, dtype of basis
-    degenerate   some of the first r + 1 singular values coincide: U is arbitrary within their span
-    residual     largest ||W^T u - sigma v|| / sigma, before rounding to the dtype of basis
-    fingerprint  weight_fingerprint of the weight, or None where the cache was not used
+    Attributes:
+        basis: [r, out] U^T, contiguous, on the CPU; fp32, or fp64 for an fp64 weight.
+        sigma: [r] singular values, falling, dtype of basis.
+        degenerate: some of the first r + 1 singular values coincide: U is arbitrary within their span.
+        residual: largest ||W^T u - sigma v|| / sigma, before rounding to the dtype of basis.
+        fingerprint: weight_fingerprint of the weight, or None where the cache was not used.
     """
 
     basis: Tensor
@@ -55,17 +55,22 @@ def truncated_svd(
 ) -> Factors:
     """The leading `rank` left singular vectors and values of a weight.
 
-    weight  [out, in], bf16, fp16, fp32 or fp64, any device, any strides; read only, never copied whole unless small.
-    rank    1 <= rank <= min(out, in).
-    name    the module, for messages.
-    cache   read and write the disk cache.
-    tol     residual every triplet must reach; the vectors of separate singular values are then right to about 1e-6.
+    Args:
+        weight: [out, in], bf16, fp16, fp32 or fp64, any device and strides; only read, never copied whole unless small.
+        rank: 1 <= rank <= min(out, in).
+        name: the module, for messages.
+        cache: read and write the disk cache.
+        tol: residual every triplet must reach; the vectors of separate singular values are then right to about 1e-6.
 
     Signs: the largest entry of each u in magnitude is positive. Entries within 0.1% of the largest count as equal and
     the first of them decides, so that rounding cannot choose between two of equal size.
 
-    Raises ValueError, one line naming the module: not 2-D, empty, not floating point, NaN or infinite, rank out of
-    range, or numerical rank below `rank` (saying the usable rank). Warns where singular values coincide.
+    Raises:
+        ValueError: one line naming the module: not 2-D, empty, not floating point, NaN or infinite, rank out of range,
+            or numerical rank below `rank` (saying the usable rank).
+
+    Warns:
+        UserWarning: singular values coincide.
     """
     weight = weight.detach()
     _check(weight, rank, name)
@@ -89,8 +94,9 @@ def factorize_many(
 ) -> Iterator[tuple[str, Factors]]:
     """truncated_svd of many weights, one in memory at a time: yields (name, Factors) in order.
 
-    items     (name, weight) or (name, function that returns the weight); the function is called when its turn comes.
-    progress  show a bar on a terminal once the work has taken a second.
+    Args:
+        items: (name, weight) or (name, function that returns the weight); the function is called when its turn comes.
+        progress: show a bar on a terminal once the work has taken a second.
     """
     items = list(items)
     with tqdm(total=len(items), desc="Factorising", unit="matrix", delay=1, disable=None if progress else True) as bar:

@@ -4,7 +4,6 @@ The file (format.py) holds v, the config, and for each adapted module its name, 
 of the frozen weight and a sketch of its basis.  P comes from its seed and U from the weight again; a basis travels in
 the file only where the weight does not determine it.  Loading checks all of it before it touches the model.
 """
-
 from __future__ import annotations
 
 import dataclasses

@@ -6,7 +6,6 @@ The two factors are exact whatever the SVD's residual; rows and columns beyond r
 go out as PEFT's own LoRA stores them, which few servers load: a convolution's lora_A is a convolution of the same
 kernel and its lora_B one of size 1; an embedding has lora_embedding_A [rank, rows] and lora_embedding_B [out, rank].
 """
-
 from __future__ import annotations
 
 import argparse

@@ -17,7 +17,6 @@ sha256 is the digest of the whole file with its own 64 digits read as zeros, so 
 Nothing in a file is trusted: every length, count, type and key is checked before it is used, nothing is allocated by a
 number that the file merely claims, no name is used as a path, and whatever is wrong is one AdapterError.
 """
-
 from __future__ import annotations
 
 import base64

@@ -3,7 +3,6 @@
 transformers sorts the routed tokens by expert, so that the rows of one expert lie side by side; every expert's update
 is then one call on its rows, in place. All of a stack's updates are one node of the graph, which saves r numbers a row.
 """
-
 from __future__ import annotations
 
 from collections.abc import Mapping

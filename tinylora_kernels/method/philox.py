@@ -27,7 +27,6 @@ Test vectors. Philox4x32-10 (Random123, kat_vectors): counter 0 0 0 0, key 0 0 g
     seed 0, index 0, u 1, r 2                     -0x1.72760ap-3 0x1.aa5564p-1 0x1.c84d3cp-2 0x1.8378b6p-3
     seed 0x0123456789abcdef, index 195, u 1, r 2  0x1.a2f32ap+0 -0x1.538854p-3 0x1.35617p+0 0x1.1f8ba6p-1
 """
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -72,11 +71,16 @@ _TAIL_Q = (
 def philox_projection(seed: int, index: int, u: int, r: int) -> Tensor:
     """The matrices P_1..P_u of one module (paper, section on the update: R = sum_i v_i P_i).
 
-    seed    0 <= seed < 2^64.
-    index   module index in named_modules order, 0 <= index < 2^32.
-    u, r    trained numbers and rank, >= 1.
+    Args:
+        seed: 0 <= seed < 2^64.
+        index: module index in named_modules order, 0 <= index < 2^32.
+        u, r: trained numbers and rank, >= 1.
 
-    Returns [u, r, r] fp32 on the CPU, entries N(0, 1/r). Raises ValueError naming the argument out of range.
+    Returns:
+        [u, r, r] fp32 on the CPU, entries N(0, 1/r).
+
+    Raises:
+        ValueError: it names the argument out of range.
     """
     _check_range("trainable_dim u", u, 1, 2**32)
     _check_range("rank r", r, 1, 2**16)

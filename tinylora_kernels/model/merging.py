@@ -2,7 +2,6 @@
 
 W' = W + U M U^T W is formed in float32 (float64 for float64 weights), one module at a time, and cast once.
 """
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping

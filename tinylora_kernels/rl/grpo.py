@@ -10,7 +10,6 @@ Sources:
              weighted by min(p_train / p_rollout, cap) when rollouts come from other weights, here those of a merge
              rounded to bf16.
 """
-
 from __future__ import annotations
 
 from collections.abc import Iterator

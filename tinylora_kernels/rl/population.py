@@ -1,5 +1,4 @@
 """Training many adapters in one batch, each exactly as if it were alone: a sweep of rates and seeds in a single run."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -1,5 +1,4 @@
 """One step of supervised fine-tuning: the negative log-likelihood of given tokens."""
-
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,4 @@
 """What the GRPO and SFT steps share: the optimizer over the trained numbers, and a step that is all or nothing."""
-
 from __future__ import annotations
 
 from collections.abc import Callable

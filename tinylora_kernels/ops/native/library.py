@@ -110,8 +110,9 @@ def can_multiply(weight: Tensor) -> bool:
 def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """X W^T [p, N] and (X W^T) W [p, D] in fp32, reading W once, on the calling thread and without the GIL.
 
-    rows  W [N, D], as `can_multiply` wants it.
-    x     X fp32 [p, D].
+    Args:
+        rows: W [N, D], as `can_multiply` wants it.
+        x: X fp32 [p, D].
     """
     (count, width), vectors = rows.shape, len(x)
     padded = -(-vectors // PRODUCT_VECTORS) * PRODUCT_VECTORS
