@@ -40,14 +40,12 @@ class Factors:
         sigma: [r] singular values, falling, dtype of basis.
         degenerate: some of the first r + 1 singular values coincide: U is arbitrary within their span.
         residual: largest ||W^T u - sigma v|| / sigma, before rounding to the dtype of basis.
-        fingerprint: weight_fingerprint of the weight, or None where the cache was not used.
     """
 
     basis: Tensor
     sigma: Tensor
     degenerate: bool
     residual: float
-    fingerprint: str | None = None
 
 
 def truncated_svd(
@@ -143,17 +141,16 @@ def _check(weight: Tensor, rank: int, name: str) -> None:
 
 def _cached(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     """From the disk, or computed and put there."""
-    fingerprint = weight_fingerprint(weight)
     precision = 64 if weight.dtype == torch.float64 else 32
-    key = f"{fingerprint}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
-    factors = _load(key, fingerprint, weight, rank)
+    key = f"{weight_fingerprint(weight)}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
+    factors = _load(key, weight, rank)
     if factors is None:
-        factors = _compute(weight, rank, name, tol, fingerprint)
+        factors = _compute(weight, rank, name, tol)
         _store(key, factors)
     return factors
 
 
-def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str | None = None) -> Factors:
+def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()  # fp64 is not everywhere
     largest = _largest_magnitude(weight)
@@ -177,7 +174,6 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str 
         sigma=(sigma[:rank].cpu() / scale).to(dtype),
         degenerate=bool((gaps < DEGENERATE_GAP).any()),
         residual=triplets.residual[:rank].max().item(),
-        fingerprint=fingerprint,
     )
 
 
@@ -232,15 +228,13 @@ def canonical_signs(left: Tensor) -> Tensor:
     return left * torch.where(left.gather(1, deciding) < 0, -1.0, 1.0)
 
 
-def _load(key: str, fingerprint: str, weight: Tensor, rank: int) -> Factors | None:
+def _load(key: str, weight: Tensor, rank: int) -> Factors | None:
     stored = factor_cache.load(key)
     if stored is None or set(stored) != {"basis", "sigma", "degenerate", "residual"}:
         return None
     if stored["basis"].shape != (rank, weight.shape[0]) or stored["sigma"].shape != (rank,):
         return None
-    return Factors(
-        stored["basis"], stored["sigma"], bool(stored["degenerate"]), stored["residual"].item(), fingerprint
-    )
+    return Factors(stored["basis"], stored["sigma"], bool(stored["degenerate"]), stored["residual"].item())
 
 
 def _store(key: str, factors: Factors) -> None:
