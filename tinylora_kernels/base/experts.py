@@ -11,7 +11,7 @@ its mixture models are covered and nothing is imported.
 """
 from __future__ import annotations
 
-from typing import TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +26,14 @@ class StackedExperts(nn.Module):
     is_transposed: bool  # weights are [E, in, out]
     is_concatenated: bool  # rows of gate and of up one after the other, not in turns
     has_post_expert_norm: bool
+
+    if TYPE_CHECKING:  # called by transformers' forward, where there is what they are for
+
+        def _apply_gate(self, y: Tensor) -> Tensor: ...
+
+        def act_fn(self, y: Tensor) -> Tensor: ...
+
+        def post_expert_norm(self, y: Tensor) -> Tensor: ...
 
 
 MARKS = tuple(StackedExperts.__annotations__)

@@ -4,16 +4,7 @@ The kernels use torch's stable ABI, which has no autograd, so that one file of t
 Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
 is compiled where the package is installed from its sources, or by `python -m tinylora_kernels compile`, in half a
 minute. Beside any other torch or Python, and on a GPU, node.py has the same node and plan.py the same plan: the same
-bits, slower.
-
-One token through 40 layers of 576 x 576, microseconds a layer beyond the frozen one's (bench/dispatch.py, 2 threads
-of a Zen 4, fp32 and bf16):
-
-                    forward, no gradients   forward, training   backward
-    in Python                    20    19            33    38     34  25
-    node in C++                  12    12             9    13      0   1
-    node and plan in C++          2    -1             3    -2      9   4
-    noise                         1    -1             3    -4      2  -4
+bits, slower: bench/results/dispatch.csv has what one token costs a layer either way (bench/dispatch.py).
 
 setup.py runs this file without the package, and pip without torch: it imports neither at the top.
 """
@@ -117,6 +108,7 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"{path.name} does not load: {damage}. To change that: {COMMAND}"
     try:
         spec = importlib.util.spec_from_file_location(f"{__package__}._node", path)
+        assert spec is not None and spec.loader is not None  # as of every file with an extension's suffix
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, OSError, RuntimeError) as error:

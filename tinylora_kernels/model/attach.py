@@ -7,7 +7,7 @@ from torch import nn
 
 from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
-from ..base.experts import ExpertSlice
+from ..base.experts import ExpertSlice, StackedExperts
 from ..base.kinds import kind_of
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
@@ -139,7 +139,7 @@ def attach(
 def _replacements(layers: dict[str, TinyLoRALayer]) -> dict[nn.Module, nn.Module]:
     """Frozen module -> what takes its place: its adapted layer, or for experts all the layers of their module."""
     replacement: dict[nn.Module, nn.Module] = {}
-    stacks: dict[nn.Module, dict[str, TinyLoRALayer]] = {}
+    stacks: dict[StackedExperts, dict[str, TinyLoRALayer]] = {}
     for name, layer in layers.items():
         if isinstance(layer.base, ExpertSlice):
             below = ".".join(name.rsplit(".", 2)[1:])

@@ -4,7 +4,7 @@ W' = W + U M U^T W is formed in float32 (float64 for float64 weights), one modul
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -156,7 +156,7 @@ def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]
             continue
         owner, _, own = key.rpartition(".base.")
         wrapper = wrapped.get(owner)
-        if isinstance(wrapper, AdaptedExperts) and own in wrapper._modules:
+        if isinstance(wrapper, AdaptedExperts) and wrapper.layers_of(own):
             yield name, _merged_stack(wrapper, own, tensor)
         elif isinstance(wrapper, TinyLoRALayer) and own == "weight":
             yield name, tensor if is_merged(wrapper) else as_stored(wrapper.base, merged_weight(wrapper))
@@ -166,7 +166,7 @@ def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]
 
 def _merged_stack(experts: AdaptedExperts, stack: str, weight: Tensor) -> Tensor:
     """The stack [E, ...] with the update of every adapted expert; a fresh tensor unless the model is merged."""
-    layers = cast(Mapping[str, TinyLoRALayer], experts._modules[stack]).values()
+    layers = experts.layers_of(stack).values()
     if all(is_merged(layer) for layer in layers):
         return weight
     merged = weight.clone()
