@@ -183,7 +183,8 @@ def _peft_tensors(layer: TinyLoRALayer) -> tuple[Tensor, Tensor, Tensor]:
     if projection.dim() == 2:  # LoRA-XS: one matrix for each number of R
         projection = torch.diag(projection.flatten()).unflatten(1, projection.shape)
     fixed = projection * s / s.unsqueeze(1)
-    return tuple(tensor.float().contiguous().cpu() for tensor in (right, left, fixed))
+    right, left, fixed = (tensor.float().contiguous().cpu() for tensor in (right, left, fixed))
+    return right, left, fixed
 
 
 def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
