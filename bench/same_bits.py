@@ -122,7 +122,7 @@ def rows() -> list[tuple[str, str]]:
     model = adapted("linear", torch.float32)
     trainer = tk.GRPOTrainer(model, group_size=4, lr=0.01)
     ids = torch.randint(0, 40, (8, 9), generator=generator)
-    for step in range(3):
+    for _ in range(3):
         log_probs = tk.token_log_probs(model(ids)[:, :-1], ids[:, 1:])
         trainer.training_step(log_probs, log_probs.detach(), torch.arange(8.0) % 3)
     found.append(("GRPO", digest(*tk.trainable_vectors(model))))

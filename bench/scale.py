@@ -7,7 +7,6 @@ Bytes and operations are counted by the formulae, which tests/bench/test_scale.p
 collectives and measured factorisations of small models. A time is a count over a datasheet's bandwidth: a floor,
 labelled so. No GPU was timed.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -43,8 +42,11 @@ BF16_FLOPS, MEMORY, NVLINK, NETWORK = 989e12, 3.35e12, 450e9, 50e9
 class Matrix:
     """One kind of adapted weight.
 
-    count: how many of it; used: how many of them a token passes through (fewer where experts are chosen); column: split
-    over its output features in tensor parallelism, else over its inputs; expert: on one device whole, never split.
+    Attributes:
+        count: how many of it.
+        used: how many of them a token passes through; fewer where experts are chosen.
+        column: split over its output features in tensor parallelism, else over its inputs.
+        expert: on one device whole, never split.
     """
 
     out: int
@@ -174,7 +176,10 @@ def decode_step(model: Decoder, sequences: int) -> Step:
 class Work:
     """Products of factorisations of one shape, by dtype; one with a sample of W's rows counts as that share of one.
 
-    rows: vectors multiplied by W and W^T; passes: over W; seconds: of CPU.
+    Attributes:
+        rows: vectors multiplied by W and W^T.
+        passes: over W.
+        seconds: of CPU.
     """
 
     rows: dict[torch.dtype, float]
@@ -258,12 +263,12 @@ class Solver:
             for key in ("passes", "rows", "gflops")
         )
         shape = int(row["out"]), int(row["in"])
-        products = sum(operations(shape, vectors) / (1e9 * rate) for vectors, rate in zip(rows, gflops))
+        products = sum(operations(shape, vectors) / (1e9 * rate) for vectors, rate in zip(rows, gflops, strict=True))
         overhead = (float(row["cpu_s"]) - products) / sum(shape)
         return Solver(passes, rows, tuple(1e9 * rate for rate in gflops), overhead)
 
     def cpu_seconds(self, shape: tuple[int, int]) -> float:
-        products = sum(operations(shape, rows) / rate for rows, rate in zip(self.rows, self.rate))
+        products = sum(operations(shape, rows) / rate for rows, rate in zip(self.rows, self.rate, strict=True))
         return products + self.overhead * sum(shape)
 
     def gpu_bytes(self, entries: int) -> float:

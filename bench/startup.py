@@ -9,7 +9,6 @@ where they end. They begin 1, 0.87, 0.80; a sample of SmolLM2-135M's projections
 28 layers have the same shapes; a full decomposition of [m, n], m >= n, costs 4 m n^2 + 22 n^3 operations (QR, SVD of
 the triangle, product of the two; Golub and Van Loan, section 8.6); a matrix and its transpose cost the same.
 """
-
 from __future__ import annotations
 
 import argparse

@@ -18,7 +18,6 @@ what the same run alone, on the same replies, ends away from itself when it star
 zero (column `sensitivity`, measured where it matters). At rates that are too high a run amplifies any rounding without
 bound.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -191,7 +190,7 @@ def result_rows(
     """A row for each run; the times of the whole sweep stand in every row."""
     runs, held_out, temperature = together.runs, task_.held_out[: sweep.held_out], sweep.settings.temperature
     greedy_base, _ = base_scores(base, held_out, task_, temperature)
-    ratios = [sum(alone) / joint for alone, joint in zip(outcome.alone_seconds, outcome.together_seconds)]
+    ratios = [sum(alone) / joint for alone, joint in zip(outcome.alone_seconds, outcome.together_seconds, strict=True)]
     p20, p50, p80 = (quantile(ratios, q) for q in (0.2, 0.5, 0.8))
     print(
         f"{len(runs)} runs of {sweep.settings.steps} steps: {sum(outcome.together_seconds):.1f} s together, "
@@ -233,13 +232,13 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
     figure, axes = pyplot.subplots(
         len(models), 2, figsize=(9, 3.4 * len(models)), squeeze=False, width_ratios=(2, 1), layout="constrained"
     )
-    for (left, right), model in zip(axes, models):
+    for (left, right), model in zip(axes, models, strict=True):
         own = [row for row in rows if row["model"] == model]
         rates = sorted({float(row["lr"]) for row in own})
         scores = [[100 * float(row["greedy"]) for row in own if float(row["lr"]) == rate] for rate in rates]
         left.fill_between(rates, list(map(min, scores)), list(map(max, scores)), alpha=0.2, label="all seeds")
         left.plot(rates, list(map(statistics.mean, scores)), marker="o", label="mean")
-        for rate, values in zip(rates, scores):
+        for rate, values in zip(rates, scores, strict=True):
             left.plot([rate] * len(values), values, ".", color="0.3", ms=4)
         left.axhline(100 * float(own[0]["greedy_base"]), color="0.4", ls=":", label="base model")
         left.set(xscale="log", xlabel="learning rate", ylabel="greedy accuracy, %", ylim=(0, 101))

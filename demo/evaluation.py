@@ -1,5 +1,4 @@
 """Accuracy, its confidence interval, and whether two accuracies differ."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -65,7 +64,7 @@ def evaluate(
 
 
 def _score(problems: Sequence[Problem], replies: Sequence[str]) -> Score:
-    return Score(tuple(problem.score(reply) >= 1.0 for problem, reply in zip(problems, replies)))
+    return Score(tuple(problem.score(reply) >= 1.0 for problem, reply in zip(problems, replies, strict=True)))
 
 
 def wilson_interval(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
@@ -85,8 +84,8 @@ def mcnemar_p(a: Score, b: Score) -> float:
     """
     if len(a.correct) != len(b.correct):
         raise ValueError(f"scores: expected the same problems, found {len(a.correct)} and {len(b.correct)}")
-    only_a = sum(x and not y for x, y in zip(a.correct, b.correct))
-    only_b = sum(y and not x for x, y in zip(a.correct, b.correct))
+    only_a = sum(x and not y for x, y in zip(a.correct, b.correct, strict=True))
+    only_b = sum(y and not x for x, y in zip(a.correct, b.correct, strict=True))
     n = only_a + only_b
     tail = sum(comb(n, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)

@@ -1,5 +1,4 @@
 """The rows of the demo's table: the base model, trained adapters, and the two controls."""
-
 from __future__ import annotations
 
 import json

@@ -8,7 +8,6 @@ place of 3,700.
 
 Prompts may run different adapters of a bank: then the common beginning is computed once for each adapter.
 """
-
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,4 @@
 """The demo's language models: a real one out of a PyPI package, any local transformers directory, the tiny decoder."""
-
 from __future__ import annotations
 
 import importlib.util
@@ -56,7 +55,7 @@ class LanguageModel:
 
     def decode_all(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Tokens and mask [B, T] -> B texts."""
-        return [self.decode(row[keep].tolist()) for row, keep in zip(tokens, mask)]
+        return [self.decode(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)]
 
 
 def load_model(name: str) -> LanguageModel:

@@ -4,7 +4,6 @@ The corpus is sums of 2 to 8 digits modulo 10, every written result true, by thr
 each running sum a 5% chance of jumping to the result), 66% hasty (75%) and 6% verbose (another notation). About seven
 minutes on two cores; the loss is the plain likelihood of the replies.
 """
-
 from __future__ import annotations
 
 import argparse

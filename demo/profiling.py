@@ -1,5 +1,4 @@
 """Where one training step spends its time: our kernels, the frozen model's matrix products, the rest."""
-
 from __future__ import annotations
 
 import time

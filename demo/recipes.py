@@ -1,5 +1,4 @@
 """What the demo runs unless told otherwise: one recipe for real models, one for the tiny decoder."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,4 @@
 """What the demo says when it is done: a table within 100 columns, verdicts, a plot, and the same as JSON."""
-
 from __future__ import annotations
 
 import json
@@ -86,7 +85,7 @@ def verdict(trained: Evaluation, control: Evaluation, name: str) -> str:
 
 def fresh_process(adapter: Path, trained: Evaluation, found: dict) -> str:
     """Whether the file gives another process the same answers."""
-    same = sum(a == b for a, b in zip(trained.replies, found["replies"]))
+    same = sum(a == b for a, b in zip(trained.replies, found["replies"], strict=True))
     return (
         f"{adapter} ({adapter.stat().st_size:,} bytes) in a fresh process: greedy {100 * found['greedy']:.1f}%, "
         f"sampled {100 * found['sampled']:.1f}%;\n  {same} of {len(trained.replies)} greedy replies are identical"

@@ -1,5 +1,4 @@
 """The demo: train a frozen language model by a handful of numbers, beside two controls, and print what happened."""
-
 from __future__ import annotations
 
 import argparse

@@ -3,7 +3,6 @@
 Prints one line of JSON: greedy and sampled accuracy and the greedy replies. The demo runs it in a fresh process to show
 that the file alone carries what was trained.
 """
-
 from __future__ import annotations
 
 import argparse

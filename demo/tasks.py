@@ -4,7 +4,6 @@ A task yields a held-out set and training problems that share no prompt with it.
 reward needs no judge. ``task(name)`` knows the generators below and, where reasoning-gym is installed,
 "reasoning_gym:<dataset>" for each of its datasets.
 """
-
 from __future__ import annotations
 
 import ast

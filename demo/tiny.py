@@ -7,7 +7,6 @@ answers are right: what reinforcement learning has to find is a habit, not an ab
 
 The module takes the keyword arguments of a transformers causal language model and needs none of transformers.
 """
-
 from __future__ import annotations
 
 import math
@@ -57,7 +56,7 @@ class KeyValueCache:
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Append [B, heads, T, head dim] to a layer; returns everything it holds."""
         if layer in self.layers:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (keys, values)))
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (keys, values), strict=True))
         self.layers[layer] = keys, values
         return keys, values
 

@@ -1,5 +1,4 @@
 """The demo's training loop: sample, check, score, one GRPO step."""
-
 from __future__ import annotations
 
 import time
@@ -54,7 +53,8 @@ class Run:
 
     def __init__(self, model: LanguageModel, task: Task, settings: Settings):
         if settings.prompts % workers.count():
-            raise ValueError(f"prompts: expected a multiple of the {workers.count()} processes, found {settings.prompts}")
+            count = workers.count()
+            raise ValueError(f"prompts: expected a multiple of the {count} processes, found {settings.prompts}")
         self.model, self.task, self.settings = model, task, settings
         self.trainer = GRPOTrainer(
             model.module, group_size=settings.samples, lr=settings.lr, betas=(0.9, 0.95), max_grad_norm=1.0

@@ -1,5 +1,4 @@
 """The demo under torchrun: every process samples and learns from its share of the prompts, one adapter for all."""
-
 from __future__ import annotations
 
 import os

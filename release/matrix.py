@@ -183,7 +183,7 @@ def table(rows: list[dict]) -> str:
         lines.append([*key, next(iter(group.values())).get("cuda_libraries", ""), *words])
         notes += [f"{key[0]}, torch {key[1]}, {n}: {r['result']}" for n, r in group.items() if r["result"] != "ok"]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, *notes])
 
 

@@ -42,7 +42,8 @@ def check_update(backend: str) -> float:
     for dtype, tolerance in TOLERANCE.items():
         exact = forward_and_backward(dtype, torch.float64, "reference")
         found = forward_and_backward(dtype, dtype, backend)
-        errors[dtype] = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact))
+        pairs = zip(found, exact, strict=True)
+        errors[dtype] = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
         assert errors[dtype] <= tolerance, f"{dtype}: error {errors[dtype]:.1e}, expected at most {tolerance:.0e}"
     return errors[torch.float32]
 

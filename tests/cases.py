@@ -167,7 +167,7 @@ def exact(inputs: Inputs) -> Outputs:
 
 
 class _Chain:
-    """The plain PyTorch low-rank chain in the activation dtype: what a user would write, the yardstick of the budget."""
+    """The plain PyTorch low-rank chain in the activation dtype, as a user would write it: the budget's yardstick."""
 
     @staticmethod
     def _mixing(inputs_v, projection, ids, rows):

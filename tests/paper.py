@@ -28,7 +28,7 @@ def paper_weight(layer: TinyLoRALayer, v: Tensor) -> Tensor:
     columns = layer.singular_basis().double().split(parts, dim=1)  # each [r, part]
     sigmas = layer.sigma.double().view(len(parts), -1)  # [parts, r]
     updated = []
-    for part, (W, U, sigma) in enumerate(zip(weight.split(parts), columns, sigmas)):
+    for part, (W, U, sigma) in enumerate(zip(weight.split(parts), columns, sigmas, strict=True)):
         P = philox_projection(layer.config.seed, layer.projection_index + part, len(v), len(sigma)).double()
         R = torch.einsum("i,ijk->jk", v, P)
         if kind_of(layer.base).lookup:

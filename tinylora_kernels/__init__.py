@@ -5,8 +5,9 @@
 """
 from . import functional
 from .bank.bank import AdapterBank
-from .files.adapter import AdapterError, load_adapter, save_adapter
+from .files.adapter import load_adapter, save_adapter
 from .files.export import export_lora
+from .files.format import AdapterError
 from .files.inspect import inspect_adapter
 from .layers.layer import TinyLoRALayer
 from .method.config import LoRAXSConfig, TinyLoRAConfig

@@ -7,7 +7,7 @@ import sys
 # command -> (module with main(argv) -> exit status, one line of help)
 COMMANDS = {
     "info": ("tinylora_kernels.diagnostics", "what is installed, which backends run here, and why others do not"),
-    "compile": ("tinylora_kernels.linear.build", "the C++ autograd node of linear layers, for the torch installed here"),
+    "compile": ("tinylora_kernels.linear.build", "the C++ autograd node of linear layers, for this torch and Python"),
     "inspect": ("tinylora_kernels.files.inspect", "what an adapter file holds"),
     "export": ("tinylora_kernels.files.export", "an adapter file as a standard LoRA directory"),
 }

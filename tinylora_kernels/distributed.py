@@ -10,11 +10,13 @@ import heapq
 import os
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .base.attributes import weight_of
 from .base.kinds import weight_matrix
 from .base.weights import is_sharded
 from .common.atomic import write_atomically
@@ -73,7 +75,7 @@ class _GradientMean:
         for v in self.vectors:
             if v.grad is None:  # used on other ranks, perhaps
                 v.grad = torch.zeros_like(v)
-        gradients = [v.grad for v in self.vectors]
+        gradients = [cast(Tensor, v.grad) for v in self.vectors]
         flat = _flatten(gradients)
         dist.all_reduce(flat, group=self.group)
         _spread(flat / dist.get_world_size(self.group), gradients)
@@ -85,7 +87,7 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -110,12 +112,12 @@ def factorize_shared(
     bases = {name: base_module(model, name) for name in target_names(model, config.target_modules)}
     parts = fused_parts(config, bases)
     me = dist.get_rank(group)
-    shares = deal({name: base.weight.numel() for name, base in bases.items()}, dist.get_world_size(group))
+    shares = deal({name: weight_of(base).numel() for name, base in bases.items()}, dist.get_world_size(group))
     found, failed = {}, {}
     for turn in zip_longest(*shares):  # one matrix for each rank
         mine = None
         for owner, name in enumerate(turn):
-            if name is not None and (owner == me or is_sharded(bases[name].weight)):
+            if name is not None and (owner == me or is_sharded(weight_of(bases[name]))):
                 matrix = weight_matrix(bases[name])  # of a sharded weight: all ranks take part
                 if owner == me:
                     mine = matrix
@@ -148,7 +150,7 @@ def deal(sizes: dict[str, int], hands: int) -> list[list[str]]:
 
 
 def save_adapter_once(
-    model: nn.Module, path: str | os.PathLike, include_basis: bool = False, group: Group = None
+    model: nn.Module, path: str | os.PathLike[str], include_basis: bool = False, group: Group = None
 ) -> None:
     """save_adapter for a model on many ranks: all take part, since sharded weights are gathered for their fingerprints,
     and the group's first rank writes. Returns, or raises what the writing raised, on all ranks together.

@@ -112,13 +112,13 @@ def measure(case: Case, count: int, *, seconds: float) -> list[dict]:
     opened = interleave({BANK: lambda: opening(bank, slots)}, BANK, seconds=0.1)[BANK][OPENING]
     rows = [
         {"contender": name, "phase": phase, "rounds": s.rounds}
-        | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)))
+        | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80), strict=True))
         for name, phases in timed.items()
         for phase, s in phases.items()
     ]
     rows.append(
         {"contender": BANK, "phase": OPENING, "rounds": opened.rounds}
-        | dict(zip(QUANTILES, (opened.p20, opened.p50, opened.p80, None, None, None)))
+        | dict(zip(QUANTILES, (opened.p20, opened.p50, opened.p80, None, None, None), strict=True))
     )
     common = {
         "workload": "layer", "layer": str(case.shape), "rows": case.tokens, "adapters": count, "dtype": case.dtype_name
@@ -161,7 +161,7 @@ def separate(problem: Problem, vectors: Tensor, ids: Tensor) -> Contender:
 
     def forward(x: Tensor) -> Tensor:
         out = x.new_empty(len(x), problem.case.shape.out_features)
-        for own, rows in zip(layers, groups):
+        for own, rows in zip(layers, groups, strict=True):
             out[rows] = own(x[rows])
         return out
 
@@ -183,14 +183,14 @@ def peft_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor
         for name in names[1:]:
             model.add_adapter(name, config)
     module = model.base_model.model.linear
-    for name, v in zip(names, vectors):
+    for name, v in zip(names, vectors, strict=True):
         module.tinylora_P[name].copy_(problem.fixed)
         module.tinylora_v[name]["0"].data.copy_(v)
     groups = [(ids == k).nonzero().squeeze(1) for k in range(len(vectors))]
 
     def forward(x: Tensor) -> Tensor:
         out = x.new_empty(len(x), problem.case.shape.out_features)
-        for name, rows in zip(names, groups):
+        for name, rows in zip(names, groups, strict=True):
             module.set_adapter(name)
             out[rows] = module(x[rows])
         return out
@@ -201,7 +201,8 @@ def peft_run(problem: Problem, vectors: Tensor, ids: Tensor) -> Callable[[Tensor
 def generation(*, blocks: int, rounds: int) -> list[dict]:
     """Tokens a second of `generate` with 64 sequences under one adapter and under 64, SmolLM2's architecture.
 
-    blocks: of its 30.
+    Args:
+        blocks: of its 30.
     """
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -232,7 +233,7 @@ def generation(*, blocks: int, rounds: int) -> list[dict]:
                 "contender": name, "phase": GENERATE, "rounds": s.rounds,
                 "tokens_per_s": SEQUENCES * GENERATED / (s.p50 * 1e-6),
             }
-            | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)))
+            | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80), strict=True))
             for name, phases in times.items()
             for s in phases.values()
         ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 Parts are differences of nested calls. On no rows at all nothing but overhead is left, so that
 
-    kernel        op(N rows) - op(0 rows)                   the update of y, dx or g, or the term that y or dx starts from,
-                                                            called again and again
+    kernel        op(N rows) - op(0 rows)                   the update of y, dx or g, or the term that y or dx
+                                                            starts from, called again and again
     after product op(N rows) straight after a product - the same  where it stands in a model: code and data are cold
     dispatch      op(0 rows)                                torch's dispatcher, checks, M and dv, result tensors
     autograd      apply(0 rows) - linear(0 rows) - op(0)    our node instead of torch's own, both ways

@@ -78,7 +78,7 @@ def measure(case: Case, device: str, *, compiled: bool, seconds: float) -> list[
     return [
         {"contender": name, "rounds": s.rounds}
         | {f"error_{key}": value for key, value in errors[name].items()}
-        | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)))
+        | dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80), strict=True))
         for name, phases in times.items()
         for s in phases.values()
     ]

@@ -98,7 +98,8 @@ def measure(
     for name, phases in interleave(steps, FROZEN, seconds=seconds, most=most_rounds).items():
         for phase, s in phases.items():
             quantiles = (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)
-            times.append({"contender": name, "phase": phase, "rounds": s.rounds} | dict(zip(QUANTILES, quantiles)))
+            measured = dict(zip(QUANTILES, quantiles, strict=True))
+            times.append({"contender": name, "phase": phase, "rounds": s.rounds} | measured)
     return times, weights
 
 
@@ -122,6 +123,7 @@ def training_step(contender: Contender, problem: Problem) -> Callable[[], dict[s
                 begun = clock()
                 y = forward(x)
                 phases["inference"] = clock() - begun
+                del y
         return phases
 
     return step

@@ -21,10 +21,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces eve
 class Memory:
     """Bytes of one forward and backward.
 
-    saved         kept between forward and backward, weights and buffers apart; an input kept alive counts
-    peak          most memory held above the start of the step, y and dx included (torch's allocator)
-    written       by the ops of forward and backward, in place or into fresh tensors; None under torch.compile, whose
-                  generated kernels are out of sight
+    Attributes:
+        saved: kept between forward and backward, weights and buffers apart; an input kept alive counts.
+        peak: most memory held above the start of the step, y and dx included (torch's allocator).
+        written: by the ops of forward and backward, in place or into fresh tensors; None under torch.compile, whose
+            generated kernels are out of sight.
     """
 
     saved: int
@@ -94,10 +95,10 @@ class _WriteCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty):
             return result  # memory that nothing is written to yet
-        arguments = {spec.name: value for spec, value in zip(func._schema.arguments, args)} | kwargs
-        written = [
-            arguments.get(spec.name) for spec in func._schema.arguments if spec.alias_info and spec.alias_info.is_write
-        ]
+        specs = func._schema.arguments
+        named = zip(specs, args, strict=False)  # the rest is in kwargs, or left to its default
+        arguments = {spec.name: value for spec, value in named} | kwargs
+        written = [arguments.get(spec.name) for spec in specs if spec.alias_info and spec.alias_info.is_write]
         results = result if isinstance(result, (tuple, list)) else [result]
         held = {value.untyped_storage().data_ptr() for value in arguments.values() if isinstance(value, Tensor)}
         written += [r for r in results if isinstance(r, Tensor) and r.untyped_storage().data_ptr() not in held]

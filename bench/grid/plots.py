@@ -25,7 +25,7 @@ def _ratios(times: list[dict], path: Path) -> None:
     """Forward + backward: geometric mean of each contender against tokens; our single layers as dots."""
     cases = by_case(times, "both")
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for axis, dtype in zip(axes, ("fp32", "bf16")):
+    for axis, dtype in zip(axes, ("fp32", "bf16"), strict=True):
         for color, name in enumerate(NAMES[2:]):
             points = []
             for tokens in TOKENS:
@@ -36,7 +36,7 @@ def _ratios(times: list[dict], path: Path) -> None:
                     axis.scatter([tokens] * len(found), found, s=10, color="black", alpha=0.35, linewidths=0)
             if points:
                 style = {"color": "black", "lw": 2.5} if name == OURS else {"color": f"C{color}", "lw": 1.2, "ls": "--"}
-                axis.plot(*zip(*points), marker="o", ms=4, label=name, **style)
+                axis.plot(*zip(*points, strict=True), marker="o", ms=4, label=name, **style)
                 axis.legend(fontsize=8)
         axis.axhline(1, color="grey", lw=0.8)
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="tokens", xticks=TOKENS, xticklabels=TOKENS)
@@ -52,7 +52,7 @@ def _ratios(times: list[dict], path: Path) -> None:
 def _roofline(times: list[dict], path: Path) -> None:
     """Time our update adds to a layer, against one read and one write of y at stream bandwidth."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for axis, phase in zip(axes, ("forward", "backward")):
+    for axis, phase in zip(axes, ("forward", "backward"), strict=True):
         lowest, highest = float("inf"), 0.0
         for marker, dtype in (("o", "fp32"), ("s", "bf16")):
             points = []
@@ -62,7 +62,7 @@ def _roofline(times: list[dict], path: Path) -> None:
                     added = (ratio(mine) - 1) * float(frozen["p50_us"])
                     points.append((float(mine["limit_us"]), max(added, 0.1), int(key[2])))
             if points:
-                limits, added, tokens = zip(*points)
+                limits, added, tokens = zip(*points, strict=True)
                 lowest, highest = min(lowest, *limits), max(highest, *limits)
                 dots = axis.scatter(
                     limits, added, c=tokens, cmap="viridis", norm=LogNorm(TOKENS[0], TOKENS[-1]),
@@ -84,7 +84,7 @@ def write_adapters(rows: list[dict], out: Path) -> None:
     """K adapters in a batch over one adapter: the bank and its alternatives, a line for each layer and batch."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     cases = sorted({(row["layer"], int(row["rows"])) for row in rows if row["workload"] == "layer"})
-    for axis, dtype in zip(axes, ("fp32", "bf16")):
+    for axis, dtype in zip(axes, ("fp32", "bf16"), strict=True):
         for contender, color in ((PEFT, "C1"), (SEPARATE, "C0"), (BANK, "black")):
             for layer, count in cases:
                 found = [
@@ -95,7 +95,7 @@ def write_adapters(rows: list[dict], out: Path) -> None:
                 ]
                 label = contender if (layer, count) == cases[0] else None
                 if found:
-                    axis.plot(*zip(*found), marker="o", ms=3, lw=1, color=color, alpha=0.8, label=label)
+                    axis.plot(*zip(*found, strict=True), marker="o", ms=3, lw=1, color=color, alpha=0.8, label=label)
         axis.axhline(TARGET, color="red", lw=0.8, ls=":", label=f"target {TARGET:g}")
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="adapters in the batch", xticks=COUNTS)
         axis.set_xticklabels(COUNTS)

@@ -1,4 +1,7 @@
-"""CSV files that a run appends to, case by case, so that it can be stopped and taken up again; compressed where so named."""
+"""CSV files that a run appends to, case by case, so that it can be stopped and taken up again.
+
+Compressed where the name says so.
+"""
 from __future__ import annotations
 
 import csv

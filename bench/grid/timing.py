@@ -128,7 +128,7 @@ def interleave(
 
 
 def _summary(values: list[float], reference: list[float]) -> Summary:
-    ratios = [value / unit for value, unit in zip(values, reference)]
+    ratios = [value / unit for value, unit in zip(values, reference, strict=True)]
     quantiles = [quantile(values, q) * 1e6 for q in (0.2, 0.5, 0.8)] + [quantile(ratios, q) for q in (0.2, 0.5, 0.8)]
     return Summary(len(values), *quantiles)
 

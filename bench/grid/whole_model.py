@@ -271,5 +271,5 @@ def target_names_of(variants: list[Variant]) -> list[str]:
 
 
 def _row(workload: str, contender: str, phase: str, s) -> dict:
-    quantiles = dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80)))
+    quantiles = dict(zip(QUANTILES, (s.p20, s.p50, s.p80, s.ratio_p20, s.ratio_p50, s.ratio_p80), strict=True))
     return {"workload": workload, "contender": contender, "phase": phase, "rounds": s.rounds} | quantiles

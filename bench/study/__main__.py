@@ -1,5 +1,4 @@
 """python -m bench.study: run what is missing, then tables and figures (make study)."""
-
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,4 @@
 """What supervised fine-tuning imitates: the base model's own correct replies, or correct replies in a foreign style."""
-
 from __future__ import annotations
 
 import random

@@ -1,5 +1,4 @@
 """What is run: every method, objective, learning rate and seed of a study."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,5 +1,4 @@
 """The study's pictures, drawn from its rows."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ MARKERS = {TINYLORA: "o", LORA_XS: "s", LORA: "^", FULL: "D"}
 def curve(rows: Sequence[dict], of: set[str], model: str, path: Path) -> None:
     """Accuracy against trained numbers, greedy and sampled; ``of``: the methods on the curve."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for axis, metric in zip(axes, METRICS):
+    for axis, metric in zip(axes, METRICS, strict=True):
         found = [result for result in results(rows, metric) if result.method in of]
         for objective in OBJECTIVES:
             own = sorted((r for r in found if r.objective == objective), key=lambda r: r.numbers)
@@ -67,7 +66,7 @@ def ablations(rows: Sequence[dict], path: Path) -> None:
     axes[1].set(xlabel="42 numbers: groups x u")
     axes[2].set(xlabel="14 numbers, 7 groups")
     sampled = {r.method: r for r in results(rows, SAMPLED) if r.objective == "grpo"}
-    for storage, color in zip(STORAGES, ("C0", "C1", "C4")):
+    for storage, color in zip(STORAGES, ("C0", "C1", "C4"), strict=True):
         own = [sampled[m.label] for m in STORAGE if m.storage == storage]
         axes[3].plot([r.bytes for r in own], [100 * r.mean for r in own], color=color, lw=1, label=storage)
         for result in own:
@@ -82,10 +81,9 @@ def ablations(rows: Sequence[dict], path: Path) -> None:
 def rollout_sources(rows: Sequence[dict], path: Path) -> None:
     """Sampled accuracy of the exact and of the merged model against the rate, for every source of rollouts."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    for axis, column, title in zip(
-        axes, ("test_sampled", "test_merged_sampled"), ("served exactly", "served from merged bfloat16 weights")
-    ):
-        for source, color, marker in zip(SOURCES, ("C0", "C3", "C1", "C2"), "osv^"):
+    panels = {"test_sampled": "served exactly", "test_merged_sampled": "served from merged bfloat16 weights"}
+    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        for source, color, marker in zip(SOURCES, ("C0", "C3", "C1", "C2"), "osv^", strict=True):
             own = [row for row in rows if row["rollouts"] == source]
             rates = sorted({float(row["lr"]) for row in own})
             scores = [[100 * float(row[column]) for row in own if float(row["lr"]) == rate] for rate in rates]
@@ -104,7 +102,7 @@ def rounding(rows: Sequence[dict], trained: dict[str, Iterable[float]], path: Pa
     figure, axes = pyplot.subplots(
         1, len(models), figsize=(5 * len(models), 3.6), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, model in zip(axes[0], models):
+    for axis, model in zip(axes[0], models, strict=True):
         for dtype, color in (("bfloat16", "C3"), ("float16", "C0")):
             own = [row for row in rows if row["model"] == model and row["dtype"] == dtype]
             sizes = sorted({float(row["size"]) for row in own})

@@ -1,5 +1,4 @@
 """What is trained: TinyLoRA, LoRA-XS, LoRA through PEFT, or every weight."""
-
 from __future__ import annotations
 
 import copy
@@ -128,7 +127,8 @@ class Alone:
 
     def norm(self, run: Run) -> float:
         """How far the trained numbers are from where they started."""
-        moved = [(p.detach() - start).double().square().sum() for p, start in zip(self.trained, self.start)]
+        pairs = zip(self.trained, self.start, strict=True)
+        moved = [(p.detach() - start).double().square().sum() for p, start in pairs]
         return torch.stack(moved).sum().sqrt().item()
 
 

@@ -7,7 +7,6 @@ The trainer runs a bfloat16 model with the update in float32 beside it. Its roll
     merged, TIS   the same, the gradient weighted by min(p_train / p_rollout, cap) (GRPOTrainer's rollout_log_probs)
     LoRA export   the update as export_lora writes it, loaded by PEFT: beside the weights again, all of it
 """
-
 from __future__ import annotations
 
 import contextlib
@@ -62,7 +61,7 @@ class RolloutRun:
         """The columns that are known before it has run, as they stand in the file."""
         settings = self.design.settings
         values = (self.source, f"{self.rate:.5g}", self.seed, settings.steps, settings.samples)
-        return dict(zip(KEY, map(str, values)))
+        return dict(zip(KEY, map(str, values), strict=True))
 
 
 def run(design: Design, path: Path, processes: int) -> list[dict]:

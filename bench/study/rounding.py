@@ -1,5 +1,4 @@
 """How much of an update survives being merged into rounded weights, against the size of v."""
-
 from __future__ import annotations
 
 import copy

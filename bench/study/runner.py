@@ -1,5 +1,4 @@
 """Units of work over processes; every run becomes a row as it finishes, and rows that are there are not run again."""
-
 from __future__ import annotations
 
 import functools

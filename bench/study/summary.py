@@ -1,5 +1,4 @@
 """From rows to results: the best learning rate of each arm, its mean and spread over seeds, and the table of both."""
-
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence

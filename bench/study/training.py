@@ -1,5 +1,4 @@
 """One step of GRPO or SFT for all runs that share a batch, and their held-out scores."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -64,7 +63,7 @@ class GRPO:
             self.task.max_new_tokens, uniform=uniform, adapters=learners.assignment(self._owners(self.runs)),
         )  # fmt: skip
         batch = Batch(self.runs, problems, found, score_replies(model, problems, found))
-        for run, reward in zip(self.runs, batch.rewards.view(len(self.runs), -1).mean(dim=1).tolist()):
+        for run, reward in zip(self.runs, batch.rewards.view(len(self.runs), -1).mean(dim=1).tolist(), strict=True):
             run.rewards.append(reward)
         return batch
 

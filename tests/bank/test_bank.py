@@ -1,4 +1,4 @@
-"""Many adapters in one batch: each row exactly as it would be alone, forward and gradient, whatever other threads do."""
+"""Many adapters in one batch: each row as it would be alone, forward and gradient, whatever other threads do."""
 import contextlib
 import copy
 import gc
@@ -45,7 +45,7 @@ def filled_bank(model, count=6, capacity=8, **options):
 def alone(model, vectors, tokens):
     """The model with its own vectors set to one adapter's."""
     with torch.no_grad():
-        for v, value in zip(trainable_vectors(model), vectors):
+        for v, value in zip(trainable_vectors(model), vectors, strict=True):
             v.copy_(value)
         out = model(tokens)
         for v in trainable_vectors(model):
@@ -100,10 +100,10 @@ def test_gradients_are_those_of_each_adapter_alone(recompute):
             continue
         twin = copy.deepcopy(model)
         with torch.no_grad():
-            for v, number in zip(trainable_vectors(twin), value):
+            for v, number in zip(trainable_vectors(twin), value, strict=True):
                 v.copy_(number)
         twin(tokens[rows]).square().sum().backward()
-        for table, v in zip(bank.parameters(), trainable_vectors(twin)):
+        for table, v in zip(bank.parameters(), trainable_vectors(twin), strict=True):
             assert error(table.grad[slot], v.grad) < 1e-5
     assert all(v.grad is None for v in trainable_vectors(model))
 
@@ -188,7 +188,7 @@ def test_a_block_is_planned_at_its_second_call_and_no_other_runs_by_its_plan(pla
                 assert torch.equal(model(tokens), found[tuple(batch)])
             assert planned(model) == layers
     with bank.use(["a0", "a1"]):
-        for repeat in range(3):
+        for _ in range(3):
             tables = list(bank.tables.values())
             out = model(tokens)
             torch.testing.assert_close(out.detach(), found["a0", "a1"])
@@ -259,7 +259,7 @@ def filled_with_seeds(model, seeds, **options):
 
 def with_vectors(model, vectors):
     with torch.no_grad():
-        for v, value in zip(trainable_vectors(model), vectors):
+        for v, value in zip(trainable_vectors(model), vectors, strict=True):
             v.copy_(value)
     return model
 
@@ -298,7 +298,7 @@ def test_gradients_of_adapters_of_different_seeds(recompute):
     for name, rows in (("s0", [1]), ("s5", [0, 3])):
         twin = with_vectors(adapted(seed=bank.seed(name)), vectors[name])
         twin(tokens[rows]).square().sum().backward()
-        for table, v in zip(bank.parameters(), trainable_vectors(twin)):
+        for table, v in zip(bank.parameters(), trainable_vectors(twin), strict=True):
             assert error(table.grad[bank.slot(name)], v.grad) < 1e-5
 
 

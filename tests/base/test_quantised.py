@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_model(quantised):
     name, model = quantised
     expected = run(adapt(dequantised(model)))
     bare = dequantised(model)(TOKENS).detach()
-    for found, reference in zip(run(adapt(model)), expected):
+    for found, reference in zip(run(adapt(model)), expected, strict=True):
         assert error(found, reference) < (0.03 if name in ROUNDS_ACTIVATIONS else 1e-5)
     assert error(bare, expected[0]) > 0.1  # the update is far above what is tolerated
 
@@ -66,7 +66,7 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_model(quantised):
 def test_bfloat16_activations(name):
     model = FORMATS[name](decoder(torch.bfloat16))
     expected = run(adapt(dequantised(model).float()))
-    for found, reference in zip(run(adapt(model)), expected):
+    for found, reference in zip(run(adapt(model)), expected, strict=True):
         assert error(found.float(), reference) < 0.03
 
 

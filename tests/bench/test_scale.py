@@ -77,7 +77,7 @@ def test_measured_matrices_predict_each_other_within_a_factor_of_two():
 
 
 def test_parameters_add_up_and_shares_are_even():
-    for model, billions in zip(scale.MODELS, (6.5, 68.5, 1039)):
+    for model, billions in zip(scale.MODELS, (6.5, 68.5, 1039), strict=True):
         entries = sum(m.entries * m.count for m in model.matrices())
         assert entries / 1e9 == pytest.approx(billions, rel=0.01)
         assert scale.largest_share(model, 8) == pytest.approx(entries / 8, rel=0.01)

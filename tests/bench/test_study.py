@@ -113,9 +113,8 @@ def test_foreign_demonstrations_are_right(name, tiny):
     problems = task(name)
     model = tiny if name == "digit-sums" else replace(tiny, encode=list, encode_text=lambda text: [text], end_id=".")
     known = {problem.prompt for problem in problems.held_out}
-    for problem, demonstration in zip(
-        problems.training(demonstrations.SEED), demonstrations.foreign_demonstrations(model, problems)
-    ):
+    endless, found = problems.training(demonstrations.SEED), demonstrations.foreign_demonstrations(model, problems)
+    for problem, demonstration in zip(endless, found, strict=False):
         text = tiny.decode(demonstration.reply) if name == "digit-sums" else demonstration.reply[0]
         assert problem.score(text) == 1.0 and problem.prompt not in known
     if name == "addition":

@@ -1,5 +1,4 @@
 """The demo itself on the tiny decoder, a few steps of it: it learns, and it prints and writes what it promises."""
-
 import json
 
 import pytest

@@ -1,5 +1,4 @@
 """The statistics against published and hand-computed values, and accuracy on a model whose replies are known."""
-
 import math
 
 import pytest
@@ -49,7 +48,9 @@ def test_evaluate_scores_each_reply_against_its_own_problem():
     greedy = evaluate(model, [Problem(prompt, lambda reply: 0.0) for prompt in prompts], 1.0, 12).replies
     assert len(set(greedy)) > 1
 
-    problems = [Problem(prompt, lambda reply, own=reply: float(reply == own)) for prompt, reply in zip(prompts, greedy)]
+    problems = [
+        Problem(prompt, lambda reply, own=own: float(reply == own)) for prompt, own in zip(prompts, greedy, strict=True)
+    ]
     found = evaluate(model, problems, 1.0, 12)
     assert found.greedy.accuracy == 1.0 and found.replies == greedy
     assert 0.0 < found.sampled.accuracy < 1.0

@@ -1,5 +1,4 @@
 """The prefix tree against the whole sequence at once: same tokens, same log-probabilities, same gradients."""
-
 import pytest
 import torch
 
@@ -60,7 +59,7 @@ def test_greedy_replies_are_the_argmax_of_whole_sequences(adapted):
     for prompts in (PROMPTS, UNEQUAL):
         ids = encoded(adapted, prompts)
         completions = generate(adapted, ids, [0.0], 16)
-        for prompt, tokens, keep in zip(ids, completions.tokens, completions.mask):
+        for prompt, tokens, keep in zip(ids, completions.tokens, completions.mask, strict=True):
             reply = tokens[keep].tolist()
             for length, token in enumerate(reply):
                 scores = adapted.module(torch.tensor([prompt + reply[:length]])).logits[0, -1]
@@ -79,7 +78,7 @@ def test_replies_end_at_the_end_token_or_the_budget(adapted):
     completions = generate(adapted, encoded(adapted, PROMPTS), [1.0] * 50, 4, torch.Generator().manual_seed(0))
     lengths = completions.mask.sum(dim=1)
     assert completions.tokens.shape[1] <= 4 and lengths.min() >= 1
-    for tokens, keep, length in zip(completions.tokens, completions.mask, lengths):
+    for tokens, keep, length in zip(completions.tokens, completions.mask, lengths, strict=True):
         assert keep[:length].all() and not keep[length:].any()
         assert adapted.end_id not in tokens[: length - 1]
         assert length == 4 or tokens[length - 1] == adapted.end_id

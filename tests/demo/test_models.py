@@ -1,5 +1,4 @@
 """Loading models: SmolLM2 out of its package where that is installed, and clear errors where something is missing."""
-
 import importlib.util
 
 import pytest
@@ -36,7 +35,7 @@ def test_smollm2_adds_and_is_converted_once():
     prompts = [model.encode(problem.prompt) for problem in problems]
     found = generate(model, prompts, [0.0], 12)
     replies = model.decode_all(found.tokens, found.mask)
-    assert [problem.score(reply) for problem, reply in zip(problems, replies)] == [1.0, 1.0]
+    assert [problem.score(reply) for problem, reply in zip(problems, replies, strict=True)] == [1.0, 1.0]
 
     with torch.no_grad():  # the cache, the padding and the shared beginning leave the likelihood alone
         log_probs = completion_log_probs(model, prompts, found, temperature=1.0)

@@ -1,5 +1,4 @@
 """The table fits a terminal, and the verdict says what the numbers say."""
-
 from demo import report
 from demo.evaluation import Evaluation, Score
 

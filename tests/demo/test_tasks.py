@@ -1,5 +1,4 @@
 """Every task: held-out problems never appear in training, and the checker tells right from wrong."""
-
 import re
 from itertools import islice
 
@@ -80,7 +79,7 @@ def test_reasoning_gym_tasks_verify_with_their_own_dataset():
 
 
 def test_training_streams_of_reasoning_gym_are_separate():
-    """Its problem i of seed s is problem i - 1 of seed s + 1, so that neighbouring seeds would train on the same ones."""
+    """Its problem i of seed s is problem i - 1 of seed s + 1: neighbouring seeds would train on the same ones."""
     pytest.importorskip("reasoning_gym", reason="optional: pip install reasoning-gym")
     problems = task("reasoning_gym:chain_sum(min_terms=5)")  # so many problems that none comes twice by chance
     streams = [{problem.prompt for problem in islice(problems.training(seed), 300)} for seed in (0, 1, 2)]

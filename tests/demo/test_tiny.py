@@ -1,5 +1,4 @@
 """The tiny decoder: its cache, its corpus, its training script and its checkpoint."""
-
 import random
 
 import pytest

@@ -116,7 +116,7 @@ def uneven(rank: int, world: int) -> list[float]:
         y = model(x)
         y.square().sum().backward()
         results.append((y.detach(), x.grad, trainable_vectors(model)[0].grad))
-    return [layouts.relative(found, expected) for expected, found in zip(*results)]
+    return [layouts.relative(found, expected) for expected, found in zip(*results, strict=True)]
 
 
 def config_of_one():

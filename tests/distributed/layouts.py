@@ -163,9 +163,11 @@ FOUR_ONLY = ("FSDP2 x tensor parallel",)
 class Deviation:
     """One layout in one dtype beside one process.
 
-    output, gradient: largest deviation over ranks relative to the largest entry, of the logits and of v's gradient.
-    own: the deviation of one process in this dtype from float64, for the two: what rounding alone does.
-    vector_bytes: of all v; collectives: how many of each kind, and the bytes given to them, in a forward and backward.
+    Attributes:
+        output, gradient: largest deviation over ranks relative to the largest entry, of the logits and of v's gradient.
+        own: the deviation of one process in this dtype from float64, for the two: what rounding alone does.
+        vector_bytes: of all v.
+        collectives: how many of each kind, and the bytes given to them, in a forward and backward.
     """
 
     layout: str

@@ -347,7 +347,7 @@ def test_thread_counts_give_the_same_adapter(tmp_path):
     for threads in (1, 2):
         run(THREADS_SCRIPT, tmp_path / "weights", tmp_path / f"{threads}", threads=threads)
         results[threads] = torch.load(tmp_path / f"{threads}")
-    for weight, one, two in zip(weights, results[1], results[2]):
+    for weight, one, two in zip(weights, results[1], results[2], strict=True):
         assert (one["basis"] - two["basis"]).norm(dim=1).max() < 2e-6
         dw = [delta(weight, result["basis"], result["sigma"]) for result in (one, two)]
         assert relative(*dw) < 1e-5

@@ -1,5 +1,4 @@
 """The adapter file: what it holds, that it comes back exactly, and that nothing wrong with it reaches a model."""
-
 import dataclasses
 import hashlib
 import json
@@ -133,7 +132,8 @@ def test_round_trip_into_a_bare_and_an_adapted_model(tmp_path, options, include_
             assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and theirs.requires_grad
         trained = [p for p in other.parameters() if p.requires_grad]
         assert len(trained) == len(trainable_vectors(other))
-    assert all(a is b for a, b in zip(vectors, trainable_vectors(adapted)))  # an optimizer keeps its parameters
+    # an optimizer keeps its parameters
+    assert all(a is b for a, b in zip(vectors, trainable_vectors(adapted), strict=True))
     assert not torch.equal(model(TOKENS), tiny_decoder(bias=True)(TOKENS))
 
 
@@ -166,7 +166,7 @@ def test_the_same_weights_in_another_dtype_are_the_same_base(tmp_path):
     model = adapt(tiny_decoder().to(torch.bfloat16))
     save_adapter(model, tmp_path / "a.safetensors")
     wide = load(tiny_decoder().to(torch.bfloat16).float(), tmp_path / "a.safetensors")
-    for ours, theirs in zip(adapted_layers(model).values(), adapted_layers(wide).values()):
+    for ours, theirs in zip(adapted_layers(model).values(), adapted_layers(wide).values(), strict=True):
         torch.testing.assert_close(delta_weight(ours), delta_weight(theirs), rtol=1e-5, atol=1e-7)
 
 

@@ -1,5 +1,4 @@
 """Exported LoRA directories load in PEFT and give the adapted model's outputs."""
-
 import json
 import os
 import warnings

@@ -49,7 +49,8 @@ def test_a_model_and_its_backward_are_one_graph_over_all_lengths(make):
     counts = []
     for rows, length in ((3, 7), (3, 11), (5, 19), (5, 23)):
         x = tokens(rows, length)
-        for found, expected in zip(outputs_and_gradients(compiled, model, x), outputs_and_gradients(model, model, x)):
+        results = outputs_and_gradients(compiled, model, x), outputs_and_gradients(model, model, x)
+        for found, expected in zip(*results, strict=True):
             assert error(found, expected) < 1e-5
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1  # whatever the first call took, no later length takes more
@@ -148,5 +149,5 @@ def test_the_compiled_model_copies_nothing_for_the_update_in_training():
     forward, backward = codes
     assert len(updates_in(forward)) == 7 and set(updates_in(forward)) <= products_in(forward)
     assert backward.count("tinylora.update_backward.default(") == 7
-    for found, expected in zip(results, outputs_and_gradients(model, model, x)):
+    for found, expected in zip(results, outputs_and_gradients(model, model, x), strict=True):
         assert error(found, expected) < 1e-4

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="the models under test
 from safetensors.torch import load_file  # noqa: E402
 
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors  # noqa: E402
-from tinylora_kernels.integrations.peft import (
+from tinylora_kernels.integrations.peft import (  # noqa: E402
     accelerate_peft,
     acceleration_report,
     deaccelerate_peft,
@@ -23,7 +23,7 @@ from tinylora_kernels.integrations.peft import (
     to_peft,
 )
 from tinylora_kernels.integrations.peft_factors import FIT_TOLERANCE  # noqa: E402
-from tinylora_kernels.method.config import LoRAXSConfig
+from tinylora_kernels.method.config import LoRAXSConfig  # noqa: E402
 from tinylora_kernels.model.attach import apply_lora_xs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -89,7 +89,7 @@ def test_outputs_and_gradients_are_those_of_peft(make):
     assert_close(outputs_and_gradients(model), expected)
     assert error(model(tokens()).logits.detach(), expected[0]) < 1e-5
     deaccelerate_peft(model)
-    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(model), expected))
+    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(model), expected, strict=True))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -113,7 +113,7 @@ def test_error_budget_of_a_layer(dtype, autocast):
             out = model(inputs)
             trained = [p for p in model.parameters() if p.requires_grad]
             results.append([out.detach(), *torch.autograd.grad(out, [inputs, *trained], g.to(dtype))])
-        return [torch.stack(found) for found in zip(*results)]
+        return [torch.stack(found) for found in zip(*results, strict=True)]
 
     truth = run(copy.deepcopy(model).double(), torch.float64)
     theirs = run(model, dtype)
@@ -165,7 +165,7 @@ def test_training_in_place_moves_the_same_vectors():
             optimizer.zero_grad()
             model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
             optimizer.step()
-    for theirs, ours in zip(*[[p for p in model.parameters() if p.requires_grad] for model in models]):
+    for theirs, ours in zip(*[[p for p in model.parameters() if p.requires_grad] for model in models], strict=True):
         assert error(ours.detach(), theirs.detach()) < 1e-4
 
 

@@ -14,7 +14,7 @@ from tinylora_kernels.model.merging import merge, unmerge
 
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="written for transformers 5")
 
-from tests.paper import delta_weight
+from tests.paper import delta_weight  # noqa: E402
 from tinylora_kernels.integrations.transformers import from_pretrained, save_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -81,7 +81,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     if reentrant:  # torch's reentrant form needs an input that requires a gradient
         model.enable_input_require_grads()
     model(tokens()).logits.square().mean().backward()
-    for v, gradient in zip(trainable_vectors(model), expected):
+    for v, gradient in zip(trainable_vectors(model), expected, strict=True):
         torch.testing.assert_close(v.grad, gradient)
 
 

@@ -77,7 +77,7 @@ def adapt(model: nn.Module, targets=("experts",), size=0.5, **options) -> nn.Mod
 
 def dense_parameters(model: nn.Module, vectors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The paper's weights in float64 under their names in the bare model, differentiable in the vectors [u]."""
-    of_group = {layer.group: v for v, layer in zip(vectors, _owners(model))}
+    of_group = {layer.group: v for v, layer in zip(vectors, _owners(model), strict=True)}
     changed: dict[str, torch.Tensor] = {}
     for name, layer in adapted_layers(model).items():
         weight = paper_weight(layer, of_group[layer.group])
@@ -119,7 +119,7 @@ def test_logits_and_gradients_equal_the_dense_formula(kind, targets):
     expected, dx, dvs = truth(model, base, embeds, g)
     assert error(y.detach(), base(inputs_embeds=embeds).logits.detach().double()) > 0.05
     assert error(y.detach(), expected) < 5e-6 and error(embeds.grad, dx) < 5e-6
-    for layer, dv in zip(_owners(model), dvs):
+    for layer, dv in zip(_owners(model), dvs, strict=True):
         assert error(layer.v.grad, dv) < 1e-5
 
 
@@ -271,7 +271,7 @@ def test_the_model_moves_to_bfloat16_and_keeps_its_vectors():
     x, index, weights = torch.randn(6, 32), torch.tensor([[0, 2], [2, 1], [1, 3]]).repeat(2, 1), torch.full((6, 2), 0.5)
     y = experts(x, index, weights).detach()
     model.bfloat16()
-    assert all(torch.equal(a, b) for a, b in zip(bits, trainable_vectors(model)))
+    assert all(torch.equal(a, b) for a, b in zip(bits, trainable_vectors(model), strict=True))
     assert error(experts(x.bfloat16(), index, weights.bfloat16()).detach(), y.double()) < 0.02
 
 
@@ -307,7 +307,7 @@ def test_generation_and_recomputed_activations():
             model.train()
         loss = model(inputs_embeds=model.get_input_embeddings()(TOKENS).requires_grad_()).logits.square().sum()
         gradients.append(torch.autograd.grad(loss, trainable_vectors(model)))
-    for a, b in zip(*gradients):
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -330,8 +330,8 @@ class Ungated(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         out = torch.zeros_like(hidden_states)
-        for token, (experts, weights) in enumerate(zip(top_k_index, top_k_weights)):
-            for expert, weight in zip(experts, weights):
+        for token, (experts, weights) in enumerate(zip(top_k_index, top_k_weights, strict=True)):
+            for expert, weight in zip(experts, weights, strict=True):
                 y = self.down_proj[expert] @ self.act_fn(self.up_proj[expert] @ hidden_states[token])
                 out[token] += weight * self.post_expert_norm(y)
         return out

@@ -35,7 +35,7 @@ class Separate(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         torch.manual_seed(0)
-        for name, size in zip(("q_proj", "k_proj", "v_proj"), SIZES):
+        for name, size in zip(("q_proj", "k_proj", "v_proj"), SIZES, strict=True):
             setattr(self, name, nn.Linear(12, size, dtype=dtype))
         self.o_proj = nn.Linear(32, 12, dtype=dtype)
 

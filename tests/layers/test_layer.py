@@ -358,7 +358,7 @@ def test_a_plan_keeps_nothing_alive(compiled, monkeypatch):
         monkeypatch.setattr(plan, "twin", None)
     layer, x = linear(), torch.randn(3, 16)
     layer(x)
-    layer.base.register_forward_hook(lambda module, args, out: layer and None)  # a cycle through the plan
+    layer.base.register_forward_hook(lambda module, args, out, kept=layer: None)  # a cycle through the plan
     weight, gone = weakref.ref(layer.base.weight), weakref.ref(layer)
     del layer
     gc.collect()
@@ -495,7 +495,7 @@ def test_the_base_is_readable_through_the_layer():
     assert layer.weight is layer.base.weight and layer.bias is layer.base.bias
     assert (layer.in_features, layer.out_features) == (16, 24)
     with pytest.raises(AttributeError, match="no attribute 'wieght'"):
-        layer.wieght
+        _ = layer.wieght
 
 
 def test_fullgraph_compilation_of_a_layer_has_one_graph_over_lengths():

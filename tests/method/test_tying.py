@@ -24,7 +24,7 @@ def test_structured_ties_one_kind_over_nearby_layers(n_tie, per_kind):
     assigned = assign_groups(NAMES, n_tie, "structured")
     assert len(set(assigned)) == 7 * per_kind
     members = {}
-    for name, group in zip(NAMES, assigned):
+    for name, group in zip(NAMES, assigned, strict=True):
         members.setdefault(group, []).append(name)
     for names in members.values():
         assert len({module_kind(name) for name in names}) == 1

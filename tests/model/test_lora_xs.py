@@ -1,5 +1,4 @@
 """LoRA-XS on the same layer and ops, against W + alpha U S R V^T written out in float64."""
-
 import pytest
 import torch
 from torch import nn

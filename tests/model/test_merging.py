@@ -1,5 +1,4 @@
 """Merging: the merged model is the adapted model, names are the original's, and every bit comes back."""
-
 import copy
 import pickle
 import sys
@@ -88,7 +87,7 @@ def test_the_stream_loads_into_a_bare_model_bit_for_bit():
     bare = tiny_decoder(seed=9, bias=True).to(torch.bfloat16)
     bare.load_state_dict(dict(merged_weights(model)))
     assert torch.equal(bare(TOKENS), merge(model)(TOKENS))
-    for (name, merged), (_, own) in zip(merged_weights(model), bare.state_dict().items()):
+    for (name, merged), (_, own) in zip(merged_weights(model), bare.state_dict().items(), strict=True):
         assert torch.equal(merged, own), name  # streamed from the merged model as well
 
 
@@ -102,7 +101,7 @@ def test_no_second_copy_of_the_model():
     model = adapt(tiny_decoder())
     owned = {tensor.data_ptr() for tensor in model.state_dict().values()}
     made = []
-    for name, tensor in merged_weights(model):
+    for _, tensor in merged_weights(model):
         if tensor.data_ptr() not in owned:
             made.append(weakref.ref(tensor))
         assert sum(reference() is not None for reference in made) <= 1
@@ -388,5 +387,6 @@ def test_v_stays_what_it_was_while_merged():
     vectors = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     merge(model)
     unmerge(model)
-    assert all(torch.equal(a, b) for a, b in zip(vectors, (p for p in model.parameters() if p.requires_grad)))
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(vectors, after, strict=True))
     assert isinstance(model.layers[0].q_proj, TinyLoRALayer)

@@ -68,7 +68,7 @@ def test_each_gradient_alone_equals_both(backend, need_y, need_v):
     out = tiny_lora_update(y, inputs.basis, v, inputs.projection, inputs.offset, backend=backend)
     wanted = [x for x in (y, v) if x.requires_grad]
     expected = [g for g, need in ((truth.g0, need_y), (truth.dv, need_v)) if need]
-    for found, right in zip(torch.autograd.grad(out, wanted, inputs.g), expected):
+    for found, right in zip(torch.autograd.grad(out, wanted, inputs.g), expected, strict=True):
         assert error(found, right) < 1e-6
 
 

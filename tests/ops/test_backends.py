@@ -85,7 +85,7 @@ def test_a_captured_graph_replays_on_new_inputs(backend):
         graph.replay()
         replayed = [y.clone(), *(tensor.clone() for tensor in captured)]
         y.copy_(fresh.y)
-        for found, expected in zip(replayed, (y, *step())):
+        for found, expected in zip(replayed, (y, *step()), strict=True):
             if found is not replayed[0]:
                 assert torch.equal(found, expected)
         assert torch.equal(replayed[0], y)
@@ -114,5 +114,5 @@ def test_gradients_through_autograd(backend):
         y, v = place.y.clone().requires_grad_(), place.v.clone().requires_grad_()
         out = tiny_lora_update(y, place.basis, v, place.projection, place.offset, backend=name)
         gradients.append([x.double().cpu() for x in torch.autograd.grad(out, (y, v), place.g)])
-    for found, expected in zip(*gradients):
+    for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

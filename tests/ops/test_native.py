@@ -58,8 +58,9 @@ def test_error_budget(isa, case, dtype):
 @pytest.mark.parametrize("case", GRID)
 def test_float64_equals_the_reference(isa, case):
     inputs = make_case(case, torch.float64)
-    for found, truth in zip(vars(run_ops(native, inputs)).values(), vars(run_ops(reference, inputs)).values()):
-        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11)
+    found, truth = vars(run_ops(native, inputs)), vars(run_ops(reference, inputs))
+    for name in truth:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -166,7 +167,7 @@ def test_ids_in_any_order_of_few_or_many_adapters(isa, adapters, rank):
     t, expected = native.update(**ours), reference.update(**truth)
     rest = (call["basis"], call["v"], call["projection"], expected, ids, True)
     pairs = [(ours["y"], truth["y"]), (t, expected)]
-    pairs += zip(native.update_backward(call["y"], *rest), reference.update_backward(call["y"], *rest))
+    pairs += zip(native.update_backward(call["y"], *rest), reference.update_backward(call["y"], *rest), strict=True)
     for found, value in pairs:
         torch.testing.assert_close(found, value, rtol=1e-11, atol=1e-11)
 
@@ -179,7 +180,7 @@ def test_only_what_is_asked_for(isa, need_input_grad, need_v_grad):
     t = torch.randn(5, 2) if need_v_grad else None
     g0, dv = native.update_backward(g, *rest, t, None, need_input_grad)
     truth = reference.update_backward(g, *rest, t, None, need_input_grad)
-    for found, expected in zip((g0, dv), truth):
+    for found, expected in zip((g0, dv), truth, strict=True):
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected)
 
@@ -406,7 +407,10 @@ print("whole")
 
 
 def test_isa_from_the_environment():
-    code = "from tinylora_kernels.ops.native import library as native; print(native.load().isa, native.load().error, sep='|')"
+    code = """
+from tinylora_kernels.ops.native import library
+print(library.load().isa, library.load().error, sep="|")
+"""
     assert run_python(code, TINYLORA_CPU_ISA="portable") == "portable|None"
     isa, error = run_python(code, TINYLORA_CPU_ISA="mmx").split("|")
     assert isa == "None" and re.match(r"TINYLORA_CPU_ISA: expected portable, .*, found 'mmx'", error)
@@ -466,7 +470,7 @@ def test_products_of_the_factorisation(isa, dtype, vectors):
 def test_products_of_a_16_bit_weight_are_those_of_its_fp32_copy(isa, dtype):
     torch.manual_seed(0)
     rows, x = torch.randn(37, 301).to(dtype), torch.randn(6, 301)
-    for half, single in zip(native.products(rows, x), native.products(rows.float(), x)):
+    for half, single in zip(native.products(rows, x), native.products(rows.float(), x), strict=True):
         assert torch.equal(half, single)
 
 

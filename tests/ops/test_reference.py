@@ -36,7 +36,7 @@ def test_update_equals_the_textbook_formula(rank, bias, scaling):
     )
     g = torch.randn_like(y)
     for found, expected in zip(
-        (y, *torch.autograd.grad(y, (x, v), g)), (truth, *torch.autograd.grad(truth, (x, v), g))
+        (y, *torch.autograd.grad(y, (x, v), g)), (truth, *torch.autograd.grad(truth, (x, v), g)), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 

@@ -1,5 +1,4 @@
 """GRPO against values worked out by hand, against autograd in float64, and on a bandit that must learn."""
-
 import math
 
 import pytest

@@ -1,5 +1,4 @@
 """SFT against cross_entropy and transformers' label convention."""
-
 import pytest
 import torch
 from torch import nn

@@ -30,6 +30,7 @@ CASES = {
     "sequences": Case(24, 40, numbers=3, adapters=3, per_sequence=True),
     "LoRA-XS": Case(18, 48, lora_xs=True, numbers=4),
 }
+ALL = tuple(CASES.values())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -47,7 +48,7 @@ def draws(case: Case, dtype: torch.dtype) -> list[Inputs]:
     return [make_case(case, dtype, draw) for draw in range(6 if few else 3)]
 
 
-def budget(make, dtypes=DTYPES, cases=tuple(CASES.values())) -> None:
+def budget(make, dtypes=DTYPES, cases=ALL) -> None:
     """Both ops within the error budget on every case; what lies between rows is left alone."""
     for case in cases:
         for dtype in dtypes:
@@ -60,7 +61,7 @@ def budget(make, dtypes=DTYPES, cases=tuple(CASES.values())) -> None:
                 assert between.isnan().all(), f"{case}: wrote between the rows"
 
 
-def schedule(make, cases=tuple(CASES.values())) -> None:
+def schedule(make, cases=ALL) -> None:
     """The same bits in any order of blocks and threads, with 32-bit ids, and for each op alone."""
     for case in cases:
         inputs = make_case(case, torch.bfloat16)

@@ -55,19 +55,21 @@ class Build:
 
     library: ctypes.CDLL
     ptx: dict[int, str]  # by capability
+    kernels: dict[tuple[int, str], Kernel] = field(default_factory=dict)  # parsed so far
 
-    @functools.cache
     def kernel(self, capability: int, name: str) -> Kernel:
-        return parse(self.ptx[capability], name)
-
-    __hash__ = object.__hash__
+        key = capability, name
+        if key not in self.kernels:
+            self.kernels[key] = parse(self.ptx[capability], name)
+        return self.kernels[key]
 
 
 @functools.cache
 def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path, launchers: Path | None) -> Build:
     """Compile the sources for one element type; PTX only, so that no card's assembler is involved.
 
-    launchers: other sources, with the same host code: these launch the kernels, and no second library is built.
+    Args:
+        launchers: other sources, with the same host code: these launch the kernels, and no second library is built.
     """
     element = f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}"
     if launchers:

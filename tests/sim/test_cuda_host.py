@@ -2,7 +2,6 @@
 
 Three builds of the same sources: plain, with AddressSanitizer and UndefinedBehaviorSanitizer, with the race detector.
 """
-
 import pytest
 import torch
 

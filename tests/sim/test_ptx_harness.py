@@ -123,7 +123,7 @@ def test_fma_rounds_once():
     a[1000:2000] *= np.float32(1e-30)  # subnormal results
     b[1000:2000] *= np.float32(1e-12)
     c[1000:2000] *= np.float32(1e-42)
-    exact = [[Fraction(float(number)) for number in numbers] for numbers in zip(a, b, c)]
+    exact = [[Fraction(float(number)) for number in numbers] for numbers in zip(a, b, c, strict=True)]
     expected = [_nearest_float32(x * y + z) for x, y, z in exact]
     found = fma_f32(a, b, c)
     np.testing.assert_array_equal(found, np.array(expected, np.float32))

@@ -12,6 +12,7 @@ import heapq
 import os
 import threading
 from collections.abc import Hashable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +123,8 @@ class AdapterBank:
         with self._lock:
             return self._vectors(self.slot(name))
 
-    def seed(self, name: Hashable) -> int:
-        """The seed of an adapter's random P."""
+    def seed(self, name: Hashable) -> int | None:
+        """The seed of an adapter's random P; None where the model's P was not drawn from one (from_peft)."""
         with self._lock:
             return self._seed(self.slot(name))
 
@@ -176,7 +177,7 @@ class AdapterBank:
             self._live[slot] = False
             heapq.heappush(self._free, slot)
 
-    def load(self, name: Hashable, path: str | os.PathLike) -> int:
+    def load(self, name: Hashable, path: str | os.PathLike[str]) -> int:
         """Add an adapter from a file of save_adapter; returns its id.
 
         Raises:
@@ -186,13 +187,13 @@ class AdapterBank:
         """
         adapter = inspect_adapter(path)
         layers = {layer.name: layer for layer in self._layers}
-        seed, shared = adapter.config.seed, self._model_seed()
-        if self.own_projections is not None:
-            adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, seed=shared))
+        seed, own = adapter.config.seed, self.own_projections
+        if own is not None:
+            adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, seed=own.model_seed))
         try:
             check_fits(layers, adapter)
         except AdapterError as error:
-            if seed == shared or self.own_projections is not None:
+            if seed == self._model_seed() or own is not None:
                 raise AdapterError(f"{os.fspath(path)}: {error}") from None
             raise AdapterError(
                 f"{os.fspath(path)}: {error}; AdapterBank(..., own_seeds=True) holds adapters of any seed"
@@ -200,16 +201,17 @@ class AdapterBank:
         for module in adapter.modules:
             if module.basis is not None and not torch.equal(module.basis, layers[module.name].singular_basis().cpu()):
                 raise AdapterError(f"{os.fspath(path)}: {module.name} has its own basis; a bank shares the model's")
-        return self.add(name, adapter.v, seed=None if self.own_projections is None else seed)
+        return self.add(name, adapter.v, seed=None if own is None else seed)
 
-    def save(self, name: Hashable, path: str | os.PathLike) -> None:
+    def save(self, name: Hashable, path: str | os.PathLike[str]) -> None:
         """Write one adapter as save_adapter does; load_adapter and load() read it."""
         with self._lock:  # numbers and seed of one moment
-            slot = self.slot(name)
-            vectors, seed = self._vectors(slot), self._seed(slot)
+            slot, own = self.slot(name), self.own_projections
+            vectors, seed = self._vectors(slot), None if own is None else own.seeds[slot]
         described = describe_model(self.model, v=vectors)
-        config = dataclasses.replace(described.config, seed=seed)
-        write_atomically(path, encode(dataclasses.replace(described, config=config)))
+        if seed is not None:
+            described = dataclasses.replace(described, config=dataclasses.replace(described.config, seed=seed))
+        write_atomically(path, encode(described))
 
     @torch.no_grad()
     def _write(self, slot: int, vectors: Tensor, seed: int | None) -> None:
@@ -217,7 +219,7 @@ class AdapterBank:
             self.tables[group][slot] = vectors[row].to(self.tables[group])
         if self.own_projections is not None:
             stored = {group: table.detach()[slot].cpu() for group, table in self.tables.items()}
-            self.own_projections.write(slot, stored, seed)
+            self.own_projections.write(slot, stored, cast(int, seed))  # of such a bank _check_seed lets no other by
 
     def _vectors(self, slot: int) -> Tensor:
         return torch.stack([self.tables[group].detach()[slot].cpu() for group in self._groups])

@@ -50,19 +50,19 @@ class OwnProjections:
         shape = (len(layers), capacity, u, r * r) if trainable else (len(layers), capacity, r * r)
         self._held = torch.zeros(shape, dtype=layers[0].basis.dtype)  # P' [L, K, u, r r], or M [L, K, r r]
         self.ones = torch.ones(r, r, dtype=layers[0].basis.dtype)
+        self._config = config
+        self.model_seed = config.seed
         self.seeds = [config.seed] * capacity  # of each slot
         self.of_seed = functools.lru_cache(SEEDS_KEPT)(self._of_seed)
 
     def _of_seed(self, seed: int) -> Tensor:
         """P' of every layer, [L, u, r * r] float64."""
-        return torch.stack(
-            [
-                dataclasses.replace(layer.config, seed=seed).projection(
-                    layer.projection_index, layer.sigma.cpu(), kind_of(layer.base).lookup
-                )
-                for layer in self.position
-            ]
-        ).flatten(2)
+        config = dataclasses.replace(self._config, seed=seed)
+        projections = [
+            config.projection(layer.projection_index, layer.sigma.cpu(), kind_of(layer.base).lookup)
+            for layer in self.position
+        ]
+        return torch.stack(projections).flatten(2)
 
     def write(self, slot: int, vectors: Mapping[int, Tensor], seed: int) -> None:
         """Take in the adapter of a slot; vectors: tie group -> [u], as the bank stores them."""

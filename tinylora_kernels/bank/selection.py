@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,26 +31,24 @@ class Selection:
         self._compact = torch.full_like(ids, BARE)
         self._compact[ids != BARE] = compact
         rows = used if len(used) else torch.zeros(1, dtype=torch.int64)
-        self._copies = {
-            group: table.detach()[rows.to(table.device)].float() for group, table in tables.items()
-        }  # [used, u]
-        self._mixing: dict[TinyLoRALayer, Tensor] | None = None
+        # of the used adapters, v by tie group [used, u], or M by the layer's position [used, r * r]
+        self._copies = {group: table.detach()[rows.to(table.device)].float() for group, table in tables.items()}
         if own is not None:
-            self._mixing = dict(zip(own.position, own.mixing(rows, self._copies)))
+            self._copies = dict(enumerate(own.mixing(rows, self._copies)))
 
     def of(self, layer: TinyLoRALayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(vectors [K, u], projection, ids [B]) for a layer's rows; vectors [K, r * r] where M is given as it is."""
         table, own = self._tables[layer.group], self._own
         live = table.requires_grad and torch.is_grad_enabled()
         ids = self._move("_ids" if live else "_compact", device)
-        projection = layer._buffers["projection"] if own is None else own.ones.to(device)
+        projection = cast(Tensor, layer._buffers["projection"]) if own is None else own.ones.to(device)
         if live:
             table = table.to(device)
             return table if own is None else own.live_mixing(layer, table), projection, ids
-        copies, key = (self._copies, layer.group) if own is None else (self._mixing, layer)
-        if copies[key].device != device:
-            copies[key] = copies[key].to(device)
-        return copies[key], projection, ids
+        key = layer.group if own is None else own.position[layer]
+        if self._copies[key].device != device:
+            self._copies[key] = self._copies[key].to(device)
+        return self._copies[key], projection, ids
 
     def _move(self, name: str, device: torch.device) -> Tensor:
         ids = getattr(self, name)

@@ -4,7 +4,6 @@ An update of a layer's output is applied where the layer is called. torch's Mult
 to a function, its TransformerEncoderLayer does so with both linear layers when nobody trains, and Mamba's mixers with
 dt_proj.weight: there the frozen weight is used as it is, and nothing would say so. Source code does.
 """
-
 from __future__ import annotations
 
 import functools
@@ -40,7 +39,7 @@ def read_directly(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        cls = type(model.get_submodule(parent))
+        cls: type = type(model.get_submodule(parent))
         if child in weights_read_by(cls):
             found[name] = cls.__name__
     return found
@@ -52,9 +51,9 @@ def warn_of_direct_reads(model: nn.Module, names: Iterable[str]) -> None:
     if found:
         reads = sorted({f"{cls} reads self.{name.rpartition('.')[2]}.weight" for name, cls in found.items()})
         warnings.warn(
-            f"{len(found)} of the modules to adapt may be bypassed: {', '.join(reads)} itself. Where it does, the frozen "
-            "weight is used without the update, and v learns nothing there. Leave them out of target_modules; for "
-            "torch's own transformer layers torch.backends.mha.set_fastpath_enabled(False) makes linear1 and linear2 "
-            "safe",
+            f"{len(found)} of the modules to adapt may be bypassed: {', '.join(reads)} itself. Where it does, the "
+            "frozen weight is used without the update, and v learns nothing there. Leave them out of target_modules; "
+            "for torch's own transformer layers torch.backends.mha.set_fastpath_enabled(False) makes linear1 and "
+            "linear2 safe",
             stacklevel=4,
         )

@@ -9,27 +9,48 @@ and owns nothing; its qualified name is that of the parameter and the expert's n
 Modules are known by what transformers' use_experts_implementation gives them (transformers.integrations.moe), so all
 its mixture models are covered and nothing is imported.
 """
-
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+class StackedExperts(nn.Module):
+    """What a stack of experts says of itself, which is how one is known: the classes of transformers share no base."""
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool  # weights are [E, in, out]
+    is_concatenated: bool  # rows of gate and of up one after the other, not in turns
+    has_post_expert_norm: bool
+
+    if TYPE_CHECKING:  # called by transformers' forward, where there is what they are for
+
+        def _apply_gate(self, y: Tensor) -> Tensor: ...
+
+        def act_fn(self, y: Tensor) -> Tensor: ...
+
+        def post_expert_norm(self, y: Tensor) -> Tensor: ...
 
 
-def is_experts(module: nn.Module) -> bool:
+MARKS = tuple(StackedExperts.__annotations__)
+
+
+def is_experts(module: nn.Module) -> TypeGuard[StackedExperts]:
     """Whether a module is a stack of experts as transformers' experts interface describes them."""
     attributes = vars(module)
     return all(mark in attributes for mark in MARKS) and "down_proj" in module._parameters
 
 
-def stack_names(experts: nn.Module) -> tuple[str, str]:
+def stack_names(experts: StackedExperts) -> tuple[str, str]:
     """The parameters that hold the matrices, in the order they are applied."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
-def why_not_experts(experts: nn.Module) -> str | None:
+def why_not_experts(experts: StackedExperts) -> str | None:
     """Why a stack of experts cannot be adapted, one line; None where it can."""
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are spread over ranks (expert parallel), so their numbers differ from rank to rank"
@@ -50,14 +71,14 @@ class ExpertSlice(nn.Module):
         expert: which one.
     """
 
-    def __init__(self, experts: nn.Module, stack: str, expert: int):
+    def __init__(self, experts: StackedExperts, stack: str, expert: int):
         super().__init__()
         self._experts = (experts,)  # in a tuple, or nn.Module would register it as a child
         self.stack, self.expert = stack, expert
         self.training = experts.training
 
     @property
-    def experts(self) -> nn.Module:
+    def experts(self) -> StackedExperts:
         return self._experts[0]
 
     @property
@@ -67,7 +88,7 @@ class ExpertSlice(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.experts._parameters[self.stack].detach()[self.expert]
+        return cast(Tensor, self.experts._parameters[self.stack]).detach()[self.expert]
 
     @property
     def bias(self) -> Tensor | None:
@@ -88,7 +109,7 @@ class ExpertSlice(nn.Module):
         return f"{self.stack}[{self.expert}], in_features={self.in_features}, out_features={self.out_features}"
 
 
-def expert_slices(experts: nn.Module) -> dict[str, ExpertSlice]:
+def expert_slices(experts: StackedExperts) -> dict[str, ExpertSlice]:
     """Every matrix of a stack under its name below the module, "gate_up_proj.0" and on."""
     return {
         f"{stack}.{expert}": ExpertSlice(experts, stack, expert)

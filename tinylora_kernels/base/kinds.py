@@ -7,16 +7,17 @@ merging. Everything else (SVD, files, merging, export, per-row adapters) works o
 A new kind of layer is a new row of KINDS. A new way to hold the numbers of a weight goes into weights.py (sharded)
 or quantised.py, which every reader of a weight comes through.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .attributes import weight_of
 from .experts import ExpertSlice, why_not_experts
 from .weights import dense_weight, stored_shape
 
@@ -82,20 +83,26 @@ def _transposed(matrix: Tensor, shape: torch.Size) -> Tensor:
 def _why_not_convolution(module: nn.Module) -> str | None:
     if isinstance(module, _ConvTransposeNd):
         return "a transposed convolution stores its weight as [in, out, ...], no matrix [out, in]; leave it out"
-    if module.groups > 1:
+    groups = cast(_ConvNd, module).groups
+    if groups > 1:
         return (
-            f"its {module.groups} groups are {module.groups} separate weights, and one basis over all output channels "
+            f"its {groups} groups are {groups} separate weights, and one basis over all output channels "
             "would mix them; leave it out of target_modules"
         )
     return None
 
 
-def _why_not_embedding(module: nn.Embedding) -> str | None:
-    if module.max_norm is not None:
-        return f"max_norm={module.max_norm} rescales its rows as they are read: no frozen weight; set max_norm=None"
-    if module.sparse:
+def _why_not_embedding(module: nn.Module) -> str | None:
+    embedding = cast(nn.Embedding, module)
+    if embedding.max_norm is not None:
+        return f"max_norm={embedding.max_norm} rescales its rows as they are read: no frozen weight; set max_norm=None"
+    if embedding.sparse:
         return "sparse=True asks for sparse gradients of a weight that is frozen here; set sparse=False"
     return None
+
+
+def _why_not_expert(module: nn.Module) -> str | None:
+    return why_not_experts(cast(ExpertSlice, module).experts)
 
 
 LINEAR = Kind(
@@ -120,52 +127,50 @@ EMBEDDING = Kind(
 )  # fmt: skip
 EXPERT = Kind(
     "experts", lambda module: isinstance(module, ExpertSlice) and not module.transposed, lambda weight: weight, _as_is,
-    why_not=lambda module: why_not_experts(module.experts),
+    why_not=_why_not_expert,
 )  # fmt: skip
 EXPERT_TRANSPOSED = Kind(
     "experts", lambda module: isinstance(module, ExpertSlice) and module.transposed, lambda weight: weight.T,
-    _transposed, why_not=lambda module: why_not_experts(module.experts),
+    _transposed, why_not=_why_not_expert,
 )  # fmt: skip
 
 KINDS = (LINEAR, CONV1D, CONVOLUTION, EMBEDDING, EXPERT, EXPERT_TRANSPOSED)
+# No kind that target_modules finds; a TinyLoRALayer made by hand takes it where it has a weight [out, in].
+OTHER = Kind("other modules", lambda module: True, lambda weight: weight, _as_is)
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """The row of KINDS that a module belongs to; None where it has no weight to adapt."""
-    return next((kind for kind in KINDS if kind.matches(module)), None)
+def kind_of(module: nn.Module) -> Kind:
+    """The row of KINDS that a module belongs to; OTHER where it belongs to none."""
+    return next((kind for kind in KINDS if kind.matches(module)), OTHER)
 
 
 def is_linear_like(module: nn.Module) -> bool:
     """Whether the module is a linear layer, however its weight is stored: what target_modules=None adapts."""
-    kind = kind_of(module)
-    return kind is not None and kind.by_default
+    return kind_of(module).by_default
 
 
 def has_fresh_output(module: nn.Module) -> bool:
     """Whether the update may be written into what the module returns."""
     kind = kind_of(module)
-    return kind is CONV1D or (kind is not None and type(module) in kind.fresh)
+    return kind is CONV1D or type(module) in kind.fresh
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
     """The frozen weight as [out, in]; a view without a copy, but for a convolution's in channels_last."""
-    weight, kind = dense_weight(module), kind_of(module)
-    return kind.matrix(weight) if kind else weight
+    return kind_of(module).matrix(dense_weight(module))
 
 
 def matrix_shape(module: nn.Module) -> torch.Size:
     """[out, in] of weight_matrix, which it does not make."""
-    weight, kind = torch.empty(stored_shape(module), device="meta"), kind_of(module)
-    return (kind.matrix(weight) if kind else weight).shape
+    return kind_of(module).matrix(torch.empty(stored_shape(module), device="meta")).shape
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
     """A matrix [out, in] in the shape of the module's own weight, contiguous."""
-    kind = kind_of(module)
-    return kind.stored(matrix, module.weight.shape) if kind else matrix
+    return kind_of(module).stored(matrix, weight_of(module).shape)
 
 
 @torch.no_grad()
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Copy a matrix [out, in] into the module's weight, whatever its layout in memory."""
-    module.weight.copy_(as_stored(module, matrix))
+    weight_of(module).copy_(as_stored(module, matrix))

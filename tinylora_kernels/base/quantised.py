@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+from .attributes import features_of, weight_of
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
+    from transformers.integrations.gguf import GgufLinear
 
 PROBE_ROWS = 1024  # unit vectors at a time
 
@@ -32,40 +39,58 @@ class Format:
 def _bitsandbytes_4bit(module: nn.Module) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(module.weight.data, module.weight.quant_state)
+    weight = cast("Params4bit", module.weight)
+    return dequantize_4bit(weight.data, weight.quant_state)
 
 
 def _bitsandbytes_8bit(module: nn.Module) -> Tensor:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
-    weight = module.weight
+    weight = cast("Int8Params", module.weight)
     if weight.is_floating_point():  # not moved to its device yet, where it is quantised
         return weight.data
-    scales = weight.SCB if weight.SCB is not None else module.state.SCB  # the first forward hands them over
+    # the first forward hands them over
+    scales = weight.SCB if weight.SCB is not None else cast("Linear8bitLt", module).state.SCB
     return int8_vectorwise_dequant(weight.data, scales)
 
 
 def _gguf(module: nn.Module) -> Tensor:
     from transformers.integrations.gguf.utils import dequantize_blocks
 
-    blocks = module.weight.detach()  # [out, bytes of a row] uint8
-    weight = dequantize_blocks(blocks, module.ggml_type, module.out_features, module.in_features, torch.float32)
-    if module.input_permutation is None:
+    layer = cast("GgufLinear", module)
+    blocks = layer.weight.detach()  # [out, bytes of a row] uint8
+    weight = dequantize_blocks(blocks, layer.ggml_type, layer.out_features, layer.in_features, torch.float32)
+    if layer.input_permutation is None:
         return weight
     # y = x[:, p] W^T = x W'^T  with  W'[:, p] = W
-    return torch.empty_like(weight).index_copy_(1, module.input_permutation, weight)
+    return torch.empty_like(weight).index_copy_(1, layer.input_permutation, weight)
 
 
 def _dequantises_itself(module: nn.Module) -> bool:
-    return type(module.weight).dequantize is not Tensor.dequantize
+    return type(weight_of(module)).dequantize is not Tensor.dequantize
+
+
+@torch.no_grad()
+def probed_weight(module: nn.Module) -> Tensor:
+    """The weight [out, in] of any linear layer as its outputs for the unit vectors, where no other way leads to it."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    (_, width), device = features_of(module), weight_of(module).device
+    dtype = tensors[0].dtype if tensors else torch.float32
+    at_zero = module(torch.zeros(1, width, dtype=dtype, device=device))  # the bias
+    columns = []
+    for first in range(0, width, PROBE_ROWS):
+        unit = torch.zeros(min(PROBE_ROWS, width - first), width, dtype=dtype, device=device)
+        unit.diagonal(first).fill_(1)
+        columns.append(module(unit) - at_zero)  # row i is W[:, first + i]
+    return torch.cat(columns).T
 
 
 FORMATS = (
     Format("bitsandbytes, 4 bits", lambda m: getattr(m.weight, "quant_state", None) is not None, _bitsandbytes_4bit),
     Format("bitsandbytes, 8 bits", lambda m: type(m.weight).__name__ == "Int8Params", _bitsandbytes_8bit),
     Format("GGUF blocks", lambda m: hasattr(m, "ggml_type"), _gguf),
-    Format("torchao", _dequantises_itself, lambda m: m.weight.detach().dequantize()),
-    Format("linear layers", lambda m: hasattr(m, "in_features"), lambda m: probed_weight(m)),
+    Format("torchao", _dequantises_itself, lambda m: weight_of(m).detach().dequantize()),
+    Format("linear layers", lambda m: hasattr(m, "in_features"), probed_weight),
 )
 
 
@@ -81,20 +106,5 @@ def dequantised_weight(module: nn.Module) -> Tensor:
             return candidate.dequantise(module)
     raise ValueError(
         f"{type(module).__name__}: expected a floating weight or one of {', '.join(f.name for f in FORMATS)}, found "
-        f"{type(module.weight).__name__} of {module.weight.dtype}; leave it out of target_modules"
+        f"{type(module.weight).__name__} of {weight_of(module).dtype}; leave it out of target_modules"
     )
-
-
-@torch.no_grad()
-def probed_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] of any linear layer as its outputs for the unit vectors, where no other way leads to it."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    device = module.weight.device
-    dtype = tensors[0].dtype if tensors else torch.float32
-    at_zero = module(torch.zeros(1, module.in_features, dtype=dtype, device=device))  # the bias
-    columns = []
-    for first in range(0, module.in_features, PROBE_ROWS):
-        unit = torch.zeros(min(PROBE_ROWS, module.in_features - first), module.in_features, dtype=dtype, device=device)
-        unit.diagonal(first).fill_(1)
-        columns.append(module(unit) - at_zero)  # row i is W[:, first + i]
-    return torch.cat(columns).T

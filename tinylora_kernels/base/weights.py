@@ -1,16 +1,22 @@
 """The frozen tensors of a layer as plain floating tensors, whatever form an engine or a quantiser keeps them in."""
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
+from .attributes import features_of, weight_of
 from .quantised import dequantised_weight
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor  # for types alone: it brings 500 modules
 
 PLAIN = (Tensor, nn.Parameter)
 _ROWS = 1024  # of a weight, widened at a time
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether it is a DTensor: a shard on this rank of a tensor that lives on many (FSDP2, tensor parallelism)."""
     return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
@@ -25,15 +31,15 @@ def dense(tensor: Tensor) -> Tensor:
 
 def stored_shape(module: nn.Module) -> torch.Size:
     """Shape of dense_weight, which it does not make."""
-    weight = module.weight
-    return weight.shape if weight.is_floating_point() else torch.Size((module.out_features, module.in_features))
+    weight = weight_of(module)
+    return weight.shape if weight.is_floating_point() else torch.Size(features_of(module))
 
 
 def dense_weight(module: nn.Module) -> Tensor:
     """A layer's weight as it is stored, whole and in floating point: gathered where it is sharded, dequantised where
     it is quantised, itself otherwise.
     """
-    weight = module.weight
+    weight = weight_of(module)
     if is_sharded(weight):
         return dense(weight.detach())
     if type(weight) in PLAIN and weight.is_floating_point():

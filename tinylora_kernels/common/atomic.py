@@ -6,7 +6,7 @@ import secrets
 import shutil
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace the file by ``data`` or leave it as it was: written beside it, synced to disk, renamed."""
     path = os.path.realpath(path)
     directory = os.path.dirname(path)

@@ -1,21 +1,29 @@
 """Torch's threads spent on independent pieces of work instead of inside each small product.
 
-A product of a megabyte is too small to split: on 2 cores, factorising 3584 x 3584 with two threads inside each product
-took 1.8 times as long as with one, and two matrices side by side on a thread each 0.6 times. Pieces of one matrix keep
-that gain with one matrix in memory, and what runs on one thread has the same bits whatever the number of threads.
+A product of a megabyte is too small to split: factorising 3584 x 3584 with two threads inside each product took 1.8
+times as long as with one, and two matrices side by side on a thread each 0.6 times (two cores, 5a5a410; in no table).
+Pieces of one matrix keep that gain with one matrix in memory, and what runs on one thread has the same bits whatever
+the number of threads. bench/results/startup.csv has what a whole model takes.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-Argument, Result = TypeVar("Argument"), TypeVar("Result")
-Run = Callable[[Callable[[Argument], Result], Sequence[Argument]], list[Result]]
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+class Run(Protocol):
+    """A map over independent pieces of work, in order, perhaps on several threads."""
+
+    def __call__(
+        self, function: Callable[[Argument], Result], arguments: Sequence[Argument], /
+    ) -> list[Result]: ...  # fmt: skip
 
 
 def serial(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:

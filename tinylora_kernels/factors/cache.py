@@ -3,7 +3,6 @@
 An entry that is missing, damaged, or written by another version is computed again; a disk that cannot be written to
 costs one warning. Writers race safely: an entry appears whole, by a rename.
 """
-
 from __future__ import annotations
 
 import functools
@@ -84,9 +83,11 @@ def store(key: str, tensors: dict[str, Tensor]) -> None:
         _warn_once(str(directory), str(error))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(directory: str, error: str) -> None:
-    warnings.warn(f"factors are not cached in {directory} ({error}); set TINYLORA_CACHE to a writable directory")
+    warnings.warn(
+        f"factors are not cached in {directory} ({error}); set TINYLORA_CACHE to a writable directory", stacklevel=3
+    )
 
 
 def _chunk_digest(rows: Tensor) -> bytes:

@@ -35,7 +35,7 @@ def factorize_modules(
             items.append((label, lambda base=base, rows=rows: weight_matrix(base)[rows]))
             owners.append(name)
     pieces: dict[str, list[Factors]] = {}
-    for owner, (_, factors) in zip(owners, factorize_many(items, rank, cache=cache, progress=progress)):
+    for owner, (_, factors) in zip(owners, factorize_many(items, rank, cache=cache, progress=progress), strict=True):
         pieces.setdefault(owner, []).append(factors)
     return {name: _compact(found) if name in parts else found[0] for name, found in pieces.items()}
 

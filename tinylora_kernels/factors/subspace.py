@@ -6,7 +6,6 @@ CPU by a kernel of the library (csrc/cpu/products.inl), until rounding stops it;
 in fp64, refined there, and accepted on their true residual. A block, not a single vector, because equal singular
 values hide from a single one. The first block comes from a few steps on a sample of the rows.
 """
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from torch import Tensor
 from ..common.threads import Run, serial
 from ..method.philox import STREAM_SOLVER, philox_normal
 from ..ops.native import library as native
+
+Product = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows W [m, n], X [b, n] -> X W^T [b, m], X W^T W [b, n]
 
 OVERSAMPLING = 6  # vectors in a block beyond the rank
 SETTLED = 1e-2  # from this residual on the space grows along the wanted vectors
@@ -43,10 +44,11 @@ DEGENERATE_GAP = 1e-6  # closer relative to each other, two singular values have
 class Triplets:
     """Leading singular triplets, largest first.
 
-    left      [b, m] rows u_i, orthonormal, fp64
-    sigma     [b] fp64
-    residual  [b] ||W^T u_i - sigma_i v_i|| / sigma_i
-    resolved  whether the first `rank` are good enough; False: the steps ran out
+    Attributes:
+        left: [b, m] rows u_i, orthonormal, fp64.
+        sigma: [b] fp64.
+        residual: [b] ||W^T u_i - sigma_i v_i|| / sigma_i.
+        resolved: whether the first `rank` are good enough; False: the steps ran out.
     """
 
     left: Tensor
@@ -60,7 +62,8 @@ def leading_triplets(
 ) -> Triplets:
     """Triplets of scale * weight [m, n] on cpu or cuda; the first `rank` good enough unless MAX_STEPS ran out.
 
-    run  maps a function over pieces of the weight, perhaps on several threads.
+    Args:
+        run: maps a function over pieces of the weight, perhaps on several threads.
     """
     block = rank + OVERSAMPLING
     run = run if weight.device.type == "cpu" else serial
@@ -107,16 +110,17 @@ class _Ritz:
     def good_enough(self, rank: int, tol: float, rounding: float, power_step_follows: bool = False) -> bool:
         """Whether the first `rank` are resolved to tol and ANGLE_TOL, or as far as rounding allows.
 
-        power_step_follows: not as they are but after one multiplication of the block by A, as far as can be told. What
-        is wrong with x_i lies along vectors outside the block, of eigenvalues below theta_b, and shrinks to at most
-        theta_b / theta_i of itself.
+        Args:
+            power_step_follows: not as they are but after one multiplication of the block by A, as far as can be told.
+                What is wrong with x_i lies along vectors outside the block, of eigenvalues below theta_b, and shrinks
+                to at most theta_b / theta_i of itself.
 
         Against a spectrum outside the block at relative distance d, a relative residual rho leaves an error rho / d in
         the vector. Against a neighbour inside it at distance g, whose residual is rho', the error is rho rho' / (d g).
         """
         theta, rho = self.theta.tolist(), self.residual.tolist()
         if power_step_follows:
-            rho = [residual * POWER_STEP * theta[-1] / value for residual, value in zip(rho, theta)]
+            rho = [residual * POWER_STEP * theta[-1] / value for residual, value in zip(rho, theta, strict=True)]
         for i in range(min(rank, len(theta))):
             floor = rounding * theta[0] / max(theta[i], 1e-300)
             gaps = [abs(theta[i] - other) / theta[i] for j, other in enumerate(theta) if j != i]
@@ -127,8 +131,8 @@ class _Ritz:
             distance = max(1.0 - theta[-1] / theta[i], DEGENERATE_GAP) if len(theta) > 1 else 1.0
             if rho[i] > max(ANGLE_TOL * distance, floor):
                 return False
-            others = [other for j, other in enumerate(rho) if j != i]
-            if any(rho[i] * other > ANGLE_TOL * distance * gap for other, gap in zip(others, gaps)) and rho[i] > floor:
+            others = zip((other for j, other in enumerate(rho) if j != i), gaps, strict=True)
+            if rho[i] > floor and any(rho[i] * other > ANGLE_TOL * distance * gap for other, gap in others):
                 return False
         return True
 
@@ -140,11 +144,10 @@ class _Space:
         m, n = weight.shape
         self.weight, self.block, self.scale, self.run = weight, block, scale, run
         self.capacity = min(BLOCKS_KEPT * block, n)
-        empty = {"dtype": torch.float64, "device": weight.device}
-        self.right = torch.empty(self.capacity, n, **empty)  # X
-        self.left = torch.empty(self.capacity, m, **empty)  # X W^T
-        self.image = torch.empty(self.capacity, n, **empty)  # X A
-        self.gram = torch.zeros(self.capacity, self.capacity, **empty)  # X A X^T
+        self.right = torch.empty(self.capacity, n, dtype=torch.float64, device=weight.device)  # X
+        self.left = self.right.new_empty(self.capacity, m)  # X W^T
+        self.image = self.right.new_empty(self.capacity, n)  # X A
+        self.gram = self.right.new_zeros(self.capacity, self.capacity)  # X A X^T
         self.size = 0
 
     def grow(
@@ -237,8 +240,8 @@ def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, imag
         image.add_(partial)
 
 
-def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """Rows in a slab, and their product with X by torch: a chunk is widened and multiplied twice while it is in cache."""
+def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Product]:
+    """Rows in a slab, and their product by torch: a chunk is widened, and multiplied twice while it is in cache."""
     chunk_rows = CHUNK_BYTES[weight.device.type] // (weight.shape[1] * x.element_size())
     step = max(1, chunk_rows // CHUNK_ROWS) * CHUNK_ROWS
 
@@ -247,7 +250,7 @@ def _by_chunks(weight: Tensor, x: Tensor, scale: float) -> tuple[int, Callable[[
         total = torch.zeros_like(x)
         y = x.new_empty(len(x), len(slab))
         as_is = slab.dtype == x.dtype and scale == 1.0
-        buffer = None if as_is else torch.empty_like(slab[:step], dtype=x.dtype)  # one for all chunks
+        buffer = slab if as_is else torch.empty_like(slab[:step], dtype=x.dtype)  # one for all chunks
         for begin in range(0, len(slab), step):
             chunk = slab[begin : begin + step]  # [step, n]
             if not as_is:

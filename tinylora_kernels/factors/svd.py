@@ -4,7 +4,6 @@ An adapter of a few numbers moves between machines only if both compute the same
 residual (subspace.py), signs are fixed, vectors that no solver can pin down are reported, and everything is cached on
 disk by the weight's content (factor_cache.py).
 """
-
 from __future__ import annotations
 
 import functools
@@ -39,18 +38,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Factors:
     """Truncated SVD W = U S V^T of a weight [out, in].
 
-    basis        [r, out] U^T, contiguous, on the CPU; fp32, or fp64 for an fp64 weight
-    sigma        [r] singular values, falling, dtype of basis
-    degenerate   some of the first r + 1 singular values coincide: U is arbitrary within their span
-    residual     largest ||W^T u - sigma v|| / sigma, before rounding to the dtype of basis
-    fingerprint  weight_fingerprint of the weight, or None where the cache was not used
+    Attributes:
+        basis: [r, out] U^T, contiguous, on the CPU; fp32, or fp64 for an fp64 weight.
+        sigma: [r] singular values, falling, dtype of basis.
+        degenerate: some of the first r + 1 singular values coincide: U is arbitrary within their span.
+        residual: largest ||W^T u - sigma v|| / sigma, before rounding to the dtype of basis.
     """
 
     basis: Tensor
     sigma: Tensor
     degenerate: bool
     residual: float
-    fingerprint: str | None = None
 
 
 def truncated_svd(
@@ -58,30 +56,26 @@ def truncated_svd(
 ) -> Factors:
     """The leading `rank` left singular vectors and values of a weight.
 
-    weight  [out, in], bf16, fp16, fp32 or fp64, any device, any strides; read only, never copied whole unless small.
-    rank    1 <= rank <= min(out, in).
-    name    the module, for messages.
-    cache   read and write the disk cache.
-    tol     residual every triplet must reach; the vectors of separate singular values are then right to about 1e-6.
+    Args:
+        weight: [out, in], bf16, fp16, fp32 or fp64, any device and strides; only read, never copied whole unless small.
+        rank: 1 <= rank <= min(out, in).
+        name: the module, for messages.
+        cache: read and write the disk cache.
+        tol: residual every triplet must reach; the vectors of separate singular values are then right to about 1e-6.
 
     Signs: the largest entry of each u in magnitude is positive. Entries within 0.1% of the largest count as equal and
     the first of them decides, so that rounding cannot choose between two of equal size.
 
-    Raises ValueError, one line naming the module: not 2-D, empty, not floating point, NaN or infinite, rank out of
-    range, or numerical rank below `rank` (saying the usable rank). Warns where singular values coincide.
+    Raises:
+        ValueError: one line naming the module: not 2-D, empty, not floating point, NaN or infinite, rank out of range,
+            or numerical rank below `rank` (saying the usable rank).
+
+    Warns:
+        UserWarning: singular values coincide.
     """
     weight = weight.detach()
     _check(weight, rank, name)
-    fingerprint = key = None
-    if cache:
-        fingerprint = weight_fingerprint(weight)
-        precision = 64 if weight.dtype == torch.float64 else 32
-        key = f"{fingerprint}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
-    factors = _load(key, fingerprint, weight, rank) if key else None
-    if factors is None:
-        factors = _compute(weight, rank, name, tol, fingerprint)
-        if key:
-            _store(key, factors)
+    factors = _cached(weight, rank, name, tol) if cache else _compute(weight, rank, name, tol)
     if factors.degenerate:
         warnings.warn(
             f"{name}: leading singular values coincide (relative gap below {DEGENERATE_GAP:g}), so the basis is one of "
@@ -101,8 +95,9 @@ def factorize_many(
 ) -> Iterator[tuple[str, Factors]]:
     """truncated_svd of many weights, one in memory at a time: yields (name, Factors) in order.
 
-    items     (name, weight) or (name, function that returns the weight); the function is called when its turn comes.
-    progress  show a bar on a terminal once the work has taken a second.
+    Args:
+        items: (name, weight) or (name, function that returns the weight); the function is called when its turn comes.
+        progress: show a bar on a terminal once the work has taken a second.
     """
     items = list(items)
     with tqdm(total=len(items), desc="Factorising", unit="matrix", delay=1, disable=None if progress else True) as bar:
@@ -147,7 +142,18 @@ def _check(weight: Tensor, rank: int, name: str) -> None:
         raise ValueError(f"{name}: rank must be from 1 to min(out, in) = {min(weight.shape)}, got {rank}")
 
 
-def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str | None) -> Factors:
+def _cached(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
+    """From the disk, or computed and put there."""
+    precision = 64 if weight.dtype == torch.float64 else 32
+    key = f"{weight_fingerprint(weight)}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
+    factors = _load(key, weight, rank)
+    if factors is None:
+        factors = _compute(weight, rank, name, tol)
+        _store(key, factors)
+    return factors
+
+
+def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     if weight.device.type not in ("cpu", "cuda"):
         weight = weight.cpu()  # fp64 is not everywhere
     largest = _largest_magnitude(weight)
@@ -171,7 +177,6 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str 
         sigma=(sigma[:rank].cpu() / scale).to(dtype),
         degenerate=bool((gaps < DEGENERATE_GAP).any()),
         residual=triplets.residual[:rank].max().item(),
-        fingerprint=fingerprint,
     )
 
 
@@ -181,7 +186,7 @@ def _largest_magnitude(weight: Tensor) -> float:
     rows = max(1, PIECE_ELEMENTS // n)
     with one_thread_each() as run:
         limits = run(lambda begin: weight[begin : begin + rows].aminmax(), range(0, m, rows))
-    low, high = (torch.stack(values) for values in zip(*limits))
+    low, high = (torch.stack(values) for values in zip(*limits, strict=True))
     return torch.maximum(-low.amin(), high.amax()).item()
 
 
@@ -226,15 +231,13 @@ def canonical_signs(left: Tensor) -> Tensor:
     return left * torch.where(left.gather(1, deciding) < 0, -1.0, 1.0)
 
 
-def _load(key: str, fingerprint: str, weight: Tensor, rank: int) -> Factors | None:
+def _load(key: str, weight: Tensor, rank: int) -> Factors | None:
     stored = factor_cache.load(key)
     if stored is None or set(stored) != {"basis", "sigma", "degenerate", "residual"}:
         return None
     if stored["basis"].shape != (rank, weight.shape[0]) or stored["sigma"].shape != (rank,):
         return None
-    return Factors(
-        stored["basis"], stored["sigma"], bool(stored["degenerate"]), stored["residual"].item(), fingerprint
-    )
+    return Factors(stored["basis"], stored["sigma"], bool(stored["degenerate"]), stored["residual"].item())
 
 
 def _store(key: str, factors: Factors) -> None:

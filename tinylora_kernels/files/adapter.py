@@ -4,7 +4,6 @@ The file (format.py) holds v, the config, and for each adapted module its name, 
 of the frozen weight and a sketch of its basis.  P comes from its seed and U from the weight again; a basis travels in
 the file only where the weight does not determine it.  Loading checks all of it before it touches the model.
 """
-
 from __future__ import annotations
 
 import dataclasses
@@ -30,7 +29,7 @@ from ..model.targets import base_module, fused_parts, target_names
 from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool = False) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: bool = False) -> None:
     """Write the trained numbers of an adapted model, merged or not, and what is needed to check them again.
 
     Args:
@@ -48,7 +47,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, include_basis: bool 
 
 def load_adapter(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     backend: str | None = None,
     cache: bool = True,
@@ -86,7 +85,8 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     if not layers:
         raise AdapterError("model: it has no adapter to save; call apply_tiny_lora(model, config) first")
     config = _config_of(layers)
-    modules, vectors = [], {}
+    modules: list[AdaptedModule] = []
+    vectors: dict[int, Tensor] = {}  # tie group -> v
     for position, (name, layer) in enumerate(layers.items()):
         if layer.index != position:
             raise AdapterError(
@@ -97,7 +97,7 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
         store, basis = include_basis or layer.degenerate, layer.singular_basis()
         modules.append(
             AdaptedModule(
-                name, tuple(weight.shape), layer.group, weight_fingerprint(weight), basis_sketch(basis),
+                name, (weight.shape[0], weight.shape[1]), layer.group, weight_fingerprint(weight), basis_sketch(basis),
                 basis if store else None, layer.sigma if store else None,
             )  # fmt: skip
         )
@@ -110,7 +110,9 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     return AdapterFile(config, v, modules)
 
 
-def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool, progress: bool) -> None:
+def _load_into_bare(
+    model: nn.Module, adapter: AdapterFile, backend: str | None, cache: bool, progress: bool
+) -> None:
     config = dataclasses.replace(adapter.config, backend=backend, cache=cache)
     names = [module.name for module in adapter.modules]
     try:
@@ -130,7 +132,7 @@ def _load_into_bare(model: nn.Module, adapter: AdapterFile, backend, cache: bool
     except ValueError as error:
         raise AdapterError(f"it does not fit this model: {one_line(error)}") from error
 
-    stored = {m.name: Factors(m.basis, m.sigma, True, 0.0) for m in adapter.modules if m.basis is not None}
+    stored = {m.name: Factors(*m.stored, degenerate=True, residual=0.0) for m in adapter.modules if m.stored}
     wanted = {name: base for name, base in bases.items() if name not in stored}
     computed = factorize_modules(wanted, config.rank, parts, cache=cache, progress=progress) if wanted else {}
     factors = stored | computed
@@ -147,7 +149,7 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
         raise AdapterError(f"the model is merged ({merged[0]}); call unmerge(model) first")
     _check_names(list(layers), [module.name for module in adapter.modules])
     _check_config(_config_of(layers), adapter.config)
-    for position, (layer, module) in enumerate(zip(layers.values(), adapter.modules)):
+    for position, (layer, module) in enumerate(zip(layers.values(), adapter.modules, strict=True)):
         if layer.index != position or layer.group != module.group:
             raise AdapterError(
                 f"{module.name} is module {position} in tie group {module.group} there, and module {layer.index} in "
@@ -163,9 +165,9 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
 def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
     layers = adapted_layers(model)
     check_fits(layers, adapter)
-    for layer, module in zip(layers.values(), adapter.modules):
-        if module.basis is not None:
-            layer.set_factors(module.basis, module.sigma)
+    for layer, module in zip(layers.values(), adapter.modules, strict=True):
+        if module.stored:
+            layer.set_factors(*module.stored)
     _set_vectors(layers, adapter.v)
 
 
@@ -196,7 +198,7 @@ def _check_names(found: list[str], expected: list[str]) -> None:
     raise AdapterError("it is for another model: " + " and ".join(parts))
 
 
-def _check_config(found, expected) -> None:
+def _check_config(found: TinyLoRAConfig | LoRAXSConfig, expected: TinyLoRAConfig | LoRAXSConfig) -> None:
     if type(found) is not type(expected):
         raise AdapterError(f"it holds a {type(expected).__name__}, the model was adapted with a {type(found).__name__}")
     for field in IDENTITY_FIELDS:

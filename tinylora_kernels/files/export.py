@@ -6,7 +6,6 @@ The two factors are exact whatever the SVD's residual; rows and columns beyond r
 go out as PEFT's own LoRA stores them, which few servers load: a convolution's lora_A is a convolution of the same
 kernel and its lora_B one of size 1; an embedding has lora_embedding_A [rank, rows] and lora_embedding_B [out, rank].
 """
-
 from __future__ import annotations
 
 import argparse
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, is_experts
 from ..base.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from ..common.atomic import write_directory
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export_lora(
-    model: nn.Module, directory: str | os.PathLike, rank: int = 8, dtype: torch.dtype = torch.float32
+    model: nn.Module, directory: str | os.PathLike[str], rank: int = 8, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write the update of an adapted model, merged or not, as a LoRA adapter directory.
 
@@ -68,22 +68,22 @@ def export_lora(
     misread = sorted({name.rpartition(".")[2] for name in layers} & READ_AS_EXPERTS)
     if misread and any(map(is_experts, model.modules())):
         warnings.warn(
-            f"export_lora: PEFT takes {', '.join(misread)} of a {type(model).__name__} for its stacks of experts, so it "
-            "will load the directory without these modules and with fresh adapters on the experts. Other readers take "
-            "the names as they are; for PEFT, leave these modules out of target_modules",
+            f"export_lora: PEFT takes {', '.join(misread)} of a {type(model).__name__} for its stacks of experts, so "
+            "it will load the directory without these modules and with fresh adapters on the experts. Other readers "
+            "take the names as they are; for PEFT, leave these modules out of target_modules",
             stacklevel=2,
         )
     target = os.path.realpath(directory)
     _refuse_foreign_directory(target)
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         lora_a, lora_b = lora_factors(layer, rank, dtype)
         if not (bool(torch.isfinite(lora_a).all()) and bool(torch.isfinite(lora_b).all())):
             raise ValueError(f"{name}: its update is not finite in {dtype_name(dtype)}")
         tensors |= {f"base_model.model.{name}.{key}": tensor for key, tensor in _as_peft(layer, lora_a, lora_b).items()}
     config = json.dumps(_peft_config(model, layers, rank), indent=2, sort_keys=True) + "\n"
-    write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})))))
+    write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})), strict=True)))
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def _as_peft(layer: TinyLoRALayer, lora_a: Tensor, lora_b: Tensor) -> dict[str, 
     if kind is EMBEDDING:
         return {"lora_embedding_A": lora_a, "lora_embedding_B": lora_b}
     if kind is CONVOLUTION:
-        shape = layer.base.weight.shape  # [out, in, k...]
+        shape = weight_of(layer.base).shape  # [out, in, k...]
         lora_a = lora_a.view(len(lora_a), *shape[1:])
         lora_b = lora_b.view(*lora_b.shape, *[1] * (len(shape) - 2))
     return {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict:
+def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict[str, object]:
     config = getattr(model, "config", None)
     kinds = [kind_of(layer.base) for layer in layers.values()]
     return {

@@ -17,7 +17,6 @@ sha256 is the digest of the whole file with its own 64 digits read as zeros, so 
 Nothing in a file is trusted: every length, count, type and key is checked before it is used, nothing is allocated by a
 number that the file merely claims, no name is used as a path, and whatever is wrong is one AdapterError.
 """
-
 from __future__ import annotations
 
 import base64
@@ -27,8 +26,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,8 +37,11 @@ from ..common.words import dtype_name, one_line
 from ..factors.svd import SKETCH_COLUMNS
 from ..method.config import LoRAXSConfig, TinyLoRAConfig
 
+Json = dict[str, Any]  # an object of a file: its values are checked before they are used
+Extents = dict[str, tuple[torch.dtype, list[int], int, int]]  # tensor name -> (dtype, shape, start, end) in the payload
+
 VERSION = 1
-METHODS = {"tiny_lora": TinyLoRAConfig, "lora_xs": LoRAXSConfig}
+METHODS: dict[str, type[TinyLoRAConfig] | type[LoRAXSConfig]] = {"tiny_lora": TinyLoRAConfig, "lora_xs": LoRAXSConfig}
 METADATA_KEYS = ("version", "sha256", "method", "config", "names", "shapes", "groups", "weights", "sketches")
 RUNTIME_FIELDS = {"backend", "cache"}  # of a config: where it runs, not what it is
 OPTIONAL_FIELDS = {"fused"}  # of a config: written only where they are not None
@@ -66,6 +69,11 @@ class AdaptedModule:
     basis: Tensor | None = None
     sigma: Tensor | None = None
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor] | None:
+        """(basis, sigma) where the file carries them."""
+        return None if self.basis is None or self.sigma is None else (self.basis, self.sigma)
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -89,8 +97,8 @@ def encode(adapter: AdapterFile) -> bytes:
     modules = adapter.modules
     tensors = {"v": adapter.v}
     for i, module in enumerate(modules):
-        if module.basis is not None:
-            tensors[f"basis.{i}"], tensors[f"sigma.{i}"] = module.basis, module.sigma
+        if module.stored:
+            tensors[f"basis.{i}"], tensors[f"sigma.{i}"] = module.stored
     metadata = {
         "version": VERSION,
         "sha256": NO_DIGEST,
@@ -102,7 +110,7 @@ def encode(adapter: AdapterFile) -> bytes:
         "weights": [module.fingerprint for module in modules],
         "sketches": [base64.b64encode(_raw(module.sketch.float())).decode() for module in modules],
     }
-    header: dict = {"__metadata__": {"tinylora": json.dumps(metadata, separators=(",", ":"), allow_nan=False)}}
+    header: Json = {"__metadata__": {"tinylora": json.dumps(metadata, separators=(",", ":"), allow_nan=False)}}
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     payload = bytearray()
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # stable; keeps alignment
@@ -117,7 +125,7 @@ def encode(adapter: AdapterFile) -> bytes:
     return data.replace(NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def read(path: str | os.PathLike) -> AdapterFile:
+def read(path: str | os.PathLike[str]) -> AdapterFile:
     """Read and check a file.
 
     Raises:
@@ -144,7 +152,7 @@ def read(path: str | os.PathLike) -> AdapterFile:
             raise AdapterError(f"{os.fspath(path)}: {error}") from None
 
 
-def encode_config(config: TinyLoRAConfig | LoRAXSConfig) -> dict:
+def encode_config(config: TinyLoRAConfig | LoRAXSConfig) -> Json:
     """The config as JSON values; a map of tie groups is written as "map", the groups stand in their column."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in RUNTIME_FIELDS}
     values["v_dtype"] = dtype_name(config.v_dtype)
@@ -160,7 +168,7 @@ def _raw(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def _metadata(header: Mapping) -> dict:
+def _metadata(header: Json) -> Json:
     """The adapter's own object; keys, version and the shape of the digest are checked, nothing else yet."""
     entries = header.get("__metadata__")
     if not isinstance(entries, dict) or "tinylora" not in entries:
@@ -178,9 +186,9 @@ def _metadata(header: Mapping) -> dict:
     return metadata
 
 
-def _tensor_extents(header: Mapping, payload_size: int) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
-    """name -> (dtype, shape, start, end); together they must cover the payload once, without gap or overlap."""
-    extents = {}
+def _tensor_extents(header: Json, payload_size: int) -> Extents:
+    """Where each tensor lies; together they must cover the payload once, without gap or overlap."""
+    extents: Extents = {}
     position = 0
     for name, entry in header.items():
         if name == "__metadata__":
@@ -214,7 +222,7 @@ def _check_digest(head: bytes, payload: bytes, digest: str) -> None:
         raise AdapterError("damaged: the SHA-256 digest does not match the contents")
 
 
-def _decode(metadata: dict, extents: dict, payload: bytes, size: int) -> AdapterFile:
+def _decode(metadata: Json, extents: Extents, payload: bytes, size: int) -> AdapterFile:
     def tensor(name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
         if name not in extents:
             raise AdapterError(f"tensor {name} is missing")
@@ -231,7 +239,7 @@ def _decode(metadata: dict, extents: dict, payload: bytes, size: int) -> Adapter
     rank = config.rank
     v = tensor("v", config.v_dtype, [max(groups) + 1, config.numbers])
     modules = []
-    for i, (name, shape, group) in enumerate(zip(names, shapes, groups)):
+    for i, (name, shape, group) in enumerate(zip(names, shapes, groups, strict=True)):
         parts = _parts(config, name, shape)
         if rank > min(*shape, *(parts or ())):
             raise AdapterError(f"{_shown(name)}: rank {rank} above the smaller side of its shape {shape} or of a part")
@@ -242,7 +250,7 @@ def _decode(metadata: dict, extents: dict, payload: bytes, size: int) -> Adapter
         if sigma is not None and not bool((sigma > 0).all()):
             raise AdapterError(f"tensor sigma.{i}: singular values must be positive")
         sketch = _decode_sketch(metadata["sketches"][i], rank, name)
-        modules.append(AdaptedModule(name, tuple(shape), group, metadata["weights"][i], sketch, basis, sigma))
+        modules.append(AdaptedModule(name, (shape[0], shape[1]), group, metadata["weights"][i], sketch, basis, sigma))
     if extents:
         raise AdapterError(f"unknown tensor {_shown(next(iter(extents)))}")
     return AdapterFile(config, v, modules, size)
@@ -255,13 +263,14 @@ def _parts(config: TinyLoRAConfig | LoRAXSConfig, name: str, shape: list[int]) -
         raise AdapterError(f"config: {one_line(error)}") from None
 
 
-def _columns(metadata: dict) -> tuple[list[str], list[list[int]], list[int]]:
+def _columns(metadata: Json) -> tuple[list[str], list[list[int]], list[int]]:
     columns = {key: metadata[key] for key in ("names", "shapes", "groups", "weights", "sketches")}
     for key, column in columns.items():
         if not isinstance(column, list) or len(column) != len(metadata["names"]) or not column:
             raise AdapterError(f"metadata: {key} must be a list with one entry for each module")
     highest = -1
-    for name, shape, group, weight in zip(*(columns[key] for key in ("names", "shapes", "groups", "weights"))):
+    in_order = (columns[key] for key in ("names", "shapes", "groups", "weights"))
+    for name, shape, group, weight in zip(*in_order, strict=True):
         if not _is_name(name):
             raise AdapterError(f"metadata: {_shown(name)} is not a module name")
         if not _is_counts(shape, MAX_DIMENSION) or len(shape) != 2:
@@ -276,7 +285,9 @@ def _columns(metadata: dict) -> tuple[list[str], list[list[int]], list[int]]:
     return columns["names"], columns["shapes"], columns["groups"]
 
 
-def _decode_config(method: object, values: object, names: list[str], groups: list[int]):
+def _decode_config(
+    method: object, values: object, names: list[str], groups: list[int]
+) -> TinyLoRAConfig | LoRAXSConfig:
     if not isinstance(method, str) or method not in METHODS:
         raise AdapterError(f"metadata: method must be one of {', '.join(METHODS)}, found {_shown(method)}")
     if not isinstance(values, dict):
@@ -299,7 +310,7 @@ def _decode_config(method: object, values: object, names: list[str], groups: lis
         if not isinstance(values[field], str):
             raise AdapterError(f"config: {field} must be a string, found {_shown(values[field])}")
     if values["tying"] == "map":
-        values["tying"] = dict(zip(names, groups))
+        values["tying"] = dict(zip(names, groups, strict=True))
     dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
     if values["v_dtype"] not in dtypes:
         raise AdapterError(f"config: v_dtype must be one of {', '.join(dtypes)}, found {_shown(values['v_dtype'])}")
@@ -325,14 +336,14 @@ def _decode_sketch(text: object, rank: int, name: str) -> Tensor:
     return sketch
 
 
-def _json_object(text: bytes | str, what: str) -> dict:
-    def without_duplicates(pairs):
+def _json_object(text: bytes | str, what: str) -> Json:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> Json:
         keys = dict(pairs)
         if len(keys) != len(pairs):
             raise ValueError("a key appears twice")
         return keys
 
-    def refuse_constant(constant):
+    def refuse_constant(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
     try:
@@ -349,7 +360,7 @@ def _json_object(text: bytes | str, what: str) -> dict:
     return value
 
 
-def _check_keys(found: Mapping, expected: Iterable[str], what: str) -> None:
+def _check_keys(found: Json, expected: Iterable[str], what: str) -> None:
     expected = list(expected)
     missing = [key for key in expected if key not in found]
     unknown = [key for key in found if key not in expected]

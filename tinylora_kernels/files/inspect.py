@@ -13,7 +13,7 @@ from ..method.tying import module_kind
 from .format import AdaptedModule, AdapterError, AdapterFile, encode_config, read
 
 
-def inspect_adapter(path: str | os.PathLike) -> AdapterFile:
+def inspect_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     """Read and check a file without any model; ``format_adapter`` prints the result.
 
     Raises:
@@ -50,12 +50,12 @@ def format_adapter(adapter: AdapterFile, every_module: bool = False, width: int 
             (kind, str(len(ms)), shape, _span([m.group for m in ms]), str(sum(m.basis is not None for m in ms)))
             for (kind, shape), ms in kinds.items()
         ]
-    columns = [max(map(len, column)) for column in zip(head, *rows)]
+    columns = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     # The name gives way first: the other columns are what one compares.
     columns[0] = max(8, min(columns[0], width - sum(columns[1:]) - 2 * (len(columns) - 1)))
     for row in (head, *rows):
         name = row[0] if len(row[0]) <= columns[0] else "..." + row[0][3 - columns[0] :]
-        cells = [name.ljust(columns[0]), *(cell.rjust(n) for cell, n in zip(row[1:], columns[1:]))]
+        cells = [name.ljust(columns[0]), *(cell.rjust(n) for cell, n in zip(row[1:], columns[1:], strict=True))]
         lines.append("  ".join(cells))
     return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
 

@@ -13,6 +13,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.psoft import layer as psoft
@@ -23,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base.attributes import bias_of
 from ..base.kinds import is_linear_like, weight_matrix
 from ..base.weights import bias_offset
 from ..functional import tiny_lora_update
@@ -34,6 +36,15 @@ __all__ = ["accelerate_peft", "acceleration_report", "deaccelerate_peft", "from_
 
 TRAINED_BASE = FitError("its base is trained (a bias, by bias='all'), and the update on the output would follow it")
 BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
+
+Seen = tuple[Tensor, int | None]  # a tensor and its version when it was read
+
+# What the mixins below stand before. For types alone: with a base of PEFT's an object could not change its class.
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner as Tuner
+    from peft.tuners.tuners_utils import BaseTunerLayer as TunerLayer
+else:
+    Tuner = TunerLayer = object
 
 
 @dataclass(frozen=True)
@@ -49,14 +60,14 @@ class _Update:
 class _State:
     """What an accelerated layer remembers; all of it can be computed again."""
 
-    factors: dict[str, tuple[list, _Update | FitError]] = field(default_factory=dict)
-    stacks: dict[tuple[str, ...], tuple[list, _Update]] = field(default_factory=dict)
+    factors: dict[str, tuple[list[Seen], _Update | FitError]] = field(default_factory=dict)
+    stacks: dict[tuple[str, ...], tuple[list[_Update], _Update]] = field(default_factory=dict)
     sample_names: tuple[str, ...] | None = None  # the adapters of this batch
     sample_ids: Tensor | None = None  # [B] index into sample_names, -1 for none
     hook: RemovableHandle | None = None  # of _refresh
 
 
-class _Accelerated:
+class _Accelerated(TunerLayer):
     """The forward shared by all kinds of layer; what differs between them is in the methods below it."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -66,12 +77,14 @@ class _Accelerated:
         names = state.sample_names
         if names is None:
             names = tuple(name for name in self.active_adapters if name in self._adapters())
-        parts = [self._factors(name) for name in names]
-        for part in parts:
+        parts: list[_Update] = []
+        for name in names:
+            part = self._factors(name)
             if isinstance(part, FitError):
                 if state.sample_names is not None:
                     raise ValueError(f"adapter_names: {part}")
                 return super().forward(x, *args, **kwargs)
+            parts.append(part)
         y = self.base_layer(x, *args, **kwargs)
         if names:
             y = self._update(y, x, names, self._stack(names, parts))
@@ -109,6 +122,7 @@ class _Accelerated:
         watched = (*self._sources(name), frozen["weight"])
         if name in stored and _unchanged(stored[name][0], watched):
             return stored[name][1]
+        factors: _Update | FitError
         try:
             dropout = self._dropout(name)
             if isinstance(dropout, nn.Dropout) and dropout.p > 0:
@@ -123,7 +137,7 @@ class _Accelerated:
         if len(parts) == 1:
             return parts[0]
         stacks = self._tinylora.stacks
-        if names not in stacks or any(a is not b for a, b in zip(stacks[names][0], parts)):
+        if names not in stacks or any(a is not b for a, b in zip(stacks[names][0], parts, strict=True)):
             stacks[names] = (parts, _joined(parts))
         return stacks[names][1]
 
@@ -152,7 +166,8 @@ class AcceleratedLinear(_OfTinyLora, tinylora.Linear):
     def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer))
-        return _Update(side.basis, side.projection(fixed).contiguous(), bias_offset(side.basis, getattr(self.base_layer, "bias", None)))
+        offset = bias_offset(side.basis, bias_of(self.base_layer))
+        return _Update(side.basis, side.projection(fixed).contiguous(), offset)
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         return y.to(x.dtype)
@@ -190,11 +205,12 @@ class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
     def _fit(self, name: str) -> _Update:
         right, left = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer), diagonal=True)
+        offset = bias_offset(side.basis, bias_of(self.base_layer))
         # M = (s n g^T) * (R - I)
-        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), bias_offset(side.basis, getattr(self.base_layer, "bias", None)))
+        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), offset)
 
 
-class _MixedBatches:
+class _MixedBatches(Tuner):
     """Hands adapter_names to the layers for the duration of a forward or a generate, as PEFT does for LoRA."""
 
     @contextlib.contextmanager
@@ -245,7 +261,7 @@ LAYERS = {
     psoft.Linear: AcceleratedPsoftLinear,
 }
 MODELS = {TinyLoraModel: AcceleratedTinyLoraModel, PsoftModel: AcceleratedPsoftModel}
-ORIGINALS = {ours: theirs for theirs, ours in (LAYERS | MODELS).items()}
+ORIGINALS: dict[type, type] = {ours: theirs for theirs, ours in (LAYERS | MODELS).items()}
 
 
 def accelerate_peft(model: nn.Module) -> nn.Module:
@@ -301,7 +317,7 @@ def deaccelerate_peft(model: nn.Module) -> nn.Module:
 
 def acceleration_report(model: nn.Module) -> dict[str, str | None]:
     """Module name -> None where its active adapters run on our ops, else the reason why not."""
-    report = {}
+    report: dict[str, str | None] = {}
     for name, layer in _peft_layers(model):
         if layer.merged:
             report[name] = "merged: the base alone is running"
@@ -357,9 +373,9 @@ def _refresh(layer: _Accelerated, incompatible_keys) -> None:
             layer._factors(name)
 
 
-def _unchanged(seen: list[tuple[Tensor, int]], now: tuple[Tensor, ...]) -> bool:
-    for (old, version), new in zip(seen, now):  # on every forward: no generator, no call that can be spared
-        if old is not new or (version is not None and version != new._version):
+def _unchanged(seen: list[Seen], now: tuple[Tensor, ...]) -> bool:
+    for n, (old, version) in enumerate(seen):  # on every forward: no generator, no call that can be spared
+        if old is not now[n] or (version is not None and version != old._version):
             return False
     return True
 
@@ -381,7 +397,8 @@ def _joined(parts: list[_Update]) -> _Update:
         u, r, _ = projection.shape
         blocks[row : row + u, column : column + r, column : column + r] = projection
         row, column = row + u, column + r
-    offset = None if first.offset is None else torch.cat([part.offset for part in parts])
+    offsets = [part.offset for part in parts if part.offset is not None]  # of one base: all of them or none
+    offset = torch.cat(offsets) if offsets else None
     return _Update(torch.cat([part.basis for part in parts]), blocks, offset)
 
 

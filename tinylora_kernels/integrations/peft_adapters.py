@@ -69,7 +69,7 @@ class PeftAdapterConfig:
         return self.vectors[group]
 
 
-def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | None = None) -> nn.Module:
+def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: str | None = None) -> nn.Module:
     """Adapt a bare model with a TinyLoRA adapter that PEFT saved; the same function to about 1e-6 in float32.
 
     Args:
@@ -107,7 +107,7 @@ def from_peft(directory: str | os.PathLike, model: nn.Module, *, backend: str | 
     return attach(model, adapter, names, groups, progress=False, factors=factors)
 
 
-def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
+def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write an adapted model as a TinyLoRA directory that PeftModel.from_pretrained(base, directory) loads.
 
     Args:
@@ -143,8 +143,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         weight_tying, groups = 0.0, list(range(len(groups)))
 
     tensors = {}
-    for (name, layer), group in zip(layers.items(), groups):
-        for kind, tensor in zip("ABP", _peft_tensors(layer)):
+    for (name, layer), group in zip(layers.items(), groups, strict=True):
+        for kind, tensor in zip("ABP", _peft_tensors(layer), strict=True):
             tensors[f"{PREFIX}{name}.tinylora_{kind}"] = tensor
         tensors[f"base_model.tinylora_v.{group}"] = layer.v.detach().float().cpu().clone()
     numbers = {len(tensor) for key, tensor in tensors.items() if ".tinylora_v." in key}
@@ -166,7 +166,7 @@ def is_from_peft(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def load_peft_vectors(model: nn.Module, directory: str | os.PathLike) -> None:
+def load_peft_vectors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Copy the vectors of a directory that to_peft wrote from this model back into it."""
     _, tensors = _read(Path(directory))
     for layer in adapted_layers(model).values():
@@ -183,7 +183,8 @@ def _peft_tensors(layer: TinyLoRALayer) -> tuple[Tensor, Tensor, Tensor]:
     if projection.dim() == 2:  # LoRA-XS: one matrix for each number of R
         projection = torch.diag(projection.flatten()).unflatten(1, projection.shape)
     fixed = projection * s / s.unsqueeze(1)
-    return tuple(tensor.float().contiguous().cpu() for tensor in (right, left, fixed))
+    right, left, fixed = (tensor.float().contiguous().cpu() for tensor in (right, left, fixed))
+    return right, left, fixed
 
 
 def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:

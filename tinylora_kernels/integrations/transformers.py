@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..files.adapter import load_adapter, save_adapter
 from ..model.adapted import adapted_layers, base_state_dict
@@ -21,7 +20,9 @@ from ..model.merging import is_merged, merged_weights
 ADAPTER_FILE = "tinylora_adapter.safetensors"
 
 
-def save_pretrained(model: nn.Module, directory: str | os.PathLike, *, merged: bool = False, **kwargs) -> None:
+def save_pretrained(
+    model: PreTrainedModel, directory: str | os.PathLike[str], *, merged: bool = False, **kwargs
+) -> None:
     """Write an adapted transformers model so that transformers' own from_pretrained loads it.
 
     Args:
@@ -46,7 +47,13 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, *, merged: b
     save_adapter(model, Path(directory) / ADAPTER_FILE)
 
 
-def from_pretrained(directory: str | os.PathLike, model_class=AutoModelForCausalLM, *, cache: bool = True, **kwargs):
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    model_class: type[AutoModelForCausalLM] | type[PreTrainedModel] = AutoModelForCausalLM,
+    *,
+    cache: bool = True,
+    **kwargs,
+) -> PreTrainedModel:
     """Load a base model and its adapter from a directory of save_pretrained.
 
     Args:
@@ -62,5 +69,5 @@ def from_pretrained(directory: str | os.PathLike, model_class=AutoModelForCausal
     path = Path(directory) / ADAPTER_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; write it with tinylora_kernels' save_pretrained")
-    model = model_class.from_pretrained(directory, **{"dtype": "auto", **kwargs})
+    model: PreTrainedModel = model_class.from_pretrained(directory, **{"dtype": "auto", **kwargs})
     return load_adapter(model, path, cache=cache, progress=False)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..files.adapter import load_adapter, save_adapter
 from ..layers.layer import TinyLoRALayer
@@ -30,7 +31,7 @@ ADAPTER_FILE = "adapter_model.safetensors"  # the name by which transformers' Tr
 DEFAULT = "default"
 
 
-def as_peft_model(model: nn.Module) -> PeftModel:
+def as_peft_model(model: PreTrainedModel) -> PeftModel:
     """Wrap an adapted model for TRL's GRPOTrainer and SFTTrainer, or transformers' Trainer.
 
     Args:
@@ -61,11 +62,11 @@ class AdaptedModel(PeftModel):
 
     prefix = "tinylora_"  # TRL skips parameters with this in their name; none has it
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         nn.Module.__init__(self)  # PeftModel's own would inject an adapter of PEFT's
         self.base_model = model
         self.active_adapter = DEFAULT
-        self.special_peft_forward_args = set()
+        self.special_peft_forward_args: set[str] = set()
         self._is_prompt_learning = False
         self._adapters_disabled = False
         self._showing_merged = False
@@ -83,7 +84,7 @@ class AdaptedModel(PeftModel):
     def active_adapters(self) -> list[str]:
         return [self.active_adapter]
 
-    def get_base_model(self) -> nn.Module:
+    def get_base_model(self) -> PreTrainedModel:
         """The adapted model."""
         return self.base_model
 
@@ -160,7 +161,9 @@ class AdaptedModel(PeftModel):
 
     # Checkpoints
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args, is_main_process: bool = True, **kwargs
+    ) -> None:
         """Write the adapter file of save_adapter into the directory, or PEFT's files for a model of from_peft."""
         if not is_main_process:
             return
@@ -170,7 +173,7 @@ class AdaptedModel(PeftModel):
         else:
             save_adapter(self.base_model, Path(save_directory) / ADAPTER_FILE)
 
-    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str = DEFAULT, *args, **kwargs) -> None:
+    def load_adapter(self, model_id: str | os.PathLike[str], adapter_name: str = DEFAULT, *args, **kwargs) -> None:
         """Read the adapter file of a checkpoint into the vectors of this adapter."""
         active = self.active_adapter
         self.set_adapter(adapter_name)

@@ -26,7 +26,7 @@ SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
 def vllm_problems(
-    directory: str | os.PathLike, *, max_lora_rank: int = 16, served_modules: Collection[str] | None = None
+    directory: str | os.PathLike[str], *, max_lora_rank: int = 16, served_modules: Collection[str] | None = None
 ) -> list[str]:
     """What vLLM would refuse about an adapter directory, one line each; empty if it would load.
 
@@ -71,7 +71,8 @@ def _config_problems(config: dict, max_lora_rank: int) -> list[str]:
 def _tensor_problems(
     shapes: dict[str, list[int]], rank: int | None, served_modules: Collection[str] | None
 ) -> list[str]:
-    problems, modules = [], {}
+    problems: list[str] = []
+    modules: dict[str, dict[str, list[int]]] = {}  # name -> suffix -> shape
     for key, shape in shapes.items():
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
         if suffix is None:
@@ -81,7 +82,7 @@ def _tensor_problems(
             modules.setdefault(name, {})[suffix] = shape
     for name, pair in modules.items():
         problems += [f"{name}: no {suffix[1:]}" for suffix in SUFFIXES if suffix not in pair]
-        inner = {pair[suffix][axis] for suffix, axis in zip(SUFFIXES, (0, 1)) if suffix in pair}
+        inner = {pair[suffix][axis] for suffix, axis in zip(SUFFIXES, (0, 1), strict=True) if suffix in pair}
         if rank is not None and inner != {rank}:
             problems.append(f"{name}: its factors have rank {sorted(inner)}, the config says {rank}")
         if served_modules is not None and name.rpartition(".")[2] not in served_modules:

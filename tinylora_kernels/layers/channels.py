@@ -1,5 +1,4 @@
 """The update of a convolution's output, whose features are channels: dimension 1 of [B, C, ...]."""
-
 from __future__ import annotations
 
 from torch import Tensor

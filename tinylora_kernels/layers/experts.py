@@ -3,16 +3,16 @@
 transformers sorts the routed tokens by expert, so that the rows of one expert lie side by side; every expert's update
 is then one call on its rows, in place. All of a stack's updates are one node of the graph, which saves r numbers a row.
 """
-
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..base.experts import stack_names
+from ..base.experts import StackedExperts, stack_names
 from ..base.weights import bias_offset
 from ..ops import BACKENDS, choose
 from ..ops.schema import accumulation_dtype
@@ -32,7 +32,9 @@ class AdaptedExperts(nn.Module):
         layers: adapted ExpertSlices of base by their names below it.
     """
 
-    def __init__(self, base: nn.Module, layers: Mapping[str, TinyLoRALayer]):
+    base: StackedExperts
+
+    def __init__(self, base: StackedExperts, layers: Mapping[str, TinyLoRALayer]):
         super().__init__()
         # Where the module comes from; at the head of this file it would make transformers a requirement.
         from transformers.integrations.moe import grouped_mm_experts_forward
@@ -47,7 +49,7 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, h], top_k_index [tokens, k] experts, top_k_weights [tokens, k] -> [tokens, h]."""
-        if not any(layer.enabled for stack in self._stacks() for layer in stack.values()):
+        if not any(layer.enabled for stack in stack_names(self.base) for layer in self.layers_of(stack).values()):
             return self.base(hidden_states, top_k_index, top_k_weights)  # merged: the frozen module as it was
         seen = _WithUpdates(self, _Routing(top_k_index, self.base.num_experts))
         output = self._forward(seen, hidden_states, top_k_index, top_k_weights)
@@ -58,17 +60,15 @@ class AdaptedExperts(nn.Module):
             )
         return output
 
-    def _stacks(self) -> list[nn.ModuleDict]:
-        return [self._modules[stack] for stack in stack_names(self.base) if stack in self._modules]
+    def layers_of(self, stack: str) -> Mapping[str, TinyLoRALayer]:
+        """Expert's number -> adapted layer; empty where the stack is not adapted."""
+        return cast(Mapping[str, TinyLoRALayer], self._modules.get(stack, {}))
 
     def updated(self, stack: str, y: Tensor, routing: _Routing) -> Tensor:
         """The output [rows, D] of one grouped product, rows sorted by expert, with every expert's update."""
-        layers = self._modules.get(stack)
-        if layers is None:
-            return y
         vectors: dict[Tensor, int] = {}  # every trained tensor once, in order of first use
         pieces = []
-        for name, layer in layers.items():
+        for name, layer in self.layers_of(stack).items():
             start, end = routing.rows_of(int(name))
             if layer.enabled and start < end:
                 pieces.append(_piece(layer, start, end, y, vectors, routing))
@@ -127,7 +127,7 @@ class _Piece:
     adapter_ids: Tensor | None  # [rows]
     backend: str
 
-    def update(self, y: Tensor, vectors: list[Tensor]) -> Tensor:
+    def update(self, y: Tensor, vectors: Sequence[Tensor]) -> Tensor:
         """y[rows] <- its update, in place; returns t [rows, r]."""
         return BACKENDS[self.backend].update(
             y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, None, self.adapter_ids
@@ -165,16 +165,16 @@ class _ExpertsUpdate(torch.autograd.Function):
         g = g.contiguous()
         saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
         ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
-        need_input_grad = ctx.needs_input_grad[0]
-        gradients = [torch.zeros_like(v) if needed else None for v, needed in zip(vectors, ctx.needs_input_grad[2:])]
-        g0 = g.clone() if need_input_grad else None
-        for piece, t in zip(ctx.pieces, ts):
+        wanted = zip(vectors, ctx.needs_input_grad[2:], strict=True)
+        gradients = [torch.zeros_like(v) if needed else None for v, needed in wanted]
+        g0 = g.clone() if ctx.needs_input_grad[0] else None
+        for piece, t in zip(ctx.pieces, ts, strict=True):
             dv = gradients[piece.vector]
             part, d = BACKENDS[piece.backend].update_backward(
                 g[piece.rows], piece.basis, vectors[piece.vector], piece.projection, None if dv is None else t,
-                piece.adapter_ids, need_input_grad,
+                piece.adapter_ids, g0 is not None,
             )  # fmt: skip
-            if need_input_grad:
+            if g0 is not None:
                 g0[piece.rows] = part
             if dv is not None:
                 dv += d

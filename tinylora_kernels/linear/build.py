@@ -1,20 +1,10 @@
-"""The extension behind tinylora::linear, an adapted nn.Linear as one node of autograd in C++ (node.cpp), and the plan by
-which a layer calls it (plan.inl).
+"""The C++ of an adapted nn.Linear: its node of autograd (node.cpp), and the plan by which it is called (plan.inl).
 
 The kernels use torch's stable ABI, which has no autograd, so that one file of them serves every torch and every
 Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
 is compiled where the package is installed from its sources, or by `python -m tinylora_kernels compile`, in half a
-minute. Beside any other torch
-or Python, and on a GPU, node.py has the same node and plan.py the same plan: the same bits, slower.
-
-One token through 40 layers of 576 x 576, microseconds a layer beyond the frozen one's (bench/dispatch.py, 2 threads
-of a Zen 4, fp32 and bf16):
-
-                    forward, no gradients   forward, training   backward
-    in Python                    20    19            33    38     34  25
-    node in C++                  12    12             9    13      0   1
-    node and plan in C++          2    -1             3    -2      9   4
-    noise                         1    -1             3    -4      2  -4
+minute. Beside any other torch or Python, and on a GPU, node.py has the same node and plan.py the same plan: the same
+bits, slower: bench/results/dispatch.csv has what one token costs a layer either way (bench/dispatch.py).
 
 setup.py runs this file without the package, and pip without torch: it imports neither at the top.
 """
@@ -42,7 +32,7 @@ class CompileError(Exception):
 
 
 def file_name(torch_directory: Path) -> str:
-    """The name of the library for an installed torch and this Python: torch's release, its commit, and our sources' digest.
+    """The name of the library for an installed torch and this Python: torch's release and commit, our sources' digest.
 
     The same for a release's CPU and CUDA builds, whose C++ is one; another for other sources, so that none is loaded
     that was compiled from older ones.
@@ -92,8 +82,9 @@ def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: st
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            errors = [line for line in done.stdout.splitlines() if "error" in line]
-            raise CompileError(f"{Path(compiler).name}: {(errors or done.stdout.splitlines() or ['no output'])[0][:300]}")
+            lines = done.stdout.splitlines() or ["no output"]
+            error = next((line for line in lines if "error" in line), lines[0])
+            raise CompileError(f"{Path(compiler).name}: {error[:300]}")
         unfinished.replace(library)
     except OSError as error:
         raise CompileError(str(error)) from error
@@ -117,6 +108,7 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"{path.name} does not load: {damage}. To change that: {COMMAND}"
     try:
         spec = importlib.util.spec_from_file_location(f"{__package__}._node", path)
+        assert spec is not None and spec.loader is not None  # as of every file with an extension's suffix
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, OSError, RuntimeError) as error:

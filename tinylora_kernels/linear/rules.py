@@ -8,9 +8,10 @@ The terms of rank r need B^T = U^T W at hand; "last" is the product added to the
 
 MKL's products of 32 and 64 bits add to what is there at no cost that can be measured, where a pass over the finished
 result has to fetch it again. oneDNN's of 16 bits pay for it more than that pass costs, so there the product comes
-first; but for a bias torch copies it into y and adds to that anyway. Forward and backward over the frozen layer on
-two threads, geometric means of 9 layers with the product first and last throughout, on a Zen 4 (128 to 4864 wide)
-and, bf16 only, on a Sapphire Rapids (576 to 8960 wide), where AMX makes the product four times as fast:
+first; but for a bias torch copies it into y and adds to that anyway. The grid (bench/results/layers.csv.gz) times what
+was decided alone, so what it was decided by stands here. Forward and backward over the frozen layer on two threads,
+geometric means of 9 layers with the product first and last throughout, on a Zen 4 (7e18614, 128 to 4864 wide) and, bf16
+only, on a Sapphire Rapids (e9a5fa9, 576 to 8960 wide), where AMX makes the product four times as fast:
 
     tokens              1      8    128    512
     fp32, first     1.027  1.026  1.017  1.033
@@ -22,7 +23,7 @@ and, bf16 only, on a Sapphire Rapids (576 to 8960 wide), where AMX makes the pro
 
 Where x is much wider than y, as in k and down projections, the terms around the product move more bytes than an
 update of y and a copy of g: N (in + 2 out) against 2 N out numbers forward, N (2 in + out) against 2 N out backward.
-Six such layers of 576 to 8960 inputs in fp32 on the Sapphire Rapids:
+Six such layers of 576 to 8960 inputs in fp32 on the Sapphire Rapids (e9a5fa9):
 
     first           1.008  1.003  1.031  1.022
     last            0.987  0.999  1.032  1.047

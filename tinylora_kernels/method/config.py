@@ -1,4 +1,4 @@
-"""What an adapter is: its hyperparameters, validated where they are written down, and the numbers that follow from them."""
+"""What an adapter is: its hyperparameters, validated where they are written down, and what follows from them."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,17 @@ V_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Method(Protocol):
     """What adapting a model asks of a config; TinyLoRAConfig and LoRAXSConfig answer it, and so does PEFT's adapter."""
 
-    v_dtype: torch.dtype
-    backend: str | None
-    cache: bool
+    @property
+    def v_dtype(self) -> torch.dtype:
+        """Storage of v."""
+
+    @property
+    def backend(self) -> str | None:
+        """Of the ops; None: the first available."""
+
+    @property
+    def cache(self) -> bool:
+        """Whether factors are kept on disk."""
 
     @property
     def rank(self) -> int:
@@ -169,7 +177,7 @@ def trained_dtype(v_dtype: torch.dtype) -> torch.dtype:
 IDENTITY_FIELDS = ("frozen_rank", "rank", "trainable_dim", "alpha", "scaling", "seed", "v_dtype", "fused")
 
 
-def check_common_fields(config, inits: Sequence[str]) -> None:
+def check_common_fields(config: TinyLoRAConfig | LoRAXSConfig, inits: Sequence[str]) -> None:
     """What TinyLoRAConfig and LoRAXSConfig have in common; ValueError names the field."""
     check_positive_int("n_tie", config.n_tie)
     if isinstance(config.tying, str) and config.tying not in ("tiled", "structured"):
@@ -196,7 +204,7 @@ def check_seed(value: object) -> None:
         raise ValueError(f"seed: expected an integer in [0, 2**64), found {value!r}")
 
 
-def check_choice(name: str, value: object, choices: Sequence) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
 

@@ -11,7 +11,6 @@ rank up to one the kernels are specialised for.
 
 Files and factors hold the compact form: U_1^T, ..., U_k^T side by side, [r, out], and the singular values [k, r].
 """
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +52,7 @@ def part_sizes(
 
 def row_slices(sizes: Sequence[int]) -> list[slice]:
     ends = list(accumulate(sizes))
-    return [slice(end - size, end) for size, end in zip(sizes, ends)]
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def padded_rank(rank: int) -> int:

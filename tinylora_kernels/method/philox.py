@@ -27,12 +27,17 @@ Test vectors. Philox4x32-10 (Random123, kat_vectors): counter 0 0 0 0, key 0 0 g
     seed 0, index 0, u 1, r 2                     -0x1.72760ap-3 0x1.aa5564p-1 0x1.c84d3cp-2 0x1.8378b6p-3
     seed 0x0123456789abcdef, index 195, u 1, r 2  0x1.a2f32ap+0 -0x1.538854p-3 0x1.35617p+0 0x1.1f8ba6p-1
 """
-
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Words = NDArray[np.uint32]
+Doubles = NDArray[np.float64]
 
 STREAM_PROJECTION, STREAM_VECTOR, STREAM_SOLVER, STREAM_SKETCH = range(4)
 
@@ -66,11 +71,16 @@ _TAIL_Q = (
 def philox_projection(seed: int, index: int, u: int, r: int) -> Tensor:
     """The matrices P_1..P_u of one module (paper, section on the update: R = sum_i v_i P_i).
 
-    seed    0 <= seed < 2^64.
-    index   module index in named_modules order, 0 <= index < 2^32.
-    u, r    trained numbers and rank, >= 1.
+    Args:
+        seed: 0 <= seed < 2^64.
+        index: module index in named_modules order, 0 <= index < 2^32.
+        u, r: trained numbers and rank, >= 1.
 
-    Returns [u, r, r] fp32 on the CPU, entries N(0, 1/r). Raises ValueError naming the argument out of range.
+    Returns:
+        [u, r, r] fp32 on the CPU, entries N(0, 1/r).
+
+    Raises:
+        ValueError: it names the argument out of range.
     """
     _check_range("trainable_dim u", u, 1, 2**32)
     _check_range("rank r", r, 1, 2**16)
@@ -91,7 +101,7 @@ def philox_normal(seed: int, index: int, rows: int, columns: int, stream: int) -
     return torch.from_numpy(normal_from_words(_random_words(seed, index, rows, columns, stream)))
 
 
-def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """Philox4x32-10: counter [..., 4] of 32-bit words, key two 32-bit words -> [..., 4] uint32."""
     c0, c1, c2, c3 = np.moveaxis(counter.astype(np.uint64), -1, 0)
     k0, k1 = key
@@ -107,7 +117,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def normal_from_words(words: np.ndarray) -> np.ndarray:
+def normal_from_words(words: Words) -> Doubles:
     """32-bit words -> N(0, 1) in fp64 of the same shape, by the inverse distribution function."""
     # q = p - 1/2, exact in a double
     q = (words.astype(np.float64) + 0.5) * 2.0**-32 - 0.5
@@ -123,7 +133,7 @@ def normal_from_words(words: np.ndarray) -> np.ndarray:
     return z
 
 
-def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -> np.ndarray:
+def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -> Words:
     _check_range("seed", seed, 0, 2**64)
     _check_range("module index", index, 0, 2**32)
     blocks = -(-columns // 4)
@@ -136,7 +146,7 @@ def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -
     return words.reshape(rows, 4 * blocks)[:, :columns]
 
 
-def _log(p: np.ndarray) -> np.ndarray:
+def _log(p: Doubles) -> Doubles:
     """Natural logarithm in double operations only: p = m 2^e with m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1)."""
     m, e = np.frexp(p)
     low = m < _SQRT_HALF
@@ -148,7 +158,7 @@ def _log(p: np.ndarray) -> np.ndarray:
     return e * _LN2 + 2.0 * s * series
 
 
-def _polynomial(coefficients, x: np.ndarray) -> np.ndarray:
+def _polynomial(coefficients: Sequence[float], x: Doubles) -> Doubles:
     value = np.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value = value * x + coefficient

@@ -3,7 +3,6 @@
 The paper ties `v` across `n_tie` modules in two ways (arXiv 2602.04118, weight tying): "tiled" shares among modules of
 nearby depth whatever their type, "structured" among modules of one type in nearby layers. A map says it by hand.
 """
-
 from __future__ import annotations
 
 import operator
@@ -13,16 +12,21 @@ from ..common.words import listed
 
 
 def assign_groups(names: Sequence[str], n_tie: int, tying: str | Mapping[str, Hashable] = "tiled") -> list[int]:
-    """Return the tie group of every module, as integers 0..G-1 numbered in order of first appearance.
+    """The tie group of every module.
 
-    names   qualified module names, in `named_modules` order (shallow to deep).
-    n_tie   modules per group, >= 1. Not used when `tying` is a map.
-    tying   "tiled": consecutive groups of n_tie, ceil(len(names) / n_tie) of them, every group full but the last.
+    Args:
+        names: qualified module names, in `named_modules` order (shallow to deep).
+        n_tie: modules per group, >= 1. Not used when `tying` is a map.
+        tying: "tiled": consecutive groups of n_tie, ceil(len(names) / n_tie) of them, every group full but the last.
             "structured": the same within each kind of module, a kind being the name without its layer numbers, so
             "model.layers.0.mlp.up_proj" and "model.layers.1.mlp.up_proj" are one kind.
             {name: label}: modules with equal labels share; every name exactly once, labels any hashable values.
 
-    Raises ValueError naming the value of n_tie or tying, or the modules a map misses or does not know.
+    Returns:
+        Integers 0..G-1, numbered in order of first appearance.
+
+    Raises:
+        ValueError: it names the value of n_tie or tying, or the modules a map misses or does not know.
     """
     n_tie = _checked_n_tie(n_tie)
     if isinstance(tying, Mapping):

@@ -50,7 +50,7 @@ def wrappers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, TinyL
 
 
 def original_names(model: nn.Module) -> Callable[[str], str | None]:
-    """A function from a tensor's name in the adapted model to its name before the model was adapted; None for a vector v."""
+    """A function from a tensor's name in the adapted model to its name in the bare one; None for a vector v."""
     wrapped = wrappers(model, remove_duplicate=False)
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, TinyLoRALayer)}
 

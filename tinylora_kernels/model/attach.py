@@ -1,12 +1,13 @@
-"""Adapting a model in place, and giving the bare one back: factorise its modules, share the vectors, freeze the rest."""
+"""Adapting a model in place, and giving the bare one back: factorise modules, share vectors, freeze the rest."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from torch import nn
 
+from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
-from ..base.experts import ExpertSlice
+from ..base.experts import ExpertSlice, StackedExperts
 from ..base.kinds import kind_of
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
@@ -97,7 +98,7 @@ def attach(
     """
     bases = {name: base_module(model, name) for name in names}
     for name, base in bases.items():
-        if base.weight.is_meta:
+        if weight_of(base).is_meta:
             raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
     warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
     parts = fused_parts(config, bases)
@@ -107,7 +108,7 @@ def attach(
     layers: dict[str, TinyLoRALayer] = {}
     owners: dict[int, TinyLoRALayer] = {}
     projection_index = 0
-    for index, (name, group) in enumerate(zip(names, groups)):
+    for index, (name, group) in enumerate(zip(names, groups, strict=True)):
         base, factor, sizes = bases[name], factors[name], parts.get(name)
         if sizes and factor.sigma.shape != (len(sizes), config.rank):
             raise ValueError(
@@ -115,9 +116,9 @@ def attach(
                 f"{list(factor.sigma.shape)}; factors.modules.factorize_modules makes them"
             )
         basis = block_basis(factor.basis, sizes) if sizes else factor.basis
-        v = owners.get(group)
+        v: nn.Parameter | TinyLoRALayer | None = owners.get(group)
         if v is None:
-            v = nn.Parameter(config.initial(group).to(device=base.weight.device, dtype=trained_dtype(config.v_dtype)))
+            v = nn.Parameter(config.initial(group).to(device=weight_of(base).device, dtype=trained_dtype(config.v_dtype)))
         layer = TinyLoRALayer(
             base, basis, factor.sigma, config.projection(projection_index, factor.sigma, kind_of(base).lookup), v,
             name=name, index=index, group=group, config=config, degenerate=factor.degenerate,
@@ -138,7 +139,7 @@ def attach(
 def _replacements(layers: dict[str, TinyLoRALayer]) -> dict[nn.Module, nn.Module]:
     """Frozen module -> what takes its place: its adapted layer, or for experts all the layers of their module."""
     replacement: dict[nn.Module, nn.Module] = {}
-    stacks: dict[nn.Module, dict[str, TinyLoRALayer]] = {}
+    stacks: dict[StackedExperts, dict[str, TinyLoRALayer]] = {}
     for name, layer in layers.items():
         if isinstance(layer.base, ExpertSlice):
             below = ".".join(name.rsplit(".", 2)[1:])

@@ -51,9 +51,9 @@ class MergeFidelity:
     error: float
 
     def __str__(self) -> str:
-        head = ("module", "cast to", "||dW||", "survived", "error", "changed")
+        head: tuple[str, ...] = ("module", "cast to", "||dW||", "survived", "error", "changed")
         if len(self.rows) <= ROWS_SHOWN:
-            body = [
+            body: list[tuple[str, ...]] = [
                 (row.name, dtype_name(row.dtype), f"{row.norm:.3g}", f"{row.survived:.1%}", f"{row.error:.3g}",
                  f"{row.changed:.1%}") for row in self.rows
             ]  # fmt: skip
@@ -128,9 +128,9 @@ def _summary(kind: str, rows: list[ModuleFidelity]) -> tuple[str, ...]:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *numbers]))
     return "\n".join(lines)

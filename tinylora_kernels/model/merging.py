@@ -2,14 +2,15 @@
 
 W' = W + U M U^T W is formed in float32 (float64 for float64 weights), one module at a time, and cast once.
 """
-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice
 from ..base.kinds import as_stored, write_weight
 from ..common.words import described
@@ -87,7 +88,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("unmerge: the model is not merged; call merge(model) first")
     for name, layer in layers.items():
-        saved, weight = layer.saved_weight, layer.weight_matrix()
+        saved, weight = saved_weight(layer), layer.weight_matrix()
         if saved.dtype != weight.dtype or saved.shape != weight.shape:
             raise ValueError(
                 f"unmerge: {name} was merged as {described(saved)} and is {described(weight)} now; "
@@ -106,6 +107,11 @@ def is_dense(weight: Tensor) -> bool:
 def is_merged(layer: TinyLoRALayer) -> bool:
     """Whether the layer's update sits in its base weight."""
     return layer.saved_weight is not None
+
+
+def saved_weight(layer: TinyLoRALayer) -> Tensor:
+    """The bits that a merged layer's weight had before."""
+    return cast(Tensor, layer.saved_weight)
 
 
 @torch.no_grad()
@@ -127,7 +133,7 @@ def delta_factors(layer: TinyLoRALayer, weight: Tensor) -> tuple[Tensor, Tensor]
 
 def original_weight(layer: TinyLoRALayer) -> Tensor:
     """The frozen weight [out, in] as it was before any merge; no copy unless the saved bits live on another device."""
-    return layer.saved_weight.to(layer.basis.device) if is_merged(layer) else layer.weight_matrix()
+    return saved_weight(layer).to(layer.basis.device) if is_merged(layer) else layer.weight_matrix()
 
 
 def work_dtype(weight: Tensor) -> torch.dtype:
@@ -136,7 +142,7 @@ def work_dtype(weight: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def _restore(layer: TinyLoRALayer) -> None:
-    write_weight(layer.base, layer.saved_weight)
+    write_weight(layer.base, saved_weight(layer))
     layer.saved_weight = None
     layer.enabled = True
 
@@ -146,24 +152,26 @@ def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]
     wrapped, original_name = wrappers(model, remove_duplicate=False), original_names(model)
     for key, tensor in model.state_dict().items():
         name = original_name(key)
+        if name is None:  # a vector v
+            continue
         owner, _, own = key.rpartition(".base.")
         wrapper = wrapped.get(owner)
-        if isinstance(wrapper, AdaptedExperts) and own in wrapper._modules:
+        if isinstance(wrapper, AdaptedExperts) and wrapper.layers_of(own):
             yield name, _merged_stack(wrapper, own, tensor)
         elif isinstance(wrapper, TinyLoRALayer) and own == "weight":
             yield name, tensor if is_merged(wrapper) else as_stored(wrapper.base, merged_weight(wrapper))
-        elif name is not None and not only_adapted:
+        elif not only_adapted:
             yield name, tensor
 
 
 def _merged_stack(experts: AdaptedExperts, stack: str, weight: Tensor) -> Tensor:
     """The stack [E, ...] with the update of every adapted expert; a fresh tensor unless the model is merged."""
-    layers = experts._modules[stack].values()
+    layers = experts.layers_of(stack).values()
     if all(is_merged(layer) for layer in layers):
         return weight
     merged = weight.clone()
     for layer in layers:
-        merged[layer.base.expert] = as_stored(layer.base, merged_weight(layer))
+        merged[cast(ExpertSlice, layer.base).expert] = as_stored(layer.base, merged_weight(layer))
     return merged
 
 
@@ -172,7 +180,7 @@ def mergeable_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
     if not layers:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
     for name, layer in layers.items():
-        weight = layer.base.weight
+        weight = weight_of(layer.base)
         if not is_dense(weight):
             raise ValueError(
                 f"{name}: expected a dense floating weight to merge into, found {type(weight).__name__} "
@@ -193,7 +201,7 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -
                 full_name = f"{module_name}.{name}".lstrip(".")
                 storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((full_name, tensor))
     for name, layer in layers.items():
-        weight, own_name = layer.base.weight, _parameter_name(name, layer)
+        weight, own_name = weight_of(layer.base), _parameter_name(name, layer)
         first, last = _extent(weight)
         for other_name, other in storages[weight.untyped_storage().data_ptr()]:
             start, end = _extent(other)
@@ -214,8 +222,8 @@ def _parameter_name(name: str, layer: TinyLoRALayer) -> str:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the tensor covers in its storage."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    start = tensor.storage_offset() * tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + (last + 1) * tensor.element_size()
 
 

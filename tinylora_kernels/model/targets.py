@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from ..base.experts import ExpertSlice, expert_slices, is_experts
-from ..base.kinds import kind_of, matrix_shape
+from ..base.kinds import OTHER, kind_of, matrix_shape
 from ..method.config import Method
 from ..method.parts import names_match
 from .adapted import adapted_layers
@@ -47,7 +47,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, .
         if name and is_experts(module):
             for below, piece in expert_slices(module).items():
                 yield f"{name}.{below}", piece, (f"{name}.{below}", f"{name}.{piece.stack}", name)
-        elif name and kind_of(module) is not None:
+        elif name and kind_of(module) is not OTHER:
             yield name, module, (name,)
 
 

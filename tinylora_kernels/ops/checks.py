@@ -27,7 +27,8 @@ def check_arguments(
         raise ValueError(f"{activation_name}: expected dtype {names}, found {activation.dtype}")
     if activation.dim() < 1 or basis.dim() != 2:
         raise ValueError(
-            f"{activation_name} [..., D] and {basis_name} [r, D] expected, found {tuple(activation.shape)} and {tuple(basis.shape)}"
+            f"{activation_name} [..., D] and {basis_name} [r, D] expected, "
+            f"found {tuple(activation.shape)} and {tuple(basis.shape)}"
         )
     rank, features = basis.shape
     if activation.shape[-1] != features:
@@ -46,7 +47,8 @@ def check_arguments(
         if tensor is None:
             continue
         if tensor.dtype != accumulate:
-            raise ValueError(f"{name}: expected {accumulate} beside {activation.dtype} activations, found {tensor.dtype}")
+            beside = f"beside {activation.dtype} activations"
+            raise ValueError(f"{name}: expected {accumulate} {beside}, found {tensor.dtype}")
         if tensor.device != activation.device:
             raise ValueError(f"{name}: expected device {activation.device} as {activation_name}, found {tensor.device}")
         if not tensor.is_contiguous():

@@ -97,7 +97,7 @@ def _plain_int(size: int) -> int:
     return size
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(device_type: str, dtype: torch.dtype, rank: int, name: str | None) -> str:
     if name is not None:
         _check_name(name)

@@ -1,5 +1,4 @@
 """Training steps for a handful of numbers: GRPO, SFT and the log-probabilities both are fed with."""
-
 from .grpo import GRPOTrainer, group_advantages
 from .log_probs import token_log_probs
 from .population import PopulationAdam, PopulationGRPO, PopulationSFT

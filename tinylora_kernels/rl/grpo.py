@@ -10,11 +10,11 @@ Sources:
              weighted by min(p_train / p_rollout, cap) when rollouts come from other weights, here those of a merge
              rounded to bf16.
 """
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -229,7 +229,7 @@ class GRPOTrainer(VectorTrainer):
                 "tis_capped_fraction": ((weight > self.tis_cap) * keep).sum() / count,
             }
             values = torch.stack([value.detach().to(dtype) for value in metrics.values()]).tolist()  # one transfer
-        return loss, dict(zip(metrics, values))
+        return loss, dict(zip(metrics, values, strict=True))
 
     def _check_rewards(self, rewards, log_probs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rewards = torch.as_tensor(rewards, device=log_probs.device).detach().to(dtype)
@@ -246,5 +246,5 @@ class GRPOTrainer(VectorTrainer):
         """[B, T] -> scalar, see ``loss_type``; a sequence without tokens counts as zero."""
         if self.loss_type == "grpo":
             return ((per_token * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1.0)).mean()
-        divisor = keep.sum() if self.loss_type == "dapo" else keep.shape[0] * self.max_tokens
+        divisor = keep.sum() if self.loss_type == "dapo" else keep.shape[0] * cast(int, self.max_tokens)
         return (per_token * keep).sum() / divisor

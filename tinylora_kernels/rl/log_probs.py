@@ -4,7 +4,6 @@
 50,000 that is the largest tensor of the whole training step.  Here the forward keeps one number per token, and the
 backward writes the gradient once, in the dtype of the logits.
 """
-
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,4 @@
 """Training many adapters in one batch, each exactly as if it were alone: a sweep of rates and seeds in a single run."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -35,7 +34,7 @@ class PopulationAdam(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
     ):
         if not bank.parameters():
-            raise ValueError("bank: expected a trainable one, found frozen tables; use AdapterBank(..., trainable=True)")
+            raise ValueError("bank: expected trainable tables, found frozen ones; use AdapterBank(..., trainable=True)")
         self.bank = bank
         self.rates = lr
         super().__init__(
@@ -43,7 +42,9 @@ class PopulationAdam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, adapters: Sequence[Hashable]) -> dict[Hashable, float]:
+    def step(  # type: ignore[override]  # adapters for torch's closure: what moves is named, never all that has a gradient
+        self, adapters: Sequence[Hashable]
+    ) -> dict[Hashable, float]:
         """One step of the adapters named; returns each one's gradient norm before clipping.
 
         Raises:
@@ -63,9 +64,9 @@ class PopulationAdam(torch.optim.Optimizer):
         scale = torch.ones_like(norms)
         if group["max_grad_norm"] is not None:
             scale = (group["max_grad_norm"] / (norms + 1e-6)).clamp(max=1.0)
-        for table, gradient in zip(tables, gradients):
+        for table, gradient in zip(tables, gradients, strict=True):
             self._step_table(table, gradient, slots.to(table.device), rates, scale, group)
-        return dict(zip(names, norms.tolist()))
+        return dict(zip(names, norms.tolist(), strict=True))
 
     def _step_table(self, table: Tensor, gradient: Tensor, slots: Tensor, rates: Tensor, scale: Tensor, group: dict):
         state = self.state[table]

@@ -1,5 +1,4 @@
 """One step of supervised fine-tuning: the negative log-likelihood of given tokens."""
-
 from __future__ import annotations
 
 import torch
@@ -49,12 +48,12 @@ class SFTTrainer(VectorTrainer):
         Raises:
             ValueError: an argument does not fit; one line that names it.  Nothing has changed then.
         """
-        if (log_probs is None) == (logits is None) or (logits is None) != (labels is None):
-            raise ValueError("training_step: expected either log_probs, or logits together with labels")
-        if logits is not None:
+        if logits is not None and labels is not None and log_probs is None:
             if mask is not None:
                 raise ValueError(f"mask: it goes with log_probs; mark ignored labels with {IGNORE_INDEX}")
             log_probs, mask = _shifted(logits, labels)
+        elif log_probs is None or logits is not None or labels is not None:
+            raise ValueError("training_step: expected either log_probs, or logits together with labels")
         self._require_trainable(log_probs)
         loss, metrics = negative_log_likelihood(log_probs, mask)
         norm = self._apply(loss)

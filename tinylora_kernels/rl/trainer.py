@@ -1,5 +1,4 @@
 """What the GRPO and SFT steps share: the optimizer over the trained numbers, and a step that is all or nothing."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -119,15 +118,15 @@ class VectorTrainer:
             if all(g is None for g in fresh):
                 raise ValueError("log_probs: they do not depend on any trainable parameter of this trainer's model")
             if self._pending:
-                fresh = [_sum(a, g) for a, g in zip(accumulated, fresh)]
+                fresh = [_sum(a, g) for a, g in zip(accumulated, fresh, strict=True)]
             norm = torch.nn.utils.get_total_norm([g for g in fresh if g is not None])
             if not bool(torch.isfinite(norm)):
                 raise ValueError(f"gradient: its norm is {float(norm)}; the step was not taken")
         except BaseException:
-            for p, gradient in zip(self.parameters, accumulated):
+            for p, gradient in zip(self.parameters, accumulated, strict=True):
                 p.grad = gradient
             raise
-        for p, gradient in zip(self.parameters, fresh):
+        for p, gradient in zip(self.parameters, fresh, strict=True):
             p.grad = gradient
         self._pending += 1
         if self._pending == self.accumulation_steps:

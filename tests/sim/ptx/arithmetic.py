@@ -92,7 +92,7 @@ def _arithmetic(i: Instruction) -> Semantics:
         whole = compute
 
         def compute(*operands):
-            low, high = zip(*(_halves(x, BITS[kind]) for x in operands))
+            low, high = zip(*(_halves(x, BITS[kind]) for x in operands), strict=True)
             return _pack(whole(*low), whole(*high))
 
     elif kind == "bf16" or kind == "bf16x2":

@@ -118,9 +118,9 @@ def _arithmetic(kernel: Kernel, i: Instruction) -> Callable:
     if i.name == "setp" and "|" in i.operands[0]:
         raise UnsupportedInstruction(f"{i.where}: {i.opcode} with two results")
     write = destination(kernel, i, i.operands[0], meaning.result)
-    read = [source(kernel, i, text, kind) for text, kind in zip(i.operands[1:], meaning.sources)]
-    if len(read) != len(meaning.sources):
+    if len(i.operands) != 1 + len(meaning.sources):
         raise UnsupportedInstruction(f"{i.where}: {i.opcode} with {len(i.operands)} operands")
+    read = [source(kernel, i, text, kind) for text, kind in zip(i.operands[1:], meaning.sources, strict=True)]
     compute = meaning.compute
     if len(read) == 1:
         (first,) = read
@@ -217,7 +217,7 @@ def _load(kernel: Kernel, i: Instruction) -> Callable:
             at = offsets // itemsize
             for n in range(len(names)):
                 values[n, access.thread] = items[at + n]
-        for write, value in zip(writes, values):
+        for write, value in zip(writes, values, strict=True):
             write(m, value)
 
     return load
@@ -248,7 +248,7 @@ def _store(kernel: Kernel, i: Instruction) -> Callable:
     space = _space(i)
     _check_hints(i)
     address = _address(kernel, i, i.operands[0])
-    itemsize, dtype = BITS[kind] // 8, NUMPY[kind]
+    itemsize = BITS[kind] // 8
     size, opcode = itemsize * len(names), i.opcode
 
     def store(m):

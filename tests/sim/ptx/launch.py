@@ -58,7 +58,7 @@ def launch(
 
     address = {id(buffer): memory.address(n) for n, buffer in enumerate(buffers)}
     parameters = {}
-    for (name, size), value in zip(kernel.parameters.items(), arguments):
+    for (name, size), value in zip(kernel.parameters.items(), arguments, strict=True):
         if callable(value):
             value = value(lambda pointer: address[id(pointed_to[pointer])])
         parameters[name] = _bytes(name, size, address.get(id(value), value))

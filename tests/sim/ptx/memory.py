@@ -118,7 +118,8 @@ class Region:
             message = f"reads {self.name} that nothing has written"
             raise access.fail(Uninitialised, self._place(at), ~self._written[at], message)
         if self.read_only:
-            raise access.fail(ReadOnly, self._place(at), at >= 0, f"writes {self.name}, which the launch declared read-only")
+            message = f"writes {self.name}, which the launch declared read-only"
+            raise access.fail(ReadOnly, self._place(at), at >= 0, message)
         if self._cached[at].any():
             message = f"writes {self.name}, read through ld.global.nc before"
             raise access.fail(ReadOnly, self._place(at), self._cached[at], message)
@@ -156,7 +157,7 @@ class Buffer:
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor, **flags: bool) -> Buffer:
         """A torch tensor, strided or not."""
-        extents = list(zip(tensor.shape, tensor.stride()))
+        extents = list(zip(tensor.shape, tensor.stride(), strict=True))
         span = 1 + sum((n - 1) * stride for n, stride in extents) if tensor.numel() else 0
         if span == 0:
             return cls(name, np.zeros(0, np.uint8), tensor.element_size(), **flags)
@@ -194,7 +195,7 @@ class GlobalMemory:
         return ((index + 1) << ADDRESS_BITS) + self.buffers[index].start
 
     def write_back(self) -> None:
-        for buffer, region in zip(self.buffers, self.regions):
+        for buffer, region in zip(self.buffers, self.regions, strict=True):
             if not buffer.read_only:
                 buffer.data[:] = region.data[buffer.start : buffer.start + len(buffer.data)]
 
@@ -245,4 +246,5 @@ class SharedMemory:
 def _check_alignment(access: Access, addresses: np.ndarray) -> None:
     if int(np.bitwise_or.reduce(addresses)) % access.size:  # sizes are powers of two
         wrong = addresses % access.size != 0
-        raise access.fail(Misaligned, addresses & (1 << ADDRESS_BITS) - 1, wrong, f"is not aligned to {access.size} bytes")
+        offsets = addresses & (1 << ADDRESS_BITS) - 1
+        raise access.fail(Misaligned, offsets, wrong, f"is not aligned to {access.size} bytes")

@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the library
 PRODUCT_VECTORS = 4  # a multiple of: multiplied together
 PRODUCT_STEP = 32  # a multiple of: columns of the padded sums
+
+
+Record = dict[str, Any]  # JSON: texts, and whether there is a library and CUDA in it
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Status:
     has_cuda: bool = False
     isa: str | None = None
     build: dict[str, str] = field(default_factory=dict)
-    record: dict = field(default_factory=dict)
+    record: Record = field(default_factory=dict)
 
 
 @functools.cache
@@ -67,17 +71,17 @@ def load() -> Status:
     if not hasattr(library, "tinylora_same_numbers"):
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
-    error = isa.removeprefix("error: ") if isa.startswith("error: ") else None
-    return Status(LIBRARY, error, bool(build["cuda"]), None if error else isa, build, record)
+    refusal = isa.removeprefix("error: ") if isa.startswith("error: ") else None
+    return Status(LIBRARY, refusal, bool(build["cuda"]), None if refusal else isa, build, record)
 
 
-def _unusable(reason: str, fix: str | None, record: dict) -> Status:
+def _unusable(reason: str, fix: str | None, record: Record) -> Status:
     return Status(LIBRARY, f"{reason}. To change that: {fix or library_file.reinstall_command()}", record=record)
 
 
-def _build_record() -> dict:
+def _build_record() -> Record:
     try:
-        return json.loads(RECORD.read_text())
+        return dict(json.loads(RECORD.read_text()))
     except (OSError, ValueError):
         return {}
 
@@ -106,8 +110,9 @@ def can_multiply(weight: Tensor) -> bool:
 def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """X W^T [p, N] and (X W^T) W [p, D] in fp32, reading W once, on the calling thread and without the GIL.
 
-    rows  W [N, D], as `can_multiply` wants it.
-    x     X fp32 [p, D].
+    Args:
+        rows: W [N, D], as `can_multiply` wants it.
+        x: X fp32 [p, D].
     """
     (count, width), vectors = rows.shape, len(x)
     padded = -(-vectors // PRODUCT_VECTORS) * PRODUCT_VECTORS
@@ -115,8 +120,7 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     if padded > vectors:
         x = torch.nn.functional.pad(x, (0, 0, 0, padded - vectors))
     x = x.contiguous()
-    floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
-    y, sums = torch.empty(count, padded, **floats), torch.zeros(padded, padded_width, **floats)
+    y, sums = x.new_empty(count, padded), x.new_zeros(padded, padded_width)
     _functions().tinylora_products(
         PRODUCT_DTYPES.index(rows.dtype), rows.data_ptr(), rows.stride(0), count, width,
         x.data_ptr(), padded, y.data_ptr(), sums.data_ptr(), padded_width,

@@ -10,7 +10,6 @@ products into the butterfly that sums them across lanes, a b + shuffled(c d), an
 other's product rounded, would end with sums that differ in the last bit. Triton takes them for equal: it lets all of
 them write the sum to one place in shared memory, and which bits win is up to the hardware.
 """
-
 import triton
 import triton.language as tl
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -123,7 +124,15 @@ def update_backward(
     return g0, dv
 
 
-def _launch_update(y, basis, v, projection, offset, adapter_ids, t) -> None:
+def _launch_update(
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    adapter_ids: Tensor | None,
+    t: Tensor,
+) -> None:
     rank, features = basis.shape
     launch = launch_parameters(features, rank)
     tiles_per_program, programs = _split(len(y), launch.rows)
@@ -136,7 +145,16 @@ def _launch_update(y, basis, v, projection, offset, adapter_ids, t) -> None:
         )  # fmt: skip
 
 
-def _launch_backward(g, basis, v, projection, t, adapter_ids, g0, dv) -> None:
+def _launch_backward(
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+    g0: Tensor,
+    dv: Tensor,
+) -> None:
     rank, features = basis.shape
     launch = launch_parameters(features, rank)
     tiles_per_program, programs = _split(len(g), launch.rows)
@@ -182,7 +200,9 @@ def _rows_per_id(rows: int, adapter_ids: Tensor | None) -> int:
     return 1 if adapter_ids is None else rows // len(adapter_ids)
 
 
-def _tile_constants(launch: LaunchParameters, features: int, rank: int, projection: Tensor, adapter_ids) -> dict:
+def _tile_constants(
+    launch: LaunchParameters, features: int, rank: int, projection: Tensor, adapter_ids: Tensor | None
+) -> dict[str, int | bool]:
     return dict(
         R=rank,
         ROWS=launch.rows,
@@ -194,10 +214,10 @@ def _tile_constants(launch: LaunchParameters, features: int, rank: int, projecti
     )
 
 
-def _options(threads: int, adapter_ids: Tensor | None) -> dict:
+def _options(threads: int, adapter_ids: Tensor | None) -> dict[str, int | bool]:
     """Compiler options, none left to a default that differs between Triton releases.
 
-    No fusion: triton_device.py says why. debug turns the adapter-id assertion on; sanitize_overflow would add one to
+    No fusion: kernels.py says why. debug turns the adapter-id assertion on; sanitize_overflow would add one to
     every integer operation.
     """
     return dict(
@@ -209,15 +229,17 @@ def _options(threads: int, adapter_ids: Tensor | None) -> dict:
     )
 
 
-def _check_supported(name: str, activation: Tensor, basis: Tensor, *others: Tensor | None) -> None:
+def _check_supported(
+    name: str, activation: Tensor, basis: Tensor, v: Tensor, projection: Tensor, *others: Tensor | None
+) -> None:
     """What the schema allows and these kernels do not, said before any launch."""
     reason = why_not(activation.device.type, activation.dtype, len(basis))
     if reason is not None:
         raise RuntimeError(f"{name}: {reason}")
-    for tensor in (basis, *others):
+    for tensor in (basis, v, projection, *others):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"expected contiguous parameters beside {name}, found strides {tensor.stride()}: copy it")
-    for entries, of in ((basis.numel(), "basis"), (others[1].numel(), "projection")):
+    for entries, of in ((basis.numel(), "basis"), (projection.numel(), "projection")):
         if entries >= INT32_LIMIT:
             raise ValueError(f"{of}: expected fewer than 2**31 numbers, found {entries}: use the reference backend")
 
@@ -237,10 +259,10 @@ def _as_rows(name: str, activation: Tensor) -> Tensor:
 
 
 @functools.cache
-def _device_code():
-    from . import kernels as triton_device
+def _device_code() -> ModuleType:
+    from . import kernels
 
-    return triton_device
+    return kernels
 
 
 def _device_types() -> tuple[str, ...]:
@@ -258,4 +280,5 @@ def _warp_size() -> int:
         return 32
     import triton
 
-    return triton.runtime.driver.active.get_current_target().warp_size
+    size: int = triton.runtime.driver.active.get_current_target().warp_size
+    return size

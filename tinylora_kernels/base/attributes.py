@@ -1,0 +1,21 @@
+"""What the attributes of a frozen layer are: torch types each one of a module `Tensor | Module`; the casts are here."""
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The layer's own weight, in whatever form it is kept."""
+    return cast(Tensor, module.weight)
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The layer's own bias; None of a layer without one, or of a kind that has none."""
+    return getattr(module, "bias", None)
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) as the layer says."""
+    return cast(int, module.out_features), cast(int, module.in_features)
