@@ -117,12 +117,14 @@ def _differentiated_by_torch() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _small_tensors(dtype: torch.dtype, basis, v, projection, other, adapter_ids):
+def _small_tensors(
+    dtype: torch.dtype, basis: Tensor, v: Tensor, projection: Tensor, other: Tensor | None, adapter_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The small tensors contiguous, and all but the ids in the accumulation dtype of these activations."""
     accumulate = accumulation_dtype(dtype)
     if basis.dtype is not accumulate:
         basis, projection = basis.to(accumulate), projection.to(accumulate)
         other = None if other is None else other.to(accumulate)
     v = v if v.dtype is accumulate else v.to(accumulate)
-    optional = (None if t is None else t.contiguous() for t in (other, adapter_ids))
-    return basis.contiguous(), v.contiguous(), projection.contiguous(), *optional
+    other, adapter_ids = (None if t is None else t.contiguous() for t in (other, adapter_ids))
+    return basis.contiguous(), v.contiguous(), projection.contiguous(), other, adapter_ids

@@ -138,7 +138,8 @@ def _piece(
     layer: TinyLoRALayer, start: int, end: int, y: Tensor, vectors: dict[Tensor, int], routing: _Routing
 ) -> _Piece:
     accumulate = accumulation_dtype(y.dtype)
-    v, projection, ids = layer.v, layer.projection, None
+    v: Tensor = layer.v
+    projection, ids = layer.projection, None
     if layer.bank is not None and (selection := layer.bank.selection()) is not None:
         v, projection, ids = selection.of(layer, y.device)
         ids = routing.per_row(ids)[start:end].contiguous()

@@ -3,25 +3,45 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..base.attributes import bias_of, weight_of
 from ..base.kinds import FORWARDED, has_fresh_output, kind_of, weight_matrix
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
-from ..base.witness import witness
+from ..base.witness import Witness, witness
 from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
-from ..linear.plan import Chosen, has_hooks, is_bare_product, is_plain_linear, make_plan, note_change, right_for
-from ..method.config import IDENTITY_FIELDS
+from ..linear.plan import Buffers, Chosen, HeldRight, Plan, has_hooks, is_bare_product, is_plain_linear, make_plan, note_change, right_for
+from ..method.config import IDENTITY_FIELDS, Method
 from ..method.parts import block_basis, compact_basis
 from .channels import update_channels
-
 
 _OTHER_WEIGHT = (
     "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt the "
     "model then, or call refresh_factors(model)"
 )
+
+
+class Selection(Protocol):
+    """What a bank selected for a block: bank.selection.Selection, whose room is above this one."""
+
+    def of(self, layer: TinyLoRALayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(vectors [K, u], projection, ids [B]) for the rows of one layer."""
+
+
+class Bank(Protocol):
+    """bank.bank.AdapterBank, to the layers it serves."""
+
+    tables: dict[int, Tensor]  # tie group -> [K, u]
+    selected: ContextVar[Any]
+
+    def selection(self) -> Selection | None:
+        """Of the block of ``use`` that runs here now."""
 
 
 class TinyLoRALayer(nn.Module):
@@ -43,6 +63,17 @@ class TinyLoRALayer(nn.Module):
         projection_index: of its P, the first part's if there are several; default index.
     """
 
+    base: nn.Module
+    basis: Tensor
+    sigma: Tensor
+    projection: Tensor
+    v: nn.Parameter  # its own, or that of the layer that holds it
+    _plan: Plan | None
+    _right: HeldRight | None
+    _selection: Selection | None
+    _adapted_to: Witness | None
+    _in_doubt: bool | list[str]
+
     def __init__(
         self,
         base: nn.Module,
@@ -54,7 +85,7 @@ class TinyLoRALayer(nn.Module):
         name: str = "layer",
         index: int = 0,
         group: int = 0,
-        config=None,
+        config: Method | None = None,
         degenerate: bool = False,
         parts: tuple[int, ...] | None = None,
         projection_index: int | None = None,
@@ -72,9 +103,9 @@ class TinyLoRALayer(nn.Module):
         self.projection_index = index if projection_index is None else projection_index
         self.enabled = True  # False: the bare base, e.g. while the update is merged into its weight
         self.saved_weight: Tensor | None = None  # the base weight's own bits while it is merged
-        self.bank = None  # the AdapterBank that holds other vectors for rows of a batch
+        self.bank: Bank | None = None  # the AdapterBank that holds other vectors for rows of a batch
         self.backend = getattr(config, "backend", None)
-        device = base.weight.device
+        device = weight_of(base).device
         self.register_buffer("basis", basis.to(device).contiguous(), persistent=False)
         self.register_buffer("sigma", sigma.to(device), persistent=False)
         self.register_buffer("projection", projection.to(self.basis).contiguous(), persistent=False)
@@ -87,9 +118,10 @@ class TinyLoRALayer(nn.Module):
         self.take_witness()
         self.register_load_state_dict_post_hook(_doubt_what_was_loaded)
         kind = kind_of(base)
-        self._product = kind.product if kind is not None and kind.is_product(base) else None
-        channels_first = kind is not None and kind.channels_first
-        self._feature_axis = base.weight.dim() - 1 if channels_first else 1  # of the output, counted from its end
+        self._product = kind.product if kind.is_product(base) else None
+        channels_first = kind.channels_first
+        self._feature_axis = weight_of(base).dim() - 1 if channels_first else 1  # of the output, counted from its end
+        self._update: Callable[..., Tensor]
         self._update = functools.partial(update_channels, -self._feature_axis) if channels_first else tiny_lora_update
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -102,21 +134,21 @@ class TinyLoRALayer(nn.Module):
     def _forward(self, *args, **kwargs) -> Tensor:
         """The call with all questions asked."""
         # Straight from the dicts: through nn.Module.__getattr__ each name costs most of a microsecond, at every token.
-        base, buffers = self._modules["base"], self._buffers
+        base, buffers = cast(nn.Module, self._modules["base"]), cast(Buffers, self._buffers)
         if not self.enabled:
             return base(*args, **kwargs)
         if self._in_doubt:
             self._expect_the_weight_adapted_to()
         basis, projection = buffers["basis"], buffers["projection"]
-        v, adapter_ids, chosen = self._owner[0]._parameters["v"], None, None
+        v, adapter_ids, chosen = cast(Tensor, self._owner[0]._parameters["v"]), None, None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
             chosen = Chosen(selection, *selection.of(self, basis.device))
             _, v, projection, adapter_ids = chosen
         if v.device != basis.device:
             v = v.to(basis.device)  # a tie group that spans devices
-        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        weight, bias = base._parameters.get("weight"), cast("Tensor | None", base._parameters.get("bias"))
         fresh = self._fresh_output and not has_hooks(base)
-        if self._product and fresh and len(args) == 1 and not kwargs and is_bare_product(base, args[0]):
+        if self._product and fresh and weight is not None and len(args) == 1 and not kwargs and is_bare_product(base, args[0]):
             if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
                 right = right_for(self, args[0])
                 if self._worth_a_plan(chosen):
@@ -135,9 +167,12 @@ class TinyLoRALayer(nn.Module):
             return sharded_forward(base, self.name, factors, update, self.backend, args, kwargs)
         y = base(*args, **kwargs)
         inplace = fresh and type(weight) in PLAIN
-        return self._update_with_bias(y, basis, v, projection, adapter_ids, getattr(base, "bias", None), inplace)
+        return self._update_with_bias(y, basis, v, projection, adapter_ids, bias_of(base), inplace)
 
-    def _update_with_bias(self, y, basis, v, projection, adapter_ids, bias: Tensor | None, inplace: bool) -> Tensor:
+    def _update_with_bias(
+        self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, bias: Tensor | None,
+        inplace: bool,
+    ) -> Tensor:  # fmt: skip
         """The update of an output that has the layer's bias in it."""
         update = functools.partial(self._update, backend=self.backend)
         if bias is None or not bias.requires_grad:
@@ -163,14 +198,14 @@ class TinyLoRALayer(nn.Module):
 
     def take_witness(self) -> None:
         """The weight as it is now is the one that U and sigma are of."""
-        weight = self._modules["base"].weight
+        weight = weight_of(self.base)
         dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
         self.__dict__["_adapted_to"] = witness(weight) if dense else None
         self.__dict__["_in_doubt"] = False
 
     def _holds_the_weight_adapted_to(self) -> bool:
         """Whether the weight is, in whatever dtype it is now, the one that U and sigma are of; true where nobody can tell."""
-        weight, known = self._modules["base"].weight, self._adapted_to
+        weight, known = weight_of(self.base), self._adapted_to
         if known is None or weight.requires_grad or type(weight) not in PLAIN:
             known = None  # it is quantized now, or is being trained, and U stays what it was
         elif weight.is_meta or not witness(weight)._replace(bits=known.cast(weight.dtype).bits).knows(weight):
@@ -223,6 +258,13 @@ class TinyLoRALayer(nn.Module):
         """The layer of this tie group that holds ``v``."""
         return self._owner[0]
 
+    @property
+    def method(self) -> Method:
+        """The config it was built from."""
+        if self.config is None:
+            raise ValueError(f"{self.name}: it was built without a config, and nothing says what its P' follows from")
+        return self.config
+
     def weight_matrix(self) -> Tensor:
         """The frozen weight as [out, in]; base_layers.weight_matrix."""
         return weight_matrix(self.base)
@@ -240,7 +282,7 @@ class TinyLoRALayer(nn.Module):
         """Take U^T [r, out] and sigma, of the weight as it is now or those that v was trained with: P' follows from them."""
         self.basis.copy_(block_basis(basis, self.parts) if self.parts else basis)
         self.sigma.copy_(sigma)
-        self.projection.copy_(self.config.projection(self.projection_index, sigma, kind_of(self.base).lookup))
+        self.projection.copy_(self.method.projection(self.projection_index, sigma, kind_of(self.base).lookup))
         self.take_witness()
 
     def extra_repr(self) -> str:

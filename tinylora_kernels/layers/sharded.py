@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from ..base.attributes import bias_of
 from ..base.kinds import CONVOLUTION, kind_of
 from ..base.weights import bias_offset
 from ..functional import tiny_lora_update
@@ -47,7 +48,7 @@ def sharded_forward(
         if isinstance(y, DTensor):
             return update_sharded(y, base, name, factors, backend)
         basis, v, projection, adapter_ids = factors  # FSDP2 has gathered the weight for this one call
-        return update(y, basis, v, projection, bias_offset(basis, getattr(base, "bias", None)), adapter_ids)
+        return update(y, basis, v, projection, bias_offset(basis, bias_of(base)), adapter_ids)
 
     handle = base.register_forward_hook(updated, prepend=True)
     try:
@@ -80,7 +81,7 @@ def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, bac
             f"{name}: an AdapterBank needs whole outputs on every rank, found {y.placements}; run the bank on "
             "a model that is not tensor parallel"
         )
-    local, bias = y.to_local(), getattr(base, "bias", None)
+    local, bias = y.to_local(), bias_of(base)
     if not spread:
         offset = bias_offset(basis, bias)
         updated = tiny_lora_update(local, basis, v, projection, offset, adapter_ids, backend=backend)

@@ -5,7 +5,7 @@ instead on the CPU where it is compiled (build.py); here is what runs beside any
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,19 @@ def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     return TracedLinear.apply(x, v, frozen) if compiling else _apply_untransformed(x, v, frozen)[0]
 
 
+if TYPE_CHECKING:
+
+    class LinearContext(torch.autograd.function.FunctionCtx):
+        """What the forward pass leaves for the backward pass."""
+
+        needs_input_grad: tuple[bool, bool, bool]
+        saved_tensors: tuple[Tensor | None, Tensor, Tensor]  # t, where v wants a gradient, v, W
+        frozen: FrozenLinear
+        shape: torch.Size
+
+        def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class TinyLoRALinear(torch.autograd.Function):
     """y = x W^T + b and its update, W and b frozen: gradients into x and v; also t (ops/autograd.py says why).
 
@@ -63,19 +76,22 @@ class TinyLoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, v, frozen: FrozenLinear):
+    def forward(ctx: LinearContext, x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         return _forward(ctx, x, v, frozen)
 
     @staticmethod
-    def backward(ctx, g, g_t):
-        if g is None and g_t is None:
-            return None, None, None
-        if g_t is None and not torch.is_grad_enabled():
-            return _backward(ctx, g)
+    def backward(
+        ctx: LinearContext, g: Tensor | None, g_t: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        if g_t is None:
+            if g is None:
+                return None, None, None
+            if not torch.is_grad_enabled():
+                return _backward(ctx, g)
         t, v, weight = ctx.saved_tensors
         basis, adapter_ids = ctx.frozen.basis, ctx.frozen.adapter_ids
-        g = t.new_zeros(ctx.shape, dtype=weight.dtype) if g is None else g
+        g = weight.new_zeros(ctx.shape) if g is None else g
         g0, dv = differentiable_gradients(g, g_t, basis, v, ctx.frozen.projection, t, adapter_ids)
         # dx = g0 W
         return product(g0, weight) if ctx.needs_input_grad[0] else None, dv, None
@@ -85,11 +101,11 @@ class TracedLinear(torch.autograd.Function):
     """The same while tracing, where there are no second derivatives."""
 
     @staticmethod
-    def forward(ctx, x, v, frozen: FrozenLinear):
+    def forward(ctx: LinearContext, x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
         return _forward(ctx, x, v, frozen)[0]
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: LinearContext, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         return _backward(ctx, g)
 
 
@@ -98,20 +114,21 @@ class TracedLinear(torch.autograd.Function):
 _apply_untransformed = super(torch.autograd.Function, TinyLoRALinear).apply
 
 
-def _forward(ctx, x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
+def _forward(ctx: LinearContext, x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
     y, t = _updated_linear(x, v, frozen)
     ctx.frozen, ctx.shape = frozen, y.shape
     ctx.save_for_backward(t if v.requires_grad else None, v, frozen.weight)  # a W changed since is an error
     return y, t
 
 
-def _backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: LinearContext, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     if torch.is_autocast_enabled(g.device.type):  # it would cast the product
         with torch.autocast(g.device.type, enabled=False):
             return _backward(ctx, g)
     t, v, weight = ctx.saved_tensors
     _, _, basis, projection, adapter_ids, right, order, backend = ctx.frozen
     if order & PAST_WEIGHT and ctx.needs_input_grad[0]:
+        assert right is not None and backend.update_input_grad is not None  # or the order were 0
         g = g.contiguous()
         last = order & LAST_BACKWARD
         # dx = (a M) B^T + g W
@@ -120,16 +137,16 @@ def _backward(ctx, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         if last:
             _add_product(dx, g, weight)
         return dx, (None if t is None else dv), None
-    g0, dv = update_gradients(g, basis, v, projection, t, adapter_ids, ctx.needs_input_grad[0], backend)
+    g0, dv_or_none = update_gradients(g, basis, v, projection, t, adapter_ids, ctx.needs_input_grad[0], backend)
     # dx = g0 W
-    dx = None if g0 is None else torch.matmul(g0, weight)
-    return dx, dv, None
+    return None if g0 is None else torch.matmul(g0, weight), dv_or_none, None
 
 
 def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
     """The updated output, fresh and no view of another tensor, and t [N, r]."""
     weight, bias, basis, projection, adapter_ids, right, order, backend = frozen
     if order & LAST_FORWARD:
+        assert right is not None and backend.low_rank is not None  # or the order were 0
         x = x.contiguous()
         # y = b + (t M^T) U^T + x W^T
         y, t = backend.low_rank(x, right, basis, v, projection, bias, adapter_ids)

@@ -1,13 +1,14 @@
 """The short way through an adapted nn.Linear: what one call found out about the layer serves the next ones.
 
 Generation streams every weight through the caches, so whatever Python touches for a layer has to come from memory
-again: asking all questions took longer than the update; build.py has the figures. Where node.cpp is compiled,
+again: asking all questions took longer than the update (bench/results/dispatch.csv). Where node.cpp is compiled,
 plan.inl is the twin of Plan: what asks here must ask there.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,41 @@ def is_plain_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
     )  # fmt: skip
 
 
+class Bank(Protocol):
+    """What is asked here of a bank.AdapterBank."""
+
+    tables: dict[int, Tensor]  # tie group -> [K, u]
+    selected: ContextVar[Any]
+
+
+class Layer(Protocol):
+    """What is asked here of a TinyLoRALayer, whose room is above this one."""
+
+    backend: str | None
+    group: int
+    _modules: dict[str, nn.Module | None]
+    _buffers: dict[str, Tensor | None]
+    _parameters: dict[str, nn.Parameter | None]
+
+    @property
+    def bank(self) -> Bank | None: ...
+
+
+class Buffers(TypedDict):
+    """Of a TinyLoRALayer."""
+
+    basis: Tensor  # [r, out]
+    sigma: Tensor
+    projection: Tensor  # [u, r, r] or [r, r]
+
+
+class LinearParameters(TypedDict):
+    """Of an nn.Linear."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+
+
 class Chosen(NamedTuple):
     """What a bank's selection has for the rows of one layer: bank.Selection.of."""
 
@@ -101,12 +137,12 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     device_type: str
     buffers: dict[str, Tensor | None]
-    parameters: dict[str, Tensor | None]  # of the layer that holds v
+    parameters: Mapping[str, Tensor | None]  # of the layer that holds v
     v: Tensor
     lacks_right: bool  # the first x that wants a gradient wants B^T as well
     witness: Witness | None  # of the weight that B^T was computed from
     frozen: FrozenLinear
-    selected: ContextVar | None  # of the layer's bank
+    selected: ContextVar[Any] | None  # of the layer's bank
     selection: Any  # what it holds inside the block of bank.use that the plan is for
     table: Tensor | None  # the bank's, whose rows were read with or without gradients:
     live: bool
@@ -134,11 +170,12 @@ class Plan(NamedTuple):
         return apply_linear(x, v, self.frozen)
 
     def _selects(self) -> bool:
+        assert self.selected is not None and self.table is not None  # which a bank has
         wants_gradients = self.table.requires_grad and torch.is_grad_enabled()
         return self.selected.get() is self.selection and wants_gradients is self.live
 
 
-def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: Chosen | None = None) -> Plan | None:
+def make_plan(layer: Layer, owner: Layer, right: Tensor | None, chosen: Chosen | None = None) -> Plan | None:
     """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
 
     Args:
@@ -146,24 +183,25 @@ def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: 
         right: B^T, where right_for has it for calls like those to come.
         chosen: the vectors that the layer's bank has for the rows, instead of v.
     """
-    base, buffers = layer._modules["base"], layer._buffers
-    parameters, projection, adapter_ids = owner._parameters, buffers["projection"], None
-    of_bank = None, None, None, False
-    if chosen is not None:
+    base, buffers = cast(nn.Linear, layer._modules["base"]), cast(Buffers, layer._buffers)
+    parameters: Mapping[str, Tensor | None] = owner._parameters
+    projection, adapter_ids = buffers["projection"], None
+    of_bank: tuple[ContextVar[Any] | None, Any, Tensor | None, bool] = None, None, None, False
+    if chosen is not None and layer.bank is not None:
         selection, vectors, projection, adapter_ids = chosen
         parameters, table = {"v": vectors}, layer.bank.tables[layer.group]
         live = table.requires_grad and torch.is_grad_enabled()
         if live and vectors is not table:  # made from the table's rows at every call
             return None
         of_bank = layer.bank.selected, selection, table, live
-    v = parameters["v"]
-    weight, basis = base._parameters["weight"], buffers["basis"]
+    v, basis = cast(Tensor, parameters["v"]), buffers["basis"]
+    own = cast(LinearParameters, base._parameters)
+    weight, bias = own["weight"], own["bias"]
     accumulate = accumulation_dtype(weight.dtype)
     if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
         return None
     if weight.is_inference():  # it has no version
         return None
-    bias = base._parameters["bias"]
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     order = node.order_of(weight, bias, backend)
     lacks_right = right is None and wants_right(order, training=True)
@@ -172,7 +210,7 @@ def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: 
     )
     held = None if right is None else layer.__dict__["_right"].witness
     plan = Plan(
-        _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, buffers,
+        _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
         parameters, v, lacks_right, held, frozen, *of_bank,
     )  # fmt: skip
     if twin is None or backend.name not in node.TWIN_BACKENDS:
@@ -180,20 +218,20 @@ def make_plan(layer: nn.Module, owner: nn.Module, right: Tensor | None, chosen: 
     return twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
 
 
-def right_for(layer: nn.Module, x: Tensor) -> Tensor | None:
+def right_for(layer: Layer, x: Tensor) -> Tensor | None:
     """B^T = U^T W [r, in] of a layer whose base is_plain_linear, where x will pass it faster with it.
 
     Computed once for each state of the weight that can be told apart: the base is frozen.
     """
-    parameters, basis = layer._modules["base"]._parameters, layer._buffers["basis"]
-    weight = parameters["weight"]
+    own = cast(LinearParameters, cast(nn.Linear, layer._modules["base"])._parameters)
+    weight, basis = own["weight"], cast(Buffers, layer._buffers)["basis"]
     if weight.is_inference():  # it has no version
         return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
-    order = node.order_of(weight, parameters["bias"], backend)
+    order = node.order_of(weight, own["bias"], backend)
     if not wants_right(order, training=x.requires_grad and torch.is_grad_enabled()):
         return None
-    held = layer.__dict__["_right"]
+    held: HeldRight | None = layer.__dict__["_right"]
     if held is None or held.weight is not weight or held.basis is not basis or not _confirms(held.witness, weight):
         right = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
         held = layer.__dict__["_right"] = HeldRight(weight, witness(weight), basis, right)

@@ -174,7 +174,7 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
     merged = [name for name, layer in layers.items() if layer.saved_weight is not None]
     if merged:
         raise ValueError(f"refresh_factors: {merged[0]} is merged; call unmerge(model) first")
-    config = next(iter(layers.values())).config
+    config = next(iter(layers.values())).method
     bases = {name: layer.base for name, layer in layers.items()}
     parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
     factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)

@@ -8,6 +8,8 @@ to be differentiated again (create_graph=True) is made of plain operations on te
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -29,20 +31,29 @@ library.impl("update_input_grad", reference.update_input_grad, "CompositeExplici
 
 
 @torch.library.register_fake("tinylora::update")
-def _(y, basis, v, projection, offset, bias, adapter_ids):
+def _(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:  # fmt: skip
     check_arguments("y", y, basis, v, projection, offset=offset, bias=bias, adapter_ids=adapter_ids)
     return y.new_empty((_rows(y), basis.shape[0]), dtype=accumulation_dtype(y.dtype))
 
 
 @torch.library.register_fake("tinylora::update_backward")
-def _(g, basis, v, projection, t, adapter_ids, need_input_grad):
+def _(
+    g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None, adapter_ids: Tensor | None,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     g0 = g.new_empty(g.shape) if need_input_grad else g.new_empty(0)
     return g0, v.new_empty(v.shape if t is not None else (0,))
 
 
 @torch.library.register_fake("tinylora::low_rank")
-def _(x, right, basis, v, projection, bias, adapter_ids):
+def _(
+    x: Tensor, right: Tensor, basis: Tensor, v: Tensor, projection: Tensor, bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_arguments("x", x, right, v, projection, adapter_ids=adapter_ids, basis_name="right")
     check_low_rank(x, right, basis, bias)
     t = x.new_empty((_rows(x), right.shape[0]), dtype=accumulation_dtype(x.dtype))
@@ -50,37 +61,58 @@ def _(x, right, basis, v, projection, bias, adapter_ids):
 
 
 @torch.library.register_fake("tinylora::update_input_grad")
-def _(dx, right, g, basis, v, projection, t, adapter_ids, add):
+def _(
+    dx: Tensor, right: Tensor, g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None,
+    adapter_ids: Tensor | None, add: bool,
+) -> Tensor:  # fmt: skip
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
     return v.new_empty(v.shape if t is not None else (0,))
 
 
-def _rows(y: Tensor):
+def _rows(y: Tensor) -> int:
     rows = 1
     for size in y.shape[:-1]:
         rows = rows * size
     return rows
 
 
+if TYPE_CHECKING:
+
+    class UpdateContext(torch.autograd.function.FunctionCtx):
+        """What the forward pass of an update leaves for the backward pass."""
+
+        needs_input_grad: tuple[bool, bool, bool, bool, bool, bool, bool, bool]
+        saved_tensors: tuple[Tensor | None, Tensor]  # t, where v wants a gradient, and v
+        frozen: tuple[Tensor, Tensor, Tensor | None, Backend]  # basis, projection, adapter_ids
+        shape: torch.Size
+
+        def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
 class TinyLoRAUpdate(torch.autograd.Function):
     """y <- y0 + b + (t M^T) U^T in place, with gradients into y, b and v; also t. Saves t: r numbers a row, nothing else."""
 
     @staticmethod
-    def forward(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend: str):
+    def forward(
+        ctx: UpdateContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
+        bias: Tensor | None, adapter_ids: Tensor | None, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         t = _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
         ctx.set_materialize_grads(False)
         return y, t
 
     @staticmethod
-    def backward(ctx, g, g_t):
-        if g is None and g_t is None:
-            return (None,) * 8
+    def backward(ctx: UpdateContext, g: Tensor | None, g_t: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            if g_t is None:
+                return (None,) * 8
+            g = g_t.new_zeros(ctx.shape)
         t, v = ctx.saved_tensors
         basis, projection, adapter_ids, backend = ctx.frozen
         needs_y, _, needs_v, _, _, needs_bias, _, _ = ctx.needs_input_grad
+        g0: Tensor | None
         if g_t is not None or torch.is_grad_enabled():
-            g = t.new_zeros(ctx.shape) if g is None else g
             g0, dv = differentiable_gradients(g, g_t, basis, v, projection, t, adapter_ids)
         else:
             g0, dv = update_gradients(g, basis, v, projection, t, adapter_ids, needs_y, backend)
@@ -91,12 +123,15 @@ class TracedUpdate(torch.autograd.Function):
     """The same while tracing, where there are no second derivatives, and a second output would be carried along."""
 
     @staticmethod
-    def forward(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend: str):
+    def forward(
+        ctx: UpdateContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
+        bias: Tensor | None, adapter_ids: Tensor | None, backend: str,
+    ) -> Tensor:  # fmt: skip
         _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
         return y
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: UpdateContext, g: Tensor) -> tuple[Tensor | None, ...]:
         t, v = ctx.saved_tensors
         basis, projection, adapter_ids, backend = ctx.frozen
         needs_y, _, _, _, _, needs_bias, _, _ = ctx.needs_input_grad
@@ -104,7 +139,10 @@ class TracedUpdate(torch.autograd.Function):
         return g0, None, dv, None, None, bias_gradient(g) if needs_bias else None, None, None
 
 
-def _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend: str) -> Tensor:
+def _update(
+    ctx: UpdateContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
+    bias: Tensor | None, adapter_ids: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
     t = BACKENDS[backend].update(y, basis, v, projection, offset, bias, adapter_ids)
     ctx.mark_dirty(y)
     # The frozen factors go on ctx: saving a tensor costs a microsecond each way, and nobody writes into these.

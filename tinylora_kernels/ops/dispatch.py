@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .native import library as native
+from .schema import LowRank, Update, UpdateBackward, UpdateInputGrad
 from .triton import launch as triton
 
 
@@ -29,15 +30,18 @@ class Backend(NamedTuple):
     """
 
     name: str
-    update: Callable
-    update_backward: Callable
+    update: Update
+    update_backward: UpdateBackward
     why_not: Callable[[str, torch.dtype, int], str | None]
-    low_rank: Callable | None = None
-    update_input_grad: Callable | None = None
+    low_rank: LowRank | None = None
+    update_input_grad: UpdateInputGrad | None = None
 
 
-def _update_cuda(y: Tensor, basis, v, projection, offset, bias, adapter_ids) -> Tensor:
-    t = native.update(y, basis, v, projection, offset, None, adapter_ids)
+def _update_cuda(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:  # fmt: skip
+    t: Tensor = native.update(y, basis, v, projection, offset, None, adapter_ids)
     if bias is not None:
         y.add_(bias)
     return t
@@ -86,7 +90,7 @@ def _choose_while_tracing(device_type: str, dtype: torch.dtype, rank: int, backe
 
 # torch.compiler.assume_constant_result, which sets this mark, imports torch._dynamo: half of torch's own import time
 # again.
-_choose_while_tracing._dynamo_marked_constant = True
+vars(_choose_while_tracing)["_dynamo_marked_constant"] = True
 
 
 def _plain_int(size: int) -> int:

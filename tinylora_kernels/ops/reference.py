@@ -25,14 +25,15 @@ def _products_are_exact() -> bool:
         return False
 
 
-_products_are_exact._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import
+vars(_products_are_exact)["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, without its import
 
 
 def contract(v: Tensor, projection: Tensor) -> Tensor:
     """M = sum_i v_i P'_i, or projection * v for LoRA-XS: v [u] -> [r, r];  v [n, u] -> [n, r, r]."""
     rank = projection.shape[-1]
     flat = product(v, projection.flatten(1)) if projection.dim() == 3 else v * projection.flatten()
-    return flat.unflatten(-1, (rank, rank))
+    mixing: Tensor = flat.unflatten(-1, (rank, rank))
+    return mixing
 
 
 def contract_backward(d_mixing: Tensor, projection: Tensor) -> Tensor:

@@ -36,7 +36,10 @@ basis, right, v, projection, offset and t have the accumulation dtype: float64 w
 The words for all of it, here and in C++, CUDA and Triton: N, D, E, r, u, K as above; basis, right, offset, bias, projection;
 mixing M; coefficients t or a [N, r]; gains t M^T or a M [N, r], what multiplies U^T or B^T.
 """
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 UPDATE = (
     "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, Tensor? adapter_ids) "
@@ -54,6 +57,18 @@ UPDATE_INPUT_GRAD = (
     "update_input_grad(Tensor(a!) dx, Tensor right, Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, "
     "Tensor? adapter_ids, bool add) -> Tensor"
 )
+
+# The same for Python's types, argument by argument.
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+UpdateBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
+]  # fmt: skip
+LowRank = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+]  # fmt: skip
+UpdateInputGrad = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor
+]  # fmt: skip
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

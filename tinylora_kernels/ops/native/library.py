@@ -131,9 +131,10 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def same_numbers(weight: Tensor, offsets: Tensor, bits: Tensor) -> bool:
     """base.witness.Witness.knows for a weight on the CPU, in a microsecond."""
     count, size = len(bits), bits.element_size()
-    return _functions().tinylora_same_numbers(
+    same: bool = _functions().tinylora_same_numbers(
         weight.data_ptr(), offsets.data_ptr(), bits.data_ptr(), count, size
     )
+    return same
 
 
 @functools.cache
