@@ -21,7 +21,7 @@ BUDGET = 2.0  # our error against float64 over the plain low-rank chain's error 
 class Case:
     """N rows, D features, rank r, u numbers; adapters: K (0: one vector, no ids); pad: extra columns between rows.
 
-    bias: the rows have the layer's bias in them, which the offset takes out; adds_bias: they have not, and the op adds it.
+    bias: the rows have the layer's bias in them, which the offset takes out; adds_bias: they have not; the op adds it.
     """
 
     rows: int

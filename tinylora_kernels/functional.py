@@ -25,12 +25,12 @@ def tiny_lora_update(
 ) -> Tensor:
     """Adapt the output of a frozen linear layer: y + ((y U - c) M^T) U^T with M = sum_i v_i P'_i.
 
-    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update), since
-    U^T W = S V^T.
+    This equals (W + alpha U S R V^T) x + b for y = W x + b (Morris et al., arXiv 2602.04118, the TinyLoRA update),
+    since U^T W = S V^T.
 
     Args:
-        y: [..., D] output of the frozen layer; float32, bfloat16, float16 or float64. Of elements that are not finite the
-            update takes no notice, and leaves the others of their row finite.
+        y: [..., D] output of the frozen layer; float32, bfloat16, float16 or float64. Of elements that are not finite
+            the update takes no notice, and leaves the others of their row finite.
         basis: [r, D] U^T, the left singular vectors as rows.
         v: [u] the trained numbers, or [K, u] for K adapters with adapter_ids.
         projection: [u, r, r] P', or [r, r] for LoRA-XS (then u = r * r and M = projection * v.view(r, r)).
@@ -113,7 +113,7 @@ def tiny_lora_linear(
 
 
 def _differentiated_by_torch() -> bool:
-    """Whether torch.func's transforms or forward-mode differentiation look on: plain operations are theirs to take apart."""
+    """Whether torch.func's transforms or forward-mode differentiation look on: they take plain operations apart."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

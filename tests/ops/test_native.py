@@ -219,7 +219,7 @@ ERRORS = {
     ),
     "offset": (lambda c: c | {"offset": torch.randn(3)}, r"offset: expected shape \(2\), found \(3\)"),
     "bias": (lambda c: c | {"bias": torch.randn(39)}, r"bias: expected a contiguous tensor of shape \(40\)"),
-    "bias dtype": (lambda c: c | {"bias": torch.randn(40).bfloat16()}, r"bias: expected the dtype of y, found bfloat16"),
+    "bias dtype": (lambda c: c | {"bias": torch.randn(40).bfloat16()}, "bias: expected the dtype of y, found bfloat16"),
     "ids dtype": (
         lambda c: c | {"v": torch.randn(2, 3), "adapter_ids": torch.zeros(5)},
         r"adapter_ids: expected a contiguous 1-D int32 or int64 tensor, found float32 \(5\)",

@@ -39,7 +39,7 @@ class Kind:
         why_not: the reason why this one cannot be adapted, one line with the way out, or None.
         matrix: the weight as it is stored -> W [out, in]; a view wherever its strides allow one.
         stored: (W [out, in], shape of the weight) -> the weight as it is stored; undoes `matrix`.
-        product: (x, weight as stored) -> x W^T, what such a layer computes before its bias, where torch has an op for it.
+        product: (x, weight as stored) -> x W^T, what such a layer computes before its bias; None where torch has no op.
         is_product: whether the forward of a module is that product and the bias, and nothing else.
         fresh: types whose forward returns a tensor nobody else holds, from a node that saves no output: the update may
             be written into it.

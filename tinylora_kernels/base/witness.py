@@ -1,7 +1,7 @@
 """A few numbers of a weight, by which to tell whether it still holds what it held.
 
 Torch counts what is written into a tensor, but not what is written through ``weight.data``. What was computed from a
-weight and is kept (B^T = U^T W) would then be of the old one. So a witness is heard before it is used again: the counter
+weight and is kept (B^T = U^T W) would then be of the old one. So a witness is heard before it is used again: the count
 and the address, and numbers from all over the weight, all of them where it is small.
 """
 from __future__ import annotations

@@ -28,8 +28,8 @@ NEGLIGIBLE = 1e-5  # a singular value below this share of the largest makes S^-1
 SIGN_MARGIN = 1e-3
 PIECE_ELEMENTS = 1 << 24  # looked at by one thread at a time
 SKETCH_COLUMNS = 4
-# Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to float32;
-# the update then agrees to about this.
+# Accepted deviation of a recomputed basis, as compare_sketch estimates it: the solver proves 1e-6 and rounds to
+# float32; the update then agrees to about this.
 SKETCH_TOLERANCE = 1e-5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -224,7 +224,8 @@ def _check_weights(matrix_of: Callable[[str], Tensor], adapter: AdapterFile) -> 
 
 
 def _check_bases(bases: dict[str, Tensor], adapter: AdapterFile) -> None:
-    wrong = [m.name for m in adapter.modules if compare_sketch(m.sketch, basis_sketch(bases[m.name])) > SKETCH_TOLERANCE]
+    deviations = {m.name: compare_sketch(m.sketch, basis_sketch(bases[m.name])) for m in adapter.modules}
+    wrong = [name for name, deviation in deviations.items() if deviation > SKETCH_TOLERANCE]
     if wrong:
         raise AdapterError(
             f"the singular vectors came out different for {len(wrong)} of {len(adapter.modules)} modules, "

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..base.attributes import bias_of
 from ..base.experts import StackedExperts, stack_names
 from ..base.weights import bias_offset
 from ..ops import BACKENDS, choose
@@ -144,7 +145,7 @@ def _piece(
         v, projection, ids = selection.of(layer, y.device)
         ids = routing.per_row(ids)[start:end].contiguous()
     basis, projection = layer.basis.to(accumulate), projection.to(accumulate)
-    offset = bias_offset(basis, layer.base.bias)
+    offset = bias_offset(basis, bias_of(layer.base))
     backend = choose(y.device.type, y.dtype, basis.shape[0], layer.backend)
     return _Piece(slice(start, end), vectors.setdefault(v, len(vectors)), basis, projection, offset, ids, backend)
 

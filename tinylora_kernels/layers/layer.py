@@ -16,14 +16,25 @@ from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
 from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
-from ..linear.plan import Buffers, Chosen, HeldRight, Plan, has_hooks, is_bare_product, is_plain_linear, make_plan, note_change, right_for
+from ..linear.plan import (
+    Buffers,
+    Chosen,
+    HeldRight,
+    Plan,
+    has_hooks,
+    is_bare_product,
+    is_plain_linear,
+    make_plan,
+    note_change,
+    right_for,
+)
 from ..method.config import IDENTITY_FIELDS, Method
 from ..method.parts import block_basis, compact_basis
 from .channels import update_channels
 
 _OTHER_WEIGHT = (
-    "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt the "
-    "model then, or call refresh_factors(model)"
+    "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt "
+    "the model then, or call refresh_factors(model)"
 )
 
 
@@ -148,7 +159,9 @@ class TinyLoRALayer(nn.Module):
             v = v.to(basis.device)  # a tie group that spans devices
         weight, bias = base._parameters.get("weight"), cast("Tensor | None", base._parameters.get("bias"))
         fresh = self._fresh_output and not has_hooks(base)
-        if self._product and fresh and weight is not None and len(args) == 1 and not kwargs and is_bare_product(base, args[0]):
+        update = functools.partial(self._update, backend=self.backend)
+        one_input = len(args) == 1 and not kwargs
+        if self._product and fresh and weight is not None and one_input and is_bare_product(base, args[0]):
             if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
                 right = right_for(self, args[0])
                 if self._worth_a_plan(chosen):
@@ -158,11 +171,10 @@ class TinyLoRALayer(nn.Module):
                 )
             y = self._product(args[0], weight)  # traced, cast by autocast, with a W that is trained, or of a Conv1D
             bias = None if bias is None else bias.to(y.dtype)
-            return self._update(y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True, backend=self.backend)
+            return update(y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True)
         if is_sharded(weight):
             from .sharded import sharded_forward  # loads torch.distributed: only where it is in use
 
-            update = functools.partial(self._update, backend=self.backend)
             factors = basis, v, projection, adapter_ids
             return sharded_forward(base, self.name, factors, update, self.backend, args, kwargs)
         y = base(*args, **kwargs)
@@ -204,7 +216,7 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_in_doubt"] = False
 
     def _holds_the_weight_adapted_to(self) -> bool:
-        """Whether the weight is, in whatever dtype it is now, the one that U and sigma are of; true where nobody can tell."""
+        """Whether the weight, whatever its dtype now, is the one that U and sigma are of; if nobody can tell, yes."""
         weight, known = weight_of(self.base), self._adapted_to
         if known is None or weight.requires_grad or type(weight) not in PLAIN:
             known = None  # it is quantized now, or is being trained, and U stays what it was
@@ -216,7 +228,7 @@ class TinyLoRALayer(nn.Module):
     def _expect_the_weight_adapted_to(self) -> None:
         """Raises where other weights came than those that U and sigma are of, or none since the layer was emptied."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"{self.name}: its weight may be another one now; call the model once before compiling it")
+            raise RuntimeError(f"{self.name}: its weight may be another one now; call the model before compiling it")
         if not self._holds_the_weight_adapted_to():
             raise RuntimeError(f"{self.name}: {_OTHER_WEIGHT}")
 
@@ -279,7 +291,7 @@ class TinyLoRALayer(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, basis: Tensor, sigma: Tensor) -> None:
-        """Take U^T [r, out] and sigma, of the weight as it is now or those that v was trained with: P' follows from them."""
+        """Take U^T [r, out] and sigma, of the weight as it is now or those that v was trained with; P' follows."""
         self.basis.copy_(block_basis(basis, self.parts) if self.parts else basis)
         self.sigma.copy_(sigma)
         self.projection.copy_(self.method.projection(self.projection_index, sigma, kind_of(self.base).lookup))
@@ -300,14 +312,14 @@ class TinyLoRALayer(nn.Module):
             raise
 
     def _apply(self, fn, recurse=True):
-        """Move with the model, but keep v and the factors as they are: bfloat16() must not round, to_empty() not empty them."""
+        """Move with the model, but keep v and the factors: bfloat16() must not round, to_empty() not empty them."""
 
         def keep_values(tensor: Tensor) -> Tensor:
             device = fn(tensor).device
             if tensor.is_meta and device.type != "meta":
                 raise RuntimeError(
-                    f"{self.name}: its vectors and factors were left on the meta device; load the weights and adapt the "
-                    "model after to_empty()"
+                    f"{self.name}: its vectors and factors were left on the meta device; load the weights and adapt "
+                    "the model after to_empty()"
                 )
             return tensor.to(device)
 
@@ -321,7 +333,7 @@ class TinyLoRALayer(nn.Module):
 
 
 def _doubt_what_was_loaded(layer: TinyLoRALayer, incompatible_keys) -> None:
-    """Called once the base has its part of a state dict; the error joins those that load_state_dict raises at its end."""
+    """Called once the base has its part of a state dict; load_state_dict raises its error with the others."""
     error_messages = layer._in_doubt
     layer.__dict__["_in_doubt"] = not layer._holds_the_weight_adapted_to()
     if layer._in_doubt and isinstance(error_messages, list):
@@ -343,7 +355,7 @@ def _difference(ours: dict, theirs: dict) -> str | None:
 @functools.cache
 def _warn_of_unlabelled_numbers() -> None:
     warnings.warn(
-        "a state dict brought vectors v that do not say what they were trained with (they were cloned, or came from a file "
-        "that keeps plain tensors): seed, scaling and base were not compared; save_adapter and load_adapter compare them",
+        "a state dict brought vectors v that do not say what they were trained with (they were cloned, or came from a "
+        "file of plain tensors): seed, scaling and base were not compared; save_adapter and load_adapter compare them",
         stacklevel=6,
     )

@@ -2,7 +2,7 @@
 
 Every rank holds the whole adapter: v, and U and P' of each layer, none of which is ever gathered. What travels is
 
-    column shards     y_p = x W_p^T + b_p on rank p:   t = sum_p (y_p - b_p) U_p,   a = sum_p g_p U_p    r numbers a token
+    column shards     y_p = x W_p^T + b_p on rank p:   t = sum_p (y_p - b_p) U_p,  a = sum_p g_p U_p   r numbers a token
     row shards        y = sum_p y_p before the engine's own reduction: the update is linear, y_p takes its share with
                       c / ranks, and dv = sum_p dv_p: u numbers a layer
     sharded rows      (sequence parallelism)  dv = sum_p dv_p

@@ -42,12 +42,12 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
 
 
 def seen_by_a_mode() -> bool:
-    """Whether a TorchDispatchMode may keep what a product returned: selective checkpointing hands it out again later."""
+    """Whether a TorchDispatchMode may keep what a product returned: selective checkpointing hands it out again."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
-    """The updated output of a linear layer, by the shortest node there is; without one where nothing wants a gradient."""
+    """The updated output of a linear layer, by the shortest node there is; by none where nothing wants a gradient."""
     compiling = _is_compiling()
     if twin is not None and frozen.backend.name in TWIN_BACKENDS and not compiling and not seen_by_a_mode():
         return twin(x, v, *frozen[:-1])

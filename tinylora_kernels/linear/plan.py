@@ -66,7 +66,7 @@ def is_bare_product(base: nn.Module, x: Tensor) -> bool:
 
 
 def is_plain_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
-    """Whether a call of an nn.Linear that is_bare_product has frozen tensors of one dtype, no autocast and no tracer."""
+    """Whether a call of an nn.Linear that is_bare_product has frozen tensors of one dtype, no autocast, no tracer."""
     return (
         not torch.compiler.is_compiling() and x.dtype is weight.dtype and not weight.requires_grad
         and (bias is None or (bias.dtype is weight.dtype and not bias.requires_grad))
@@ -243,7 +243,7 @@ def _confirms(held: Witness, weight: Tensor) -> bool:
 
 
 def _knows(held: Witness, weight: Tensor) -> bool:
-    """Witness.knows in a microsecond where the weight is on the CPU. It has the dtype that it had: a witness's address."""
+    """Witness.knows, of a weight on the CPU in a microsecond."""
     if weight.device.type == "cpu" and native.load().path is not None:
         return native.same_numbers(weight, held.offsets, held.bits)
     return held.knows(weight)

@@ -69,8 +69,8 @@ class TinyLoRAConfig:
         does).
         seed: key of the fixed random P.
         init: "zeros" starts at the base model; "uniform" draws v from U(-0.01, 0.01) by the seed.
-        v_dtype: of v in adapter files. It is trained in float32 (float64 where that is asked for): in 16 bits the steps of
-            an optimizer are soon smaller than what rounding takes away.
+        v_dtype: of v in adapter files. It is trained in float32 (float64 where that is asked for): in 16 bits the steps
+            of an optimizer are soon smaller than what rounding takes away.
         backend: "cuda", "triton", "cpu", "reference" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
         fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2}

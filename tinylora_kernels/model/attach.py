@@ -118,7 +118,7 @@ def attach(
         basis = block_basis(factor.basis, sizes) if sizes else factor.basis
         v: nn.Parameter | TinyLoRALayer | None = owners.get(group)
         if v is None:
-            v = nn.Parameter(config.initial(group).to(device=weight_of(base).device, dtype=trained_dtype(config.v_dtype)))
+            v = nn.Parameter(config.initial(group).to(weight_of(base).device, trained_dtype(config.v_dtype)))
         layer = TinyLoRALayer(
             base, basis, factor.sigma, config.projection(projection_index, factor.sigma, kind_of(base).lookup), v,
             name=name, index=index, group=group, config=config, degenerate=factor.degenerate,

@@ -2,4 +2,6 @@
 from .autograd import TinyLoRAUpdate, TracedUpdate
 from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table
 
-__all__ = ["BACKENDS", "Backend", "TinyLoRAUpdate", "TracedUpdate", "choose", "requested_backend", "set_backend", "table"]
+__all__ = [
+    "BACKENDS", "Backend", "TinyLoRAUpdate", "TracedUpdate", "choose", "requested_backend", "set_backend", "table",
+]  # fmt: skip

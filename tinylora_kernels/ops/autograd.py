@@ -3,7 +3,7 @@
 A torch.autograd.Function outside the ops costs about 25 us a call pair less than register_autograd, and lets the
 update stay in place on the frozen layer's fresh output.
 
-Its second output is t. Nobody reads it, but what was saved is then an output with a history, so that a gradient which is
+Its second output is t. Nobody reads it, but what was saved is then an output with a history, so that a gradient that is
 to be differentiated again (create_graph=True) is made of plain operations on tensors that lead back to every input.
 """
 from __future__ import annotations
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
 
 
 class TinyLoRAUpdate(torch.autograd.Function):
-    """y <- y0 + b + (t M^T) U^T in place, with gradients into y, b and v; also t. Saves t: r numbers a row, nothing else."""
+    """y <- y0 + b + (t M^T) U^T in place, with gradients into y, b and v; also t. Saves t alone: r numbers a row."""
 
     @staticmethod
     def forward(

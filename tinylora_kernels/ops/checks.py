@@ -75,7 +75,8 @@ def check_input_grad(dx: Tensor, right: Tensor, g: Tensor, basis: Tensor) -> Non
     if dx.dim() < 1 or dx.numel() // max(dx.shape[-1], 1) != g.numel() // max(g.shape[-1], 1):
         raise ValueError(f"dx: expected the rows of g {tuple(g.shape)}, found {tuple(dx.shape)}")
     expected = basis.shape[0], dx.shape[-1]
-    if tuple(right.shape) != expected or not right.is_contiguous() or right.dtype != basis.dtype or right.device != g.device:
+    as_expected = tuple(right.shape) == expected and right.dtype == basis.dtype and right.device == g.device
+    if not as_expected or not right.is_contiguous():
         found = f"{right.dtype} {tuple(right.shape)} on {right.device}"
         raise ValueError(f"right: expected contiguous {basis.dtype} {expected} on {g.device}, found {found}")
 

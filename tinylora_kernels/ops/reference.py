@@ -80,7 +80,7 @@ def updated(
     bias: Tensor | None,
     adapter_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y0 + b + (t M^T) U^T, t), out of place: plain operations that torch differentiates in any mode and to any order."""
+    """(y0 + b + (t M^T) U^T, t), out of place, in plain operations, which torch differentiates to any order."""
     # t = y0 U - c over the finite elements of y0
     t = project(torch.where(torch.isfinite(y), y, 0), basis)  # [N, r]
     if offset is not None:

@@ -1,13 +1,13 @@
 """The ops of the package, declared once.
 
-Every backend implements the first two. With a frozen layer's output y0, the truncated SVD W ~ U S V^T and M = sum_i v_i P'_i
-(Morris et al., arXiv 2602.04118, rewritten on the output side):
+Every backend implements the first two. With a frozen layer's output y0, the truncated SVD W ~ U S V^T and
+M = sum_i v_i P'_i (Morris et al., arXiv 2602.04118, rewritten on the output side):
 
     update              t = y0 U - c          y  = y0 + b + (t M^T) U^T
     update_backward     a = g U               g0 = g  + (a M) U^T           dM = a^T t,  dv_i = <P'_i, dM>
 
-t must be of W x alone. Where y0 is the product, the op adds the bias b; where the layer has added it, c = b U takes it out
-again. Elements of y0 that are not finite count as zero in t: one inf leaves the rest of its row finite.
+t must be of W x alone. Where y0 is the product, the op adds the bias b; where the layer has added it, c = b U takes it
+out again. Elements of y0 that are not finite count as zero in t: one inf leaves the rest of its row finite.
 
 Around a frozen linear layer, with B^T = U^T W at hand, the matrix product may be added to a term of low rank instead:
 y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU has the terms in brackets:
@@ -33,8 +33,8 @@ Shapes: N rows, D output and E input features, r the frozen rank, u trained numb
 
 basis, right, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
 
-The words for all of it, here and in C++, CUDA and Triton: N, D, E, r, u, K as above; basis, right, offset, bias, projection;
-mixing M; coefficients t or a [N, r]; gains t M^T or a M [N, r], what multiplies U^T or B^T.
+The words for all of it, here and in C++, CUDA and Triton: N, D, E, r, u, K as above; basis, right, offset, bias,
+projection; mixing M; coefficients t or a [N, r]; gains t M^T or a M [N, r], what multiplies U^T or B^T.
 """
 from collections.abc import Callable
 
@@ -42,8 +42,8 @@ import torch
 from torch import Tensor
 
 UPDATE = (
-    "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, Tensor? adapter_ids) "
-    "-> Tensor"
+    "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, "
+    "Tensor? adapter_ids) -> Tensor"
 )
 UPDATE_BACKWARD = (
     "update_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "

@@ -141,8 +141,10 @@ def same_numbers(weight: Tensor, offsets: Tensor, bits: Tensor) -> bool:
 def _functions() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    types = [ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size]
-    library.tinylora_products.argtypes, library.tinylora_products.restype = types, None
+    library.tinylora_products.argtypes = [
+        ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size
+    ]  # fmt: skip
+    library.tinylora_products.restype = None
     library.tinylora_same_numbers.argtypes = [pointer, pointer, pointer, size, size]
     library.tinylora_same_numbers.restype = ctypes.c_bool
     return library
