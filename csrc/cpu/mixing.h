@@ -1,4 +1,4 @@
-// The r x r side of the method: the mixing matrix M from the numbers numbers, and back.
+// The r x r side of the method: the mixing matrix M from the trained numbers, and back.
 #pragma once
 
 #include <cstdint>

@@ -2,12 +2,13 @@
 #include <cstdint>
 #include <cstring>
 
-// `count` numbers of `bytes` bytes each, at these offsets in elements from `weight`.
-extern "C" __attribute__((visibility("default"))) int tinylora_same_numbers(const char* weight, const int64_t* offsets,
-                                                                            const char* numbers, int64_t count,
-                                                                            int64_t bytes) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (std::memcmp(weight + offsets[i] * bytes, numbers + i * bytes, bytes) != 0) return 0;
+// `runs` runs of `run_bytes` bytes: run i begins offsets[i] numbers of `bytes` bytes from `weight`.
+extern "C" __attribute__((visibility("default"))) bool tinylora_same_numbers(const int64_t* offsets,
+                                                                             const char* numbers, int64_t runs,
+                                                                             int64_t run_bytes, int64_t bytes,
+                                                                             const char* weight) {
+  for (int64_t i = 0; i < runs; ++i) {
+    if (std::memcmp(weight + offsets[i] * bytes, numbers + i * run_bytes, run_bytes) != 0) return false;
   }
-  return 1;
+  return true;
 }

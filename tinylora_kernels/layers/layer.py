@@ -212,7 +212,8 @@ class TinyLoRALayer(nn.Module):
         """The weight as it is now is the one that U and sigma are of."""
         weight = weight_of(self.base)
         dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
-        self.__dict__["_adapted_to"] = witness(weight) if dense else None
+        # Row-major: the same numbers in another memory format are the same weight.
+        self.__dict__["_adapted_to"] = witness(weight.contiguous()) if dense else None
         self.__dict__["_in_doubt"] = False
 
     def _holds_the_weight_adapted_to(self) -> bool:
@@ -220,7 +221,7 @@ class TinyLoRALayer(nn.Module):
         weight, known = weight_of(self.base), self._adapted_to
         if known is None or weight.requires_grad or type(weight) not in PLAIN:
             known = None  # it is quantized now, or is being trained, and U stays what it was
-        elif weight.is_meta or not witness(weight)._replace(bits=known.cast(weight.dtype).bits).knows(weight):
+        elif weight.is_meta or not known.cast(weight.dtype).knows(weight.contiguous()):
             return False
         self.take_witness()
         return True

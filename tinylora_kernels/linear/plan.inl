@@ -34,14 +34,20 @@ struct Questions {
   PyObject *selected, *selection;  // a ContextVar and its value, or None
   uint32_t version;
   const void* address;  // of the weight's numbers
-  PyObject* witness;    // base/witness.py, or None: what B^T was computed from
   bool lacks_right, live;
+};
+
+// Of base/witness.py: numbers of the weight that B^T was computed from. None where there is no B^T.
+struct Runs {
+  int64_t bytes = 0, run_bytes = 0;  // of a number, of a run of them
+  std::vector<int64_t> offsets;      // numbers from the weight's first
+  std::vector<char> numbers;         // the runs one after another
 };
 
 struct Answer {
   Tensor v, table;
   Frozen frozen;
-  Tensor offsets, bits;  // of the witness, where there is one
+  Runs runs;
 };
 
 struct PlanObject {
@@ -79,13 +85,11 @@ bool python_is_as_it_was(const Questions& q, const Tensor& table) {
 }
 
 // A weight can be written through .data, which torch does not count.
-bool witness_confirms(const Answer& a, const void* weight) {
-  const int64_t bytes = a.bits.element_size(), count = a.bits.numel();
-  const auto* numbers = static_cast<const char*>(weight);
-  const auto* bits = static_cast<const char*>(a.bits.const_data_ptr());
-  const int64_t* offsets = a.offsets.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < count; ++i) {
-    if (std::memcmp(numbers + offsets[i] * bytes, bits + i * bytes, bytes) != 0) return false;
+bool has_same_numbers(const Runs& runs, const void* weight) {
+  const char* known = runs.numbers.data();
+  for (const int64_t offset : runs.offsets) {
+    if (std::memcmp(static_cast<const char*>(weight) + offset * runs.bytes, known, runs.run_bytes) != 0) return false;
+    known += runs.run_bytes;
   }
   return true;
 }
@@ -97,16 +101,22 @@ bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor&
          !(bias && (bias->requires_grad() || bias->scalar_type() != x.scalar_type())) && weight._version() == q.version &&
          weight.const_data_ptr() == q.address &&
          !(q.lacks_right && x.requires_grad() && at::GradMode::is_enabled()) &&
-         (!a.bits.defined() || witness_confirms(a, q.address));
+         has_same_numbers(a.runs, q.address);
+}
+
+// As its header has it: Tensor::_fw_grad would take the long way, which is cold.
+bool has_tangent(const Tensor& tensor) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  return meta && meta->fw_grad_;
 }
 
 // Modes that want to see the call as Python makes it, and tangents, which plain operations carry on.
 bool is_watched(const Tensor& x, const Tensor& v) {
-  const c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
+  constexpr c10::DispatchKeySet watchers{  // Python: a TorchDispatchMode
+      c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+      c10::DispatchKey::FuncTorchDynamicLayerBackMode};
   return at::autocast::is_autocast_enabled(x.device().type()) || at::impl::torch_function_mode_enabled() ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set() || x._fw_grad(/*level=*/0).defined() ||
-         v._fw_grad(/*level=*/0).defined() || keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         keys.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+         c10::impl::tls_local_dispatch_key_set().included_.has_any(watchers) || has_tangent(x) || has_tangent(v);
 }
 
 // The adapted output, or None where something is not as it was.
@@ -148,6 +158,16 @@ Maybe optional_tensor(PyObject* frozen, const char* name) {
   return found.get() == Py_None ? Maybe() : Maybe(THPVariable_Unpack(found.get()));
 }
 
+Runs runs_of(PyObject* held) {
+  if (held == Py_None) return {};
+  PyObject* witness = attribute(held, "witness").get();
+  const Tensor offsets = tensor(witness, "offsets"), bits = tensor(witness, "bits");
+  const auto* numbers = static_cast<const char*>(bits.const_data_ptr());
+  return {bits.element_size(), bits.size(1) * bits.element_size(),
+          {offsets.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>() + offsets.numel()},
+          {numbers, numbers + bits.nbytes()}};
+}
+
 // Plan(plan, globals of plan.py, globals of dispatch.py, global hooks). The arguments own what is kept of them: fields of
 // a NamedTuple do not change.
 PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
@@ -159,21 +179,19 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   }
   const auto field = [](PyObject* tuple, const char* name) { return attribute(tuple, name).get(); };
   PyObject* frozen = field(plan, "frozen");
-  PyObject* witness = field(plan, "witness");
   auto answer = std::make_unique<Answer>(Answer{
       THPVariable_Unpack(field(plan, "v")),
       optional_tensor(plan, "table").value_or(Tensor()),
       {tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
        optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"),
        PyLong_AsLongLong(field(frozen, "order"))},
-      witness == Py_None ? Tensor() : tensor(witness, "offsets"),
-      witness == Py_None ? Tensor() : tensor(witness, "bits")});
+      runs_of(field(plan, "held"))});
   const Questions questions{
       plans, dispatch, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
       field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->frozen.weight._version()),
-      answer->frozen.weight.const_data_ptr(), witness, field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
+      answer->frozen.weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   self->arguments = Py_NewRef(arguments);

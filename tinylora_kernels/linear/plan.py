@@ -6,7 +6,7 @@ plan.inl is the twin of Plan: what asks here must ask there.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
@@ -123,8 +123,14 @@ class HeldRight(NamedTuple):
 
     weight: Tensor
     witness: Witness
+    same_numbers: Callable[[int], bool] | None  # whether the witness knows what is at an address of the CPU
     basis: Tensor
     right: Tensor
+
+    def is_of(self, weight: Tensor, basis: Tensor) -> bool:
+        if self.weight is not weight or self.basis is not basis or _written(weight) != self.witness[:2]:
+            return False
+        return self.same_numbers(weight.data_ptr()) if self.same_numbers is not None else self.witness.knows(weight)
 
 
 class Plan(NamedTuple):
@@ -140,7 +146,7 @@ class Plan(NamedTuple):
     parameters: Mapping[str, Tensor | None]  # of the layer that holds v
     v: Tensor
     lacks_right: bool  # the first x that wants a gradient wants B^T as well
-    witness: Witness | None  # of the weight that B^T was computed from
+    held: HeldRight | None
     frozen: FrozenLinear
     selected: ContextVar[Any] | None  # of the layer's bank
     selection: Any  # what it holds inside the block of bank.use that the plan is for
@@ -162,7 +168,7 @@ class Plan(NamedTuple):
             or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
             or (weight._version, weight.data_ptr()) != written
             or _in_transform() or forward_ad._current_level >= 0 or node.seen_by_a_mode()
-            or (self.witness is not None and not _knows(self.witness, weight))
+            or (self.held is not None and not self.held.is_of(weight, basis))
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
             or (self.selected is not None and not self._selects())
         ):  # fmt: skip
@@ -208,7 +214,7 @@ def make_plan(layer: Layer, owner: Layer, right: Tensor | None, chosen: Chosen |
     frozen = FrozenLinear(
         weight, bias, basis, projection, adapter_ids, right, 0 if right is None else order, backend
     )
-    held = None if right is None else layer.__dict__["_right"].witness
+    held: HeldRight | None = None if right is None else layer.__dict__["_right"]
     plan = Plan(
         _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
         parameters, v, lacks_right, held, frozen, *of_bank,
@@ -232,21 +238,12 @@ def right_for(layer: Layer, x: Tensor) -> Tensor | None:
     if not wants_right(order, training=x.requires_grad and torch.is_grad_enabled()):
         return None
     held: HeldRight | None = layer.__dict__["_right"]
-    if held is None or held.weight is not weight or held.basis is not basis or not _confirms(held.witness, weight):
-        right = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight)
-        held = layer.__dict__["_right"] = HeldRight(weight, witness(weight), basis, right)
+    if held is None or not held.is_of(weight, basis):
+        right, known = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight), witness(weight)
+        on_cpu = weight.device.type == "cpu" and not native.load().error
+        same_numbers = native.same_numbers(known.offsets, known.bits) if on_cpu else None
+        held = layer.__dict__["_right"] = HeldRight(weight, known, same_numbers, basis, right)
     return held.right
-
-
-def _confirms(held: Witness, weight: Tensor) -> bool:
-    return _written(weight) == (held.version, held.address) and _knows(held, weight)
-
-
-def _knows(held: Witness, weight: Tensor) -> bool:
-    """Witness.knows, of a weight on the CPU in a microsecond."""
-    if weight.device.type == "cpu" and native.load().path is not None:
-        return native.same_numbers(weight, held.offsets, held.bits)
-    return held.knows(weight)
 
 
 def _written(weight: Tensor) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,17 @@ def products(rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return y[:, :vectors].T, sums[:vectors, :width]
 
 
-def same_numbers(weight: Tensor, offsets: Tensor, bits: Tensor) -> bool:
-    """base.witness.Witness.knows for a weight on the CPU, in a microsecond."""
-    count, size = len(bits), bits.element_size()
-    same: bool = _functions().tinylora_same_numbers(
-        weight.data_ptr(), offsets.data_ptr(), bits.data_ptr(), count, size
+def same_numbers(offsets: Tensor, bits: Tensor) -> Callable[[int], bool]:
+    """base.witness.Witness.knows, asked of the address of a weight on the CPU: it takes a microsecond.
+
+    Args:
+        offsets, bits: the witness's; the caller keeps them alive.
+    """
+    runs, run = bits.shape
+    size = bits.element_size()
+    return functools.partial(
+        _functions().tinylora_same_numbers, offsets.data_ptr(), bits.data_ptr(), runs, run * size, size
     )
-    return same
 
 
 @functools.cache
@@ -145,7 +150,7 @@ def _functions() -> ctypes.CDLL:
         ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size
     ]  # fmt: skip
     library.tinylora_products.restype = None
-    library.tinylora_same_numbers.argtypes = [pointer, pointer, pointer, size, size]
+    library.tinylora_same_numbers.argtypes = [pointer, pointer, size, size, size, pointer]
     library.tinylora_same_numbers.restype = ctypes.c_bool
     return library
 
