@@ -2,7 +2,7 @@
 
 An adapter of a few numbers moves between machines only if both compute the same U. So the triplets are proven by their
 residual (subspace.py), signs are fixed, vectors that no solver can pin down are reported, and everything is cached on
-disk by the weight's content (factor_cache.py).
+disk by the weight's content (cache.py).
 """
 from __future__ import annotations
 

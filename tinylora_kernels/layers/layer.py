@@ -279,7 +279,7 @@ class TinyLoRALayer(nn.Module):
         return self.config
 
     def weight_matrix(self) -> Tensor:
-        """The frozen weight as [out, in]; base_layers.weight_matrix."""
+        """The frozen weight as [out, in]; base.kinds.weight_matrix."""
         return weight_matrix(self.base)
 
     def right_factor(self) -> Tensor:

@@ -15,7 +15,7 @@ y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU 
     low_rank            t = x B               y  = b + (t M^T) U^T
     update_input_grad   a = g U               dx (+)= (a M) B^T             dM = a^T t,  dv_i = <P'_i, dM>
 
-linear_rules.py says when that pays, and when the product had better come first (add=True).
+linear/rules.py says when that pays, and when the product had better come first (add=True).
 
 Shapes: N rows, D output and E input features, r the frozen rank, u trained numbers, K adapters.
 
