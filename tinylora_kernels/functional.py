@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .linear import node
+from .common import modes
 from .linear.node import FrozenLinear, apply_linear, order_of
-from .ops import BACKENDS, TinyLoRAUpdate, TracedUpdate, choose, reference
+from .ops import BACKENDS, TinyLoRAUpdate, TracedUpdate, choose, reference, run_update
 from .ops.schema import accumulation_dtype
 
 
@@ -57,16 +57,17 @@ def tiny_lora_update(
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
         y = y.contiguous()  # a fresh copy, rows in one stride
-    elif not inplace or compiling or node.seen_by_a_mode():
+    elif not inplace or compiling:
         y = y.clone()  # while tracing y may be a view of a matmul; Inductor removes the copy again
     elif torch.is_grad_enabled() and y._is_view():
         # nn.Linear with a bias returns a view of its matmul. Written through a view, autograd's backward makes three
         # passes over the whole gradient; as a tensor of its own on the same memory, none.
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
+    bias = None if bias is None else bias.contiguous()
     tensors = y, basis, v, projection, offset, bias, adapter_ids
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
         return TracedUpdate.apply(*tensors, chosen) if compiling else TinyLoRAUpdate.apply(*tensors, chosen)[0]
-    BACKENDS[chosen].update(*tensors)
+    y = run_update(BACKENDS[chosen], *tensors)[0]
     if not compiling and not y.is_inference():
         torch.autograd.graph.increment_version(y)  # as an in-place op of torch's own would
     return y
@@ -108,7 +109,8 @@ def tiny_lora_linear(
         y = torch.nn.functional.linear(x, weight)
         return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
-    order = 0 if right is None or (not compiling and node.seen_by_a_mode()) else order_of(weight, bias, chosen)
+    bias = None if bias is None else bias.contiguous()
+    order = 0 if right is None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
     return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, order, chosen))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinylora_kernels.linear import node
+from tinylora_kernels.common import modes
 
 from .contenders import Contender, Problem
 
@@ -109,6 +109,6 @@ class _WriteCounter(TorchDispatchMode):
 def written_bytes(contender: Contender, problem: Problem) -> int:
     _step(contender, problem)  # what the first step alone does is not counted
     # It keeps nothing of what it sees, so the layer need not make copies for it, as it does for other modes.
-    with mock.patch.object(node, "seen_by_a_mode", return_value=False), _WriteCounter() as counter:
+    with mock.patch.object(modes, "seen_by_a_mode", return_value=False), _WriteCounter() as counter:
         _step(contender, problem)
     return counter.bytes

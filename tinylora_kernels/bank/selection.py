@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..common import modes
 from ..layers.layer import TinyLoRALayer
 from .seeds import OwnProjections
 
@@ -47,12 +48,14 @@ class Selection:
             return table if own is None else own.live_mixing(layer, table), projection, ids
         key = layer.group if own is None else own.position[layer]
         if self._copies[key].device != device:
-            self._copies[key] = self._copies[key].to(device)
+            with modes.out_of_sight():
+                self._copies[key] = self._copies[key].to(device)
         return self._copies[key], projection, ids
 
     def _move(self, name: str, device: torch.device) -> Tensor:
         ids = getattr(self, name)
         if ids.device != device:
-            ids = ids.to(device)
+            with modes.out_of_sight():
+                ids = ids.to(device)
             setattr(self, name, ids)
         return ids

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..base.attributes import bias_of
 from ..base.experts import StackedExperts, stack_names
 from ..base.weights import bias_offset
-from ..ops import BACKENDS, choose
+from ..common import modes
+from ..ops import BACKENDS, choose, refuse_second_derivatives, run_update
 from ..ops.schema import accumulation_dtype
 from .layer import TinyLoRALayer
 
@@ -75,14 +76,13 @@ class AdaptedExperts(nn.Module):
                 pieces.append(_piece(layer, start, end, y, vectors, routing))
         if not pieces:
             return y
+        pieces.sort(key=lambda piece: piece.rows.start)
         y = y if y.stride(-1) == 1 else y.contiguous()
         accumulate = accumulation_dtype(y.dtype)
         ready = [v.to(device=y.device, dtype=accumulate) for v in vectors]
         if torch.is_grad_enabled() and (y.requires_grad or any(v.requires_grad for v in ready)):
             return _ExpertsUpdate.apply(y, pieces, *ready)
-        for piece in pieces:
-            piece.update(y, ready)
-        return y
+        return _update_pieces(y, pieces, ready)[0]
 
     def __getattr__(self, name: str):
         try:
@@ -128,11 +128,24 @@ class _Piece:
     adapter_ids: Tensor | None  # [rows]
     backend: str
 
-    def update(self, y: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-        """y[rows] <- its update, in place; returns t [rows, r]."""
-        return BACKENDS[self.backend].update(
-            y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, None, self.adapter_ids
-        )
+    def update(self, y: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(the updated y[rows], t [rows, r]): in place but under a dispatch mode, as ops.run_update."""
+        return run_update(
+            BACKENDS[self.backend], y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, None,
+            self.adapter_ids,
+        )  # fmt: skip
+
+
+def _update_pieces(y: Tensor, pieces: list[_Piece], vectors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(y with every piece updated, the t of each): y itself, in place; under a dispatch mode a fresh tensor."""
+    seen = modes.seen_by_a_mode()
+    parts, ts, begun = [], [], 0  # the updated pieces and what lies between them
+    for piece in pieces:
+        part, t = piece.update(y, vectors)
+        ts.append(t)
+        parts += [y[begun : piece.rows.start], part]
+        begun = piece.rows.stop
+    return (torch.cat([*parts, y[begun:]]) if seen else y), ts
 
 
 def _piece(
@@ -155,15 +168,16 @@ class _ExpertsUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, pieces: list[_Piece], *vectors: Tensor) -> Tensor:
-        ts = [piece.update(y, vectors) for piece in pieces]
-        ctx.mark_dirty(y)
+        out, ts = _update_pieces(y, pieces, vectors)
+        if out is y:
+            ctx.mark_dirty(y)
         ctx.pieces = pieces
         ctx.save_for_backward(*ts, *vectors)
-        return y
+        return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g: Tensor):
+        refuse_second_derivatives("adapted experts")
         g = g.contiguous()
         saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
         ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]

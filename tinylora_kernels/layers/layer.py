@@ -14,6 +14,7 @@ from ..base.attributes import bias_of, weight_of
 from ..base.kinds import FORWARDED, has_fresh_output, kind_of, weight_matrix
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
+from ..common import modes
 from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
 from ..linear.plan import (
@@ -163,8 +164,9 @@ class TinyLoRALayer(nn.Module):
         one_input = len(args) == 1 and not kwargs
         if self._product and fresh and weight is not None and one_input and is_bare_product(base, args[0]):
             if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
-                right = right_for(self, args[0])
-                if self._worth_a_plan(chosen):
+                watched = modes.seen_by_a_mode()
+                right = None if watched else right_for(self, args[0])
+                if not watched and self._worth_a_plan(chosen):
                     self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen)
                 return tiny_lora_linear(
                     args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, backend=self.backend
@@ -221,9 +223,12 @@ class TinyLoRALayer(nn.Module):
         weight, known = weight_of(self.base), self._adapted_to
         if known is None or weight.requires_grad or type(weight) not in PLAIN:
             known = None  # it is quantized now, or is being trained, and U stays what it was
-        elif weight.is_meta or not known.cast(weight.dtype).knows(weight.contiguous()):
+        elif weight.is_meta:
             return False
-        self.take_witness()
+        with modes.out_of_sight():
+            if known is not None and not known.cast(weight.dtype).knows(weight.contiguous()):
+                return False
+            self.take_witness()
         return True
 
     def _expect_the_weight_adapted_to(self) -> None:

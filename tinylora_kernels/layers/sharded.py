@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
@@ -22,6 +23,7 @@ from ..base.attributes import bias_of
 from ..base.kinds import CONVOLUTION, kind_of
 from ..base.weights import bias_offset
 from ..functional import tiny_lora_update
+from ..ops import refuse_second_derivatives
 from ..ops.reference import contract, contract_backward, product, project
 from ..ops.schema import accumulation_dtype
 
@@ -125,8 +127,8 @@ class _ColumnUpdate(torch.autograd.Function):
         return _add(y, product(t, contract(v, projection).T), basis)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        refuse_second_derivatives("a layer whose columns are sharded")
         basis, projection, group = ctx.frozen
         t, v = ctx.saved_tensors
         # a = sum_p g_p U_p;  g0_p = g_p + (a M) U_p^T;  dM = a^T t, the same on every rank
@@ -138,11 +140,14 @@ class _ColumnUpdate(torch.autograd.Function):
 
 def _project(y: Tensor, basis: Tensor, offset: Tensor | None, group: Group) -> Tensor:
     """sum_p (y_p U_p - c_p), [N, r]."""
-    t = project(y, basis)
-    if offset is not None:
-        t -= offset
-    dist.all_reduce(t, group=group)
-    return t
+    t = project(y, basis) if offset is None else project(y, basis) - offset
+    return _sum(t, group)
+
+
+def _sum(tensor: Tensor, group: Group) -> Tensor:
+    """Over the ranks, in a tensor of its own: a dispatch mode may hand out again what went in."""
+    ranks = dist.distributed_c10d._get_default_group() if group is None else group
+    return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", ranks))
 
 
 def _add(y: Tensor, gains: Tensor, basis: Tensor) -> Tensor:
@@ -161,6 +166,4 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dv):
-        dv = dv.clone()
-        dist.all_reduce(dv, group=ctx.group)
-        return dv, None
+        return _sum(dv, ctx.group), None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.autograd import differentiable_gradients, update_gradients
+from ..common import modes
+from ..ops.autograd import differentiable_gradients, run_update, update_gradients
 from ..ops.dispatch import Backend
 from ..ops.reference import product
 from . import build
@@ -41,15 +42,10 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
     return product_order(weight, bias) if backend.low_rank is not None else 0
 
 
-def seen_by_a_mode() -> bool:
-    """Whether a TorchDispatchMode may keep what a product returned: selective checkpointing hands it out again."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """The updated output of a linear layer, by the shortest node there is; by none where nothing wants a gradient."""
     compiling = _is_compiling()
-    if twin is not None and frozen.backend.name in TWIN_BACKENDS and not compiling and not seen_by_a_mode():
+    if twin is not None and frozen.backend.name in TWIN_BACKENDS and not compiling and not modes.seen_by_a_mode():
         return twin(x, v, *frozen[:-1])
     if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
         return _updated_linear(x, v, frozen)[0]
@@ -153,9 +149,7 @@ def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor,
         _add_product(y, x, weight.t())
         return y, t
     y = torch.nn.functional.linear(x, weight).contiguous()
-    if not _is_compiling() and seen_by_a_mode():
-        y = y.clone()
-    return y, backend.update(y, basis, v, projection, None, bias, adapter_ids)
+    return run_update(backend, y, basis, v, projection, None, bias, adapter_ids)
 
 
 def _add_product(total: Tensor, rows: Tensor, matrix: Tensor) -> None:

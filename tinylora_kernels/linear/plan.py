@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from ..base.weights import PLAIN, right_factor
 from ..base.witness import Witness, witness
+from ..common import modes
 from ..ops import BACKENDS, choose, dispatch
 from ..ops.native import library as native
 from ..ops.schema import accumulation_dtype
@@ -167,7 +168,7 @@ class Plan(NamedTuple):
             or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
             or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
             or (weight._version, weight.data_ptr()) != written
-            or _in_transform() or forward_ad._current_level >= 0 or node.seen_by_a_mode()
+            or _in_transform() or forward_ad._current_level >= 0 or modes.seen_by_a_mode()
             or (self.held is not None and not self.held.is_of(weight, basis))
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
             or (self.selected is not None and not self._selects())
@@ -239,7 +240,8 @@ def right_for(layer: Layer, x: Tensor) -> Tensor | None:
         return None
     held: HeldRight | None = layer.__dict__["_right"]
     if held is None or not held.is_of(weight, basis):
-        right, known = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight), witness(weight)
+        with modes.out_of_sight():
+            right, known = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight), witness(weight)
         on_cpu = weight.device.type == "cpu" and not native.load().error
         same_numbers = native.same_numbers(known.offsets, known.bits) if on_cpu else None
         held = layer.__dict__["_right"] = HeldRight(weight, known, same_numbers, basis, right)

@@ -8,11 +8,12 @@ to be differentiated again (create_graph=True) is made of plain operations on te
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from ..common import modes
 from . import reference
 from .checks import check_arguments, check_input_grad, check_low_rank
 from .dispatch import BACKENDS, Backend
@@ -37,6 +38,23 @@ def _(
 ) -> Tensor:  # fmt: skip
     check_arguments("y", y, basis, v, projection, offset=offset, bias=bias, adapter_ids=adapter_ids)
     return y.new_empty((_rows(y), basis.shape[0]), dtype=accumulation_dtype(y.dtype))
+
+
+@torch.library.register_fake("tinylora::updated")
+def _(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
+    adapter_ids: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_arguments("y", y, basis, v, projection, offset=offset, bias=bias, adapter_ids=adapter_ids)
+    return y.new_empty(y.shape), y.new_empty((_rows(y), basis.shape[0]), dtype=accumulation_dtype(y.dtype))
+
+
+def _updated(y: Tensor, *factors: Any) -> tuple[Tensor, Tensor]:
+    y = y.clone(memory_format=torch.contiguous_format)
+    return y, BACKENDS[factors[-1]].update(y, *factors[:-1])
+
+
+library.impl("updated", _updated, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tinylora::update_backward")
@@ -98,9 +116,8 @@ class TinyLoRAUpdate(torch.autograd.Function):
         ctx: UpdateContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
         bias: Tensor | None, adapter_ids: Tensor | None, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        t = _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
         ctx.set_materialize_grads(False)
-        return y, t
+        return _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
 
     @staticmethod
     def backward(ctx: UpdateContext, g: Tensor | None, g_t: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -127,8 +144,7 @@ class TracedUpdate(torch.autograd.Function):
         ctx: UpdateContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
         bias: Tensor | None, adapter_ids: Tensor | None, backend: str,
     ) -> Tensor:  # fmt: skip
-        _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)
-        return y
+        return _update(ctx, y, basis, v, projection, offset, bias, adapter_ids, backend)[0]
 
     @staticmethod
     def backward(ctx: UpdateContext, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,13 +158,25 @@ class TracedUpdate(torch.autograd.Function):
 def _update(
     ctx: UpdateContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
     bias: Tensor | None, adapter_ids: Tensor | None, backend: str,
-) -> Tensor:  # fmt: skip
-    t = BACKENDS[backend].update(y, basis, v, projection, offset, bias, adapter_ids)
-    ctx.mark_dirty(y)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, t = run_update(BACKENDS[backend], y, basis, v, projection, offset, bias, adapter_ids)
+    if out is y:
+        ctx.mark_dirty(y)
     # The frozen factors go on ctx: saving a tensor costs a microsecond each way, and nobody writes into these.
     ctx.frozen, ctx.shape = (basis, projection, adapter_ids, BACKENDS[backend]), y.shape
     ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, v)
-    return t
+    return out, t
+
+
+def run_update(
+    backend: Backend, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
+    bias: Tensor | None, adapter_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(the updated y, t): y itself, in place; under a dispatch mode a fresh tensor."""
+    if modes.seen_by_a_mode():
+        factors = basis, v, projection, offset, bias, adapter_ids
+        return cast(tuple[Tensor, Tensor], torch.ops.tinylora.updated.default(y, *factors, backend.name))
+    return y, backend.update(y, basis, v, projection, offset, bias, adapter_ids)
 
 
 def update_gradients(
@@ -172,6 +200,12 @@ def differentiable_gradients(
     delta = reference.product(gains if g_t is None else gains + g_t, basis).view(g.shape)
     dv = None if t is None else reference.vector_gradient(a, t, v, projection, adapter_ids)
     return (g.to(delta.dtype) + delta).to(g.dtype), dv
+
+
+def refuse_second_derivatives(of: str) -> None:
+    """For a backward pass that cannot be differentiated: its gradients would be constants, without a word."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{of}: second derivatives are not implemented; leave out create_graph=True")
 
 
 def bias_gradient(g: Tensor) -> Tensor:

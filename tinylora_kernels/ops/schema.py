@@ -17,6 +17,8 @@ y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU 
 
 linear/rules.py says when that pays, and when the product had better come first (add=True).
 
+    updated             (y, t) of `update`, y0 left as it is: where a dispatch mode may hand y0 out again
+
 Shapes: N rows, D output and E input features, r the frozen rank, u trained numbers, K adapters.
 
     y, g         [..., D]   float32, bfloat16, float16 or float64; last stride 1, leading dimensions one row stride
@@ -44,6 +46,10 @@ from torch import Tensor
 UPDATE = (
     "update(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, "
     "Tensor? adapter_ids) -> Tensor"
+)
+UPDATED = (
+    "updated(Tensor y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, Tensor? adapter_ids, "
+    "str backend) -> (Tensor, Tensor)"
 )
 UPDATE_BACKWARD = (
     "update_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "
@@ -74,6 +80,7 @@ ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 library = torch.library.Library("tinylora", "DEF")
 library.define(UPDATE)
+library.define(UPDATED)
 library.define(UPDATE_BACKWARD)
 library.define(LOW_RANK)
 library.define(UPDATE_INPUT_GRAD)

@@ -1,0 +1,335 @@
+"""Autograd's contracts: gradients of any order and mode, recomputed activations, and torch.func's transforms."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from tests.guarantees.dense import BASES, PRODUCTS, adapted, dense_output, example, relative
+from tinylora_kernels import AdapterBank, TinyLoRALayer
+from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update
+
+DTYPES = [torch.float32, torch.float64]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def functions(layer: TinyLoRALayer, x: Tensor) -> tuple[Callable, Callable, tuple[Tensor, ...]]:
+    """(ours, the truth, arguments): a curved number of (v, x), or of v alone where x holds indices."""
+
+    def curved(y: Tensor) -> Tensor:
+        return (y.double() * torch.sin(0.3 * y.double())).sum()
+
+    def ours(v: Tensor, x: Tensor = x) -> Tensor:
+        return curved(torch.func.functional_call(layer, {"v": v}, (x,)))
+
+    def truth(v: Tensor, x: Tensor = x) -> Tensor:
+        return curved(dense_output(layer, x, v))
+
+    arguments = (layer.v.detach(), x) if x.is_floating_point() else (layer.v.detach(),)
+    return ours, truth, arguments
+
+
+def assert_equal(found, expected, dtype: torch.dtype) -> None:
+    found, expected = (torch.utils._pytree.tree_leaves(tree) for tree in (found, expected))
+    assert len(found) == len(expected) > 0
+    for ours, truth in zip(found, expected, strict=True):
+        assert relative(ours, truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_the_gradient_and_the_gradient_of_the_gradient(base, dtype):
+    layer = adapted(base, dtype)
+    ours, truth, arguments = functions(layer, example(layer))
+    layer(example(layer))  # from here on by a plan, where there is one
+
+    def derivatives(function: Callable) -> list[Tensor]:
+        inputs = [a.clone().requires_grad_() for a in arguments]
+        first = torch.autograd.grad(function(*inputs), inputs, create_graph=True)
+        squares = sum(g.double().square().sum() for g in first)
+        second = torch.autograd.grad(squares, inputs, create_graph=True)
+        third = torch.autograd.grad(sum(g.double().square().sum() for g in second), inputs)
+        return [*first, *second, *third]
+
+    assert_equal(derivatives(ours), derivatives(truth), dtype)
+
+
+@pytest.mark.parametrize("call", ["backward", "grad", "hessian", "hvp"])
+@pytest.mark.parametrize("base", ["linear with a bias", "conv2d"])
+def test_the_hessian_of_a_sum_of_squares_by_every_door(base, call):
+    """It was silently zero through torch.autograd.grad."""
+    layer = adapted(base)
+    x, v = example(layer), layer.v
+
+    def loss(output: Tensor) -> Tensor:
+        return output.double().square().sum()
+
+    def through(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        v = v.detach().clone().requires_grad_()
+        if call == "hessian":
+            return torch.autograd.functional.hessian(function, v)
+        if call == "hvp":
+            return torch.autograd.functional.hvp(function, v, torch.ones_like(v))[1]
+        (first,) = torch.autograd.grad(function(v), v, create_graph=True)
+        if call == "grad":
+            return torch.stack([torch.autograd.grad(g, v, retain_graph=True)[0] for g in first])
+        first.square().sum().backward()
+        return v.grad
+
+    ours = through(lambda v: loss(torch.func.functional_call(layer, {"v": v}, (x,))), v)
+    truth = through(lambda v: loss(dense_output(layer, x, v)), v.double())
+    assert truth.abs().min() > 0
+    assert relative(ours, truth) < 1e-5
+
+
+TRANSFORMS: dict[str, Callable] = {
+    "grad": lambda f, n: torch.func.grad(f, argnums=tuple(range(n))),
+    "grad_and_value": lambda f, n: torch.func.grad_and_value(f, argnums=tuple(range(n))),
+    "jvp": lambda f, n: lambda *a: torch.func.jvp(f, a, tuple(torch.cos(t) for t in a)),
+    "vjp": lambda f, n: lambda *a: torch.func.vjp(f, *a)[1](torch.tensor(2.0, dtype=torch.float64)),
+    "jacrev": lambda f, n: torch.func.jacrev(f, argnums=tuple(range(n))),
+    "jacfwd": lambda f, n: torch.func.jacfwd(f, argnums=tuple(range(n))),
+    "hessian": lambda f, n: torch.func.hessian(f),
+    "reverse over reverse": lambda f, n: torch.func.jacrev(torch.func.grad(f)),
+    "linearize": lambda f, n: lambda *a: torch.func.linearize(f, *a)[1](*(torch.cos(t) for t in a)),
+    "vmap over v": lambda f, n: lambda v, *rest: torch.func.vmap(lambda v: f(v, *rest))(torch.stack([v, 2 * v, -v])),
+    "vmap of grad": lambda f, n: lambda v, *rest: torch.func.vmap(lambda v: torch.func.grad(f)(v, *rest))(
+        torch.stack([v, 2 * v, -v])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("base", BASES)
+def test_the_transforms_of_torch_func(base, transform):
+    layer = adapted(base)
+    layer(example(layer))
+    ours, truth, arguments = functions(layer, example(layer))
+    apply = TRANSFORMS[transform]
+    assert_equal(apply(ours, len(arguments))(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+
+
+@pytest.mark.parametrize("base", PRODUCTS)
+def test_vmap_over_the_input_and_gradients_of_each_example(base):
+    layer = adapted(base)
+    xs = torch.stack([example(layer, seed=seed) for seed in range(4)])
+    ours, truth, _ = functions(layer, xs[0])
+    v = layer.v.detach()
+    for f, g in ((ours, truth), (torch.func.grad(ours), torch.func.grad(truth))):
+        assert_equal(torch.func.vmap(f, (None, 0))(v, xs), torch.func.vmap(g, (None, 0))(v, xs), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_forward_mode_carries_every_tangent(base, dtype):
+    """One through the node of a layer was dropped without a word."""
+    layer = adapted(base, dtype)
+    ours, truth, arguments = functions(layer, example(layer))
+    layer(example(layer))
+
+    def tangent(function: Callable, moved: int) -> Tensor:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(a, torch.cos(a)) if i == moved else a for i, a in enumerate(arguments)]
+            return forward_ad.unpack_dual(function(*duals)).tangent
+
+    for moved in range(len(arguments)):
+        assert_equal(tangent(ours, moved), tangent(truth, moved), dtype)
+
+
+def test_torch_checks_the_function_itself():
+    """gradcheck and gradgradcheck, both modes, on the functions that everything stands on."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 7), torch.randn(6, 7), torch.randn(6)
+    basis = torch.linalg.qr(torch.randn(6, 2))[0].T.contiguous()
+    right, v, projection = basis @ weight, torch.randn(3), torch.randn(3, 2, 2)
+    x, weight, bias, basis, right, v, projection = (
+        t.double() for t in (x, weight, bias, basis, right, v, projection)
+    )
+    ids = torch.tensor([0, 1, -1, 1, 0])
+    table = torch.randn(2, 3, dtype=torch.float64)
+
+    def update(y, v, bias, ids=None):
+        return tiny_lora_update(y, basis, v, projection, None, ids, bias=bias)
+
+    def linear(x, v, ids=None, right=None):
+        return tiny_lora_linear(x, weight, bias, basis, v, projection, None, ids, right=right)
+
+    wanting = functools.partial(map, lambda t: t.clone().requires_grad_())
+    y = x @ weight.T
+    for function, inputs in (
+        (update, (y, v, bias)), (functools.partial(update, ids=ids), (y, table, bias)),
+        (linear, (x, v)), (functools.partial(linear, right=right), (x, v)),
+        (functools.partial(linear, ids=ids), (x, table)),
+        (functools.partial(linear, ids=ids, right=right), (x, table)),
+    ):  # fmt: skip
+        inputs = tuple(wanting(inputs))
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+class Stack(nn.Module):
+    """Three adapted layers, as a block recomputes them."""
+
+    def __init__(self, base: str, dtype: torch.dtype):
+        super().__init__()
+        layers = [adapted(base, dtype, seed) for seed in range(3)]
+        self.layers = nn.ModuleList(layers)
+        self.back = nn.ParameterList(
+            nn.Parameter(torch.randn(layer.weight_matrix().shape, dtype=dtype).T, requires_grad=False)
+            for layer in layers
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, back in zip(self.layers, self.back, strict=True):
+            x = torch.tanh(layer(x) @ back.T / 9)
+        return x
+
+
+def _save_products(context, op, *args, **kwargs):
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default}
+    policy = checkpointing.CheckpointPolicy
+    return policy.MUST_SAVE if op in products else policy.PREFER_RECOMPUTE
+
+
+def _save_everything(context, op, *args, **kwargs):
+    return checkpointing.CheckpointPolicy.PREFER_SAVE
+
+
+RECOMPUTATIONS = {
+    "reentrant": functools.partial(checkpointing.checkpoint, use_reentrant=True),
+    "not reentrant": functools.partial(checkpointing.checkpoint, use_reentrant=False),
+    "selective, products cached": functools.partial(
+        checkpointing.checkpoint, use_reentrant=False,
+        context_fn=lambda: checkpointing.create_selective_checkpoint_contexts(_save_products),
+    ),
+    "selective, all that can be cached": functools.partial(
+        checkpointing.checkpoint, use_reentrant=False,
+        context_fn=lambda: checkpointing.create_selective_checkpoint_contexts(_save_everything),
+    ),
+    "selective, the update cached": functools.partial(
+        checkpointing.checkpoint, use_reentrant=False,
+        context_fn=lambda: checkpointing.create_selective_checkpoint_contexts(
+            [op.default for op in (torch.ops.tinylora.update, torch.ops.tinylora.updated, torch.ops.tinylora.low_rank)]
+        ),
+    ),
+    "selective, a list of ops": functools.partial(
+        checkpointing.checkpoint, use_reentrant=False,
+        context_fn=lambda: checkpointing.create_selective_checkpoint_contexts(
+            [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recomputation", RECOMPUTATIONS)
+@pytest.mark.parametrize("base", PRODUCTS)
+def test_recomputed_activations_change_no_gradient(base, recomputation, dtype):
+    """With matrix products cached, dv was off by 24 to 102%: the update wrote into what the cache held."""
+    stack = Stack(base, dtype)
+    x = example(stack.layers[0]).requires_grad_()
+    inputs = [x, *(layer.v for layer in stack.layers)]
+
+    def gradients(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        for tensor in inputs:
+            tensor.grad = None
+        forward(x).float().square().sum().backward()
+        return tuple(tensor.grad for tensor in inputs)
+
+    stack(x)  # plans
+    plain = gradients(stack)
+    recomputed = gradients(functools.partial(RECOMPUTATIONS[recomputation], stack))
+    for found, expected in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype] * expected.abs().max().item())
+
+
+def test_an_update_in_place_counts_as_a_write():
+    """So that autograd notices where something has saved the output."""
+    layer = adapted("linear")
+    y = layer.base(example(layer))
+    with torch.no_grad():
+        before = y._version
+        tiny_lora_update(y, layer.basis, layer.v, layer.projection, inplace=True)
+    assert y._version > before
+    z = torch.randn(6, 16, requires_grad=True).exp()  # saves its output
+    tiny_lora_update(z, layer.basis, layer.v, layer.projection, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("base", ["linear", "linear with a bias"])
+def test_gradients_of_a_bank(base):
+    layer = adapted(base)
+    model = nn.ModuleDict({"layer": layer})
+    bank = AdapterBank(model, 3, trainable=True)
+    ids = torch.tensor([bank.add(name) for name in "abc"])[[2, 0]]
+    table = bank.tables[0]
+    with torch.no_grad():
+        table.copy_(torch.randn(table.shape))
+    x = example(layer)
+
+    def ours(table_: Tensor) -> Tensor:
+        with bank.use(ids):
+            return layer(x).double().square().sum()
+
+    def truth(table_: Tensor) -> Tensor:
+        return sum(dense_output(layer, x[row], table_[i]).square().sum() for row, i in enumerate(ids))
+
+    for _ in range(3):  # the last two by a plan
+        (first,) = torch.autograd.grad(ours(table), table, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), table)
+        exact = table.detach().double().requires_grad_()
+        (first_true,) = torch.autograd.grad(truth(exact), exact, create_graph=True)
+        (second_true,) = torch.autograd.grad(first_true.square().sum(), exact)
+        assert relative(first, first_true) < 1e-5 and relative(second, second_true) < 1e-5
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_fullgraph_compilation_of_the_functions(right, trained):
+    layer = adapted("linear with a bias")
+    weight, bias, x = layer.base.weight.detach(), layer.base.bias.detach(), example(layer)
+    v = layer.v.detach().clone().requires_grad_(trained)
+    b_transposed = layer.right_factor() if right else None
+
+    def linear(x: Tensor, v: Tensor) -> Tensor:
+        return tiny_lora_linear(x, weight, bias, layer.basis, v, layer.projection, right=b_transposed)
+
+    def update(x: Tensor, v: Tensor) -> Tensor:
+        return tiny_lora_update(x @ weight.T, layer.basis, v, layer.projection, bias=bias, inplace=True)
+
+    truth = dense_output(layer, x, v.detach())
+    for function in (linear, update):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        found = compiled(x, v)
+        assert relative(found, truth) < 1e-6
+        if trained:
+            (ours,) = torch.autograd.grad(found.square().sum(), v)
+            exact = v.detach().double().requires_grad_()
+            (expected,) = torch.autograd.grad(dense_output(layer, x, exact).square().sum(), exact)
+            assert relative(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["y", "basis", "v", "projection", "offset", "bias", "adapter_ids"])
+def test_any_strides_of_any_argument(name):
+    """The native kernels want rows side by side; who calls the function need not know."""
+    generator = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
+    arguments = {
+        "y": normal(6, 16), "basis": torch.linalg.qr(normal(16, 2))[0].T.contiguous(), "v": normal(4, 3),
+        "projection": normal(3, 2, 2), "offset": normal(2), "bias": None,
+        "adapter_ids": torch.tensor([0, 3, 1, 2, -1, 1]),
+    }  # fmt: skip
+    if name == "bias":
+        arguments |= {"offset": None, "bias": normal(16)}
+    expected = tiny_lora_update(**arguments)
+    tensor = arguments[name]
+    wide = torch.zeros((*tensor.shape[:-1], 2 * tensor.shape[-1]), dtype=tensor.dtype)
+    wide[..., ::2] = tensor
+    assert not wide[..., ::2].is_contiguous()
+    assert torch.equal(tiny_lora_update(**arguments | {name: wide[..., ::2]}), expected)
