@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..common import modes
 from ..common.atomic import write_atomically
 from ..files.adapter import check_fits, describe_model
 from ..files.format import AdapterError, encode
@@ -53,6 +54,7 @@ class AdapterBank:
         ValueError: the model has no adapter, or it has a bank already, or an argument does not fit.
     """
 
+    @modes.outside_inference_mode
     def __init__(
         self,
         model: nn.Module,
@@ -83,7 +85,7 @@ class AdapterBank:
             self.tables[group] = nn.Parameter(table) if trainable else table
         self._slots: dict[Hashable, int] = {}
         self._free = list(range(capacity))  # a heap: the lowest slot is handed out first
-        self._live = torch.zeros(capacity, dtype=torch.bool)
+        self._live = torch.zeros(capacity, dtype=torch.bool, device="cpu")
         self._lock = threading.Lock()
         self.selected: contextvars.ContextVar[Selection | None] = contextvars.ContextVar("selection", default=None)
         self._layers = list(layers.values())
@@ -134,6 +136,7 @@ class AdapterBank:
 
     # Changing what it holds
 
+    @modes.outside_inference_mode
     def add(self, name: Hashable, vectors: Tensor | None = None, *, seed: int | None = None) -> int:
         """Add an adapter; returns its id.
 
@@ -162,6 +165,7 @@ class AdapterBank:
             self._live[slot] = True
         return slot
 
+    @modes.outside_inference_mode
     def set(self, name: Hashable, vectors: Tensor) -> None:
         """Replace an adapter's numbers, [groups, u], not its seed; blocks already open keep the old ones."""
         vectors = self._check_vectors(name, vectors)
@@ -177,6 +181,7 @@ class AdapterBank:
             self._live[slot] = False
             heapq.heappush(self._free, slot)
 
+    @modes.outside_inference_mode
     def load(self, name: Hashable, path: str | os.PathLike[str]) -> int:
         """Add an adapter from a file of save_adapter; returns its id.
 
@@ -248,8 +253,8 @@ class AdapterBank:
     def _check_vectors(self, name: Hashable, vectors: Tensor | None) -> Tensor:
         shape = (len(self._groups), next(iter(self.tables.values())).shape[1])
         if vectors is None:
-            return torch.zeros(shape)
-        vectors = torch.as_tensor(vectors).detach()
+            return torch.zeros(shape, device="cpu")
+        vectors = vectors.detach() if isinstance(vectors, Tensor) else torch.as_tensor(vectors, device="cpu")
         if tuple(vectors.shape) != shape:
             raise ValueError(f"adapter {name!r}: expected vectors [groups, u] = {shape}, found {tuple(vectors.shape)}")
         if not bool(torch.isfinite(vectors).all()):
@@ -289,7 +294,7 @@ class AdapterBank:
             as_id = {None: BARE}
             ids = torch.tensor(
                 [as_id[e] if e is None else e if isinstance(e, int) else self.slot(e) for e in entries],
-                dtype=torch.int64,
+                dtype=torch.int64, device="cpu",
             )
         if ids.dim() != 1 or not len(ids):
             raise IndexError(f"adapters: expected at least one entry in one dimension, found {tuple(ids.shape)}")

@@ -48,8 +48,9 @@ class OwnProjections:
         self.trainable = trainable
         u, r = config.trainable_dim, config.frozen_rank
         shape = (len(layers), capacity, u, r * r) if trainable else (len(layers), capacity, r * r)
-        self._held = torch.zeros(shape, dtype=layers[0].basis.dtype)  # P' [L, K, u, r r], or M [L, K, r r]
-        self.ones = torch.ones(r, r, dtype=layers[0].basis.dtype)
+        dtype = layers[0].basis.dtype
+        self._held = torch.zeros(shape, dtype=dtype, device="cpu")  # P' [L, K, u, r r], or M [L, K, r r]
+        self.ones = torch.ones(r, r, dtype=dtype, device="cpu")
         self._config = config
         self.model_seed = config.seed
         self.seeds = [config.seed] * capacity  # of each slot

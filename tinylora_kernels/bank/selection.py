@@ -31,7 +31,7 @@ class Selection:
         used, compact = ids[ids != BARE].unique(return_inverse=True)
         self._compact = torch.full_like(ids, BARE)
         self._compact[ids != BARE] = compact
-        rows = used if len(used) else torch.zeros(1, dtype=torch.int64)
+        rows = used if len(used) else torch.zeros(1, dtype=torch.int64, device="cpu")
         # of the used adapters, v by tie group [used, u], or M by the layer's position [used, r * r]
         self._copies = {group: table.detach()[rows.to(table.device)].float() for group, table in tables.items()}
         if own is not None:

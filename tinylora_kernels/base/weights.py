@@ -1,6 +1,7 @@
 """The frozen tensors of a layer as plain floating tensors, whatever form an engine or a quantiser keeps them in."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # for types alone: it brings 500 modules
 
 PLAIN = (Tensor, nn.Parameter)
-_ROWS = 1024  # of a weight, widened at a time
+_ROWS = 256  # of a weight, widened at a time: a slab stays in the caches
 
 
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
@@ -58,6 +59,11 @@ def bias_offset(basis: Tensor, bias: Tensor | None) -> Tensor | None:
     return (basis.double() @ dense(bias).to(basis.device, torch.float64)).to(basis.dtype)
 
 
+def slabs(rows: int) -> Iterator[slice]:
+    """The rows of a matrix, some at a time, so that no whole copy of it in float64 is ever made."""
+    return (slice(first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS))
+
+
 @torch.no_grad()
 def right_factor(basis: Tensor, matrix: Tensor) -> Tensor:
     """B^T = U^T W [r, in] from U^T [r, out] and W [out, in], in the basis's dtype.
@@ -65,6 +71,7 @@ def right_factor(basis: Tensor, matrix: Tensor) -> Tensor:
     In float64 like bias_offset, a slab of W at a time.
     """
     right = basis.new_zeros(basis.shape[0], matrix.shape[1], dtype=torch.float64)
-    for columns, rows in zip(basis.double().split(_ROWS, dim=1), matrix.split(_ROWS), strict=True):
-        right.addmm_(columns, rows.double())
+    exact = basis.double()
+    for rows in slabs(len(matrix)):
+        right.addmm_(exact[:, rows], matrix[rows].double())
     return right.to(basis.dtype)

@@ -10,6 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+# Decorates what makes parameters and factors: made as inference tensors, they could never be trained.
+outside_inference_mode = torch.inference_mode(False)
+
 
 def seen_by_a_mode() -> bool:
     """Whether a TorchDispatchMode is on; torch.compile's own do not count."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.kinds import weight_matrix
+from ..common import modes
 from ..common.atomic import write_atomically
 from ..common.words import listed, one_line
 from ..factors.cache import weight_fingerprint
@@ -45,6 +46,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: 
     write_atomically(path, encode(describe_model(model, include_basis)))
 
 
+@modes.outside_inference_mode
 def load_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],

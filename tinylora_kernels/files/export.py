@@ -27,7 +27,7 @@ from ..common.atomic import write_directory
 from ..common.words import dtype_name
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
-from ..model.merging import delta_factors, original_weight
+from ..model.merging import delta_factors
 from ..model.targets import shortest_targets
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -89,16 +89,15 @@ def export_lora(
 @torch.no_grad()
 def lora_factors(layer: TinyLoRALayer, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """lora_A [rank, in] and lora_B [out, rank] on the CPU with lora_B @ lora_A = W' - W."""
-    weight = original_weight(layer)
-    left, right = delta_factors(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    left, right = delta_factors(layer)
     # B is of the size of v, A of the singular values: balanced by a power of two, exactly, so that neither leaves the
     # normal range of float16
     size_left, size_right = float(left.abs().max()), float(right.abs().max())
     if 0 < size_left < math.inf and 0 < size_right < math.inf:
         scale = 2.0 ** round(math.log2(size_right / size_left) / 2)
         left, right = left * scale, right / scale
-    lora_a = torch.zeros(rank, right.shape[1], dtype=dtype)
-    lora_b = torch.zeros(left.shape[0], rank, dtype=dtype)
+    lora_a = torch.zeros(rank, right.shape[1], dtype=dtype, device="cpu")
+    lora_b = torch.zeros(left.shape[0], rank, dtype=dtype, device="cpu")
     lora_a[: right.shape[0]] = right.cpu()
     lora_b[:, : left.shape[1]] = left.cpu()
     return lora_a, lora_b

@@ -224,7 +224,7 @@ class _MixedBatches(Tuner):
             for layer in layers:
                 present = tuple(name for name in names if name in layer._adapters())
                 ids = [present.index(name) if name in present else -1 for name in adapter_names]
-                layer._tinylora.sample_names, layer._tinylora.sample_ids = present, torch.tensor(ids)
+                layer._tinylora.sample_names, layer._tinylora.sample_ids = present, torch.tensor(ids, device="cpu")
             yield
         finally:
             for layer in layers:

@@ -350,7 +350,8 @@ def _difference(ours: dict, theirs: dict) -> str | None:
     """In what the numbers of a state dict belong to something else than this layer, one line; None if they do not."""
     for name, value in ours.items():
         if name == "sketch":
-            found, expected = (torch.tensor(sketch).view(-1, SKETCH_COLUMNS) for sketch in (theirs[name], value))
+            sketches = (torch.tensor(numbers, device="cpu") for numbers in (theirs[name], value))
+            found, expected = (sketch.view(-1, SKETCH_COLUMNS) for sketch in sketches)
             if found.shape != expected.shape or compare_sketch(found, expected) > SKETCH_TOLERANCE:
                 return "it was trained on another base: U is not the same"
         elif theirs.get(name) != value:

@@ -113,7 +113,9 @@ class TinyLoRAConfig:
         return random_projection(self.seed, index, self.numbers, sigma, self.alpha, self.scaling, lookup)
 
     def initial(self, group: int) -> Tensor:
-        return torch.zeros(self.numbers) if self.init == "zeros" else uniform_vector(self.seed, group, self.numbers)
+        if self.init == "zeros":
+            return torch.zeros(self.numbers, device="cpu")
+        return uniform_vector(self.seed, group, self.numbers)
 
 
 @dataclass
@@ -164,7 +166,9 @@ class LoRAXSConfig:
         return ratio_projection(sigma, self.alpha, self.scaling, lookup)
 
     def initial(self, group: int) -> Tensor:
-        return torch.zeros(self.numbers) if self.init == "zeros" else normal_vector(self.seed, group, self.numbers)
+        if self.init == "zeros":
+            return torch.zeros(self.numbers, device="cpu")
+        return normal_vector(self.seed, group, self.numbers)
 
 
 def trained_dtype(v_dtype: torch.dtype) -> torch.dtype:

@@ -64,7 +64,7 @@ def ratio_projection(sigma: Tensor, alpha: float, scaling: str, lookup: bool = F
 
     Of an embedding v holds R^T: an elementwise product cannot transpose, and no function is lost.
     """
-    return scaled_projection(torch.ones(len(sigma), len(sigma)), sigma, alpha, scaling, lookup)
+    return scaled_projection(torch.ones(len(sigma), len(sigma), device=sigma.device), sigma, alpha, scaling, lookup)
 
 
 def uniform_vector(seed: int, group: int, numbers: int) -> Tensor:

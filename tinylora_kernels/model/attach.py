@@ -9,6 +9,7 @@ from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
 from ..base.experts import ExpertSlice, StackedExperts
 from ..base.kinds import kind_of
+from ..common import modes
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
@@ -68,6 +69,7 @@ def apply_lora_xs(
     return adapt(model, config, progress=progress, factors=factors)
 
 
+@modes.outside_inference_mode
 def adapt(
     model: nn.Module,
     config: TinyLoRAConfig | LoRAXSConfig,
@@ -81,6 +83,7 @@ def adapt(
     return attach(model, config, names, groups, progress=progress, factors=factors)
 
 
+@modes.outside_inference_mode
 def attach(
     model: nn.Module,
     config: Method,
@@ -159,6 +162,7 @@ def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -
                 parent._modules[child_name] = replacement[child]
 
 
+@modes.outside_inference_mode
 def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
     """Compute U and sigma of every adapted layer again, of the weights it holds now; v keeps its numbers.
 

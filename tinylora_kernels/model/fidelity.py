@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..base.weights import slabs
 from ..common.words import dtype_name
 from ..method.tying import module_kind
-from .merging import delta_factors, mergeable_layers, original_weight, work_dtype
+from ..ops.reference import product
+from .merging import delta_factors, mergeable_layers, original_weight
 
 ROWS_SHOWN = 40  # longer reports are summarised by kind of module
 
@@ -88,15 +90,17 @@ def merge_fidelity(model: nn.Module, dtype: torch.dtype | None = None) -> MergeF
     for name, layer in mergeable_layers(model).items():
         weight = original_weight(layer)
         cast = dtype or weight.dtype
-        base = weight.to(work_dtype(weight), copy=True)  # [out, in]
-        left, right = delta_factors(layer, base)
-        delta = left @ right  # D
-        before, after = base.to(cast), (base + delta).to(cast)
-        changed = float((before != after).double().mean())
-        merged_delta = after.to(base.dtype).sub_(before.to(base.dtype))  # D^
-        energy = float(delta.square().sum(dtype=torch.float64))
-        dot = float((merged_delta * delta).sum(dtype=torch.float64))
-        error = float((merged_delta - delta).square().sum(dtype=torch.float64))
+        left, right = delta_factors(layer)
+        changed = energy = dot = error = 0.0
+        for part in slabs(len(weight)):
+            exact = weight[part].double()
+            delta = product(left[part], right)  # D
+            before, after = exact.to(cast), (exact + delta).to(cast)
+            merged_delta = after.double().sub_(before.double())  # D^
+            changed += float((before != after).sum()) / weight.numel()
+            energy += float(delta.square().sum())
+            dot += float((merged_delta * delta).sum())
+            error += float((merged_delta - delta).square().sum())
         rows.append(
             ModuleFidelity(
                 name, cast, energy**0.5, dot / energy if energy else 1.0, (error / energy) ** 0.5 if energy else 0.0,

@@ -1,6 +1,7 @@
 """Merging the update into the frozen weights: for rollout engines and for export.
 
-W' = W + U M U^T W is formed in float32 (float64 for float64 weights), one module at a time, and cast once.
+W' = W + U M U^T W is formed in float64, some rows of a module at a time, and rounded once: the same bits whatever
+autocast and the precision of products are around the call.
 """
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice
 from ..base.kinds import as_stored, write_weight
+from ..base.weights import right_factor, slabs
 from ..common.words import described
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
-from ..ops.reference import contract
+from ..ops.reference import contract, product
 from .adapted import adapted_layers, original_names, wrappers
 
 
@@ -28,10 +30,9 @@ def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tup
         only_adapted: yield the merged weights alone, not the tensors that adapting left as they were.
 
     Yields:
-        (name, tensor) in the order of the original ``state_dict()``, tied names included.  A merged weight is a fresh
-        tensor in the dtype of its base, made when it is asked for and not kept: a loop holds one or two at a time, and
-        one float32 copy of a single weight while it is made.  The other tensors, and all those of a merged model, are
-        the model's own: do not write to them.
+        (name, tensor) in the order of the original ``state_dict()``, tied names included. A merged weight is a fresh
+        tensor in the dtype of its base, made when it is asked for and not kept: a loop holds one or two at a time. The
+        other tensors, and all those of a merged model, are the model's own: do not write to them.
 
     Raises:
         ValueError: no adapter, a base that is quantised, or a weight shared with another module; raised by the call,
@@ -118,26 +119,24 @@ def saved_weight(layer: TinyLoRALayer) -> Tensor:
 def merged_weight(layer: TinyLoRALayer) -> Tensor:
     """W' = W + U M U^T W, [out, in], in the dtype of W; a fresh tensor.  Of a merged layer too: W is what was saved."""
     weight = original_weight(layer)
-    exact = weight.to(work_dtype(weight), copy=True)  # [out, in]
-    left, right = delta_factors(layer, exact)
-    return exact.addmm_(left, right).to(weight.dtype)
+    left, right = delta_factors(layer)
+    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for rows in slabs(len(weight)):
+        merged[rows] = weight[rows].to(torch.float64, copy=True).addmm_(left[rows], right)
+    return merged
 
 
 @torch.no_grad()
-def delta_factors(layer: TinyLoRALayer, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The update as a product, W' - W = (U M) (U^T W): [out, r] and [r, in], in the dtype of ``weight`` [out, in]."""
-    basis = layer.basis.to(weight.dtype)  # [r, out]
-    mixing = contract(layer.v.detach().to(weight), layer.projection.to(weight.dtype))  # [r, r]
-    return basis.T @ mixing, basis @ weight
+def delta_factors(layer: TinyLoRALayer) -> tuple[Tensor, Tensor]:
+    """The update as a product, W' - W = (U M) (U^T W): [out, r] and [r, in], float64. Of a merged layer too."""
+    basis = layer.basis.double()  # [r, out]
+    mixing = contract(layer.v.detach().to(basis), layer.projection.double())  # [r, r]
+    return product(basis.T, mixing), right_factor(basis, original_weight(layer))
 
 
 def original_weight(layer: TinyLoRALayer) -> Tensor:
     """The frozen weight [out, in] as it was before any merge; no copy unless the saved bits live on another device."""
     return saved_weight(layer).to(layer.basis.device) if is_merged(layer) else layer.weight_matrix()
-
-
-def work_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -52,8 +52,8 @@ class PopulationAdam(torch.optim.Optimizer):
             ValueError: a gradient is not finite; it names the adapter, and no adapter has moved.
         """
         names = list(dict.fromkeys(adapters))
-        slots = torch.tensor([self.bank.slot(name) for name in names])
-        rates = torch.tensor([self._rate(name) for name in names], dtype=torch.float64)
+        slots = torch.tensor([self.bank.slot(name) for name in names], device="cpu")
+        rates = torch.tensor([self._rate(name) for name in names], dtype=torch.float64, device="cpu")
         (group,) = self.param_groups
         tables = [p for p in group["params"] if p.grad is not None]
         gradients = [p.grad[slots.to(p.device)] for p in tables]  # [n, u] for each tie group
@@ -71,7 +71,7 @@ class PopulationAdam(torch.optim.Optimizer):
     def _step_table(self, table: Tensor, gradient: Tensor, slots: Tensor, rates: Tensor, scale: Tensor, group: dict):
         state = self.state[table]
         if not state:
-            state["step"] = torch.zeros(len(table), dtype=torch.float64)
+            state["step"] = torch.zeros(len(table), dtype=torch.float64, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
         beta1, beta2 = group["betas"]
         state["step"][slots.cpu()] += 1
