@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .names import submodule
+
 # self.<child>.weight as a value: not its dtype, shape or storage, not a type check, not an initialisation
 READ = re.compile(
     r"self\.(\w+)\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|ndim|dim|numel|requires_grad|data|grad|is_\w+)\b))"
@@ -39,7 +41,7 @@ def read_directly(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         parent, _, child = name.rpartition(".")
-        cls: type = type(model.get_submodule(parent))
+        cls: type = type(submodule(model, parent))
         if child in weights_read_by(cls):
             found[name] = cls.__name__
     return found

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, is_experts
 from ..base.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
+from ..base.names import inside
 from ..common.atomic import write_directory
 from ..common.words import dtype_name
 from ..layers.layer import TinyLoRALayer
@@ -68,9 +69,9 @@ def export_lora(
     misread = sorted({name.rpartition(".")[2] for name in layers} & READ_AS_EXPERTS)
     if misread and any(map(is_experts, model.modules())):
         warnings.warn(
-            f"export_lora: PEFT takes {', '.join(misread)} of a {type(model).__name__} for its stacks of experts, so "
-            "it will load the directory without these modules and with fresh adapters on the experts. Other readers "
-            "take the names as they are; for PEFT, leave these modules out of target_modules",
+            f"export_lora: PEFT takes {', '.join(misread)} of a {type(inside(model)).__name__} for its stacks of "
+            "experts, so it will load the directory without these modules and with fresh adapters on the experts. "
+            "Other readers take the names as they are; for PEFT, leave these modules out of target_modules",
             stacklevel=2,
         )
     target = os.path.realpath(directory)
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict[str, object]:
+    model = inside(model)
     config = getattr(model, "config", None)
     kinds = [kind_of(layer.base) for layer in layers.values()]
     return {

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..base.kinds import is_linear_like, kind_of, weight_matrix
+from ..base.names import inside, named_modules, submodule
 from ..factors.svd import Factors
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
@@ -94,7 +95,7 @@ def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: s
         key = f"{PREFIX}{name}."
         right, left = tensors[key + "tinylora_A"], tensors[key + "tinylora_B"]
         try:
-            side = output_side(left, right, weight_matrix(model.get_submodule(name)))
+            side = output_side(left, right, weight_matrix(submodule(model, name)))
         except FitError as error:
             raise ValueError(f"{directory}: {name}: {error}") from error
         fixed = tensors.get(key + "tinylora_P")
@@ -154,7 +155,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         r=max(len(layer.basis) for layer in layers.values()), u=numbers.pop(), weight_tying=weight_tying,
         target_modules=shortest_targets(model), save_projection=True,
         fan_in_fan_out=not all(isinstance(layer.base, nn.Linear) for layer in layers.values()),
-        base_model_name_or_path=getattr(model, "name_or_path", None) or None, inference_mode=True,
+        base_model_name_or_path=getattr(inside(model), "name_or_path", None) or None, inference_mode=True,
     )  # fmt: skip
     config.save_pretrained(str(directory))
     save_file(tensors, str(Path(directory) / WEIGHTS), metadata={"format": "pt"})
@@ -202,7 +203,7 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
 def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> list[str]:
     """The adapted modules in named_modules order, each one a linear layer of the model."""
     wanted = {key[len(PREFIX) : -len(".tinylora_A")] for key in tensors if key.endswith(".tinylora_A")}
-    modules = {name: module for name, module in model.named_modules() if name in wanted}
+    modules = {name: module for name, module in named_modules(model) if name in wanted}
     missing = sorted(wanted - modules.keys())
     if missing:
         raise ValueError(

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..base.names import inside
 from ..files.adapter import load_adapter, save_adapter
 from ..model.adapted import adapted_layers, base_state_dict
 from ..model.merging import is_merged, merged_weights
@@ -26,7 +28,8 @@ def save_pretrained(
     """Write an adapted transformers model so that transformers' own from_pretrained loads it.
 
     Args:
-        model: a PreTrainedModel adapted by apply_tiny_lora or apply_lora_xs; it is not changed.
+        model: a PreTrainedModel adapted by apply_tiny_lora or apply_lora_xs, or what stands around one (torch.compile,
+            DDP, as_peft_model); it is not changed.
         directory: as for the model's own save_pretrained.
         merged: False: the base model's weights, and the adapter in "tinylora_adapter.safetensors". True: the weights
             with the update applied and no adapter; a cast to bfloat16 may swallow it, merge_fidelity(model) says.
@@ -38,6 +41,7 @@ def save_pretrained(
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no adapter; use its own save_pretrained")
+    model = cast(PreTrainedModel, inside(model))
     if merged:
         model.save_pretrained(directory, state_dict=dict(merged_weights(model)), **kwargs)
         return

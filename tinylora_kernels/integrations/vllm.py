@@ -7,7 +7,7 @@ in docs/integrations.md):
     config       r, lora_alpha and target_modules are required; modules_to_save and DoRA are refused, bias is "none"
     rank         r <= max_lora_rank, which is one of MAX_RANKS and 16 by default; older engines start at 8
     keys         [base_model.model.]<module>.lora_A.weight and .lora_B.weight, a pair for each module
-    modules      the last component of <module> is a linear layer of the served model
+    modules      <module> is a name of the served model, its last component that of a linear layer
     scale        lora_alpha / r, with use_rslora lora_alpha / sqrt(r)
 """
 from __future__ import annotations
@@ -18,6 +18,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from ..base.names import left_in
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SMALLEST_RANK_OF_OLDER_ENGINES = 8
@@ -85,6 +87,8 @@ def _tensor_problems(
         inner = {pair[suffix][axis] for suffix, axis in zip(SUFFIXES, (0, 1), strict=True) if suffix in pair}
         if rank is not None and inner != {rank}:
             problems.append(f"{name}: its factors have rank {sorted(inner)}, the config says {rank}")
+        if wrapper := left_in(name):
+            problems.append(f"{name}: {wrapper} is the name of a wrapper, not of the model")
         if served_modules is not None and name.rpartition(".")[2] not in served_modules:
             problems.append(f"{name}: the served model has no linear layer of that name")
     if not modules:

@@ -312,7 +312,9 @@ class TinyLoRALayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             if name == "v" and "_owner" in self.__dict__:
-                return self._owner[0]._parameters["v"]
+                if "v" in self._owner[0]._parameters:
+                    return self._owner[0]._parameters["v"]
+                raise
             if name in FORWARDED:
                 return getattr(super().__getattr__("base"), name)
             raise

@@ -7,13 +7,18 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..base.experts import ExpertSlice
+from ..base.names import bare_name, inside, named_modules
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
 
 
 def adapted_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
-    """Qualified name -> adapted layer, in named_modules order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TinyLoRALayer)}
+    """Qualified name -> adapted layer, in named_modules order.
+
+    The names are those of the bare model, whatever stands around it or its blocks: torch.compile, DDP, FSDP,
+    checkpointing, as_peft_model.
+    """
+    return {name: module for name, module in named_modules(model) if isinstance(module, TinyLoRALayer)}
 
 
 def trainable_vectors(model: nn.Module) -> list[nn.Parameter]:
@@ -43,28 +48,33 @@ def wrappers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, TinyL
     """Qualified name -> the module that stands where a frozen one stood before, and has it as ``base``."""
     return {
         name: module
-        for name, module in model.named_modules(remove_duplicate=remove_duplicate)
+        for name, module in named_modules(model, remove_duplicate)
         if isinstance(module, AdaptedExperts)
         or (isinstance(module, TinyLoRALayer) and not isinstance(module.base, ExpertSlice))
     }
 
 
 def original_names(model: nn.Module) -> Callable[[str], str | None]:
-    """A function from a tensor's name in the adapted model to its name in the bare one; None for a vector v."""
+    """A function from a tensor's name in the adapted model, or in what stands around it, to its name in the bare one.
+
+    None for a vector v, and for what the bare model does not have.
+    """
     wrapped = wrappers(model, remove_duplicate=False)
-    layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, TinyLoRALayer)}
+    layers = {name for name, module in named_modules(model, False) if isinstance(module, TinyLoRALayer)}
 
     def original_name(key: str) -> str | None:
-        owner, _, rest = key.rpartition(".base.")
-        if owner in wrapped:
-            return f"{owner}.{rest}"
-        return None if key.removesuffix(".v") in layers else key
+        name = bare_name(model, key)
+        if name is None or name.removesuffix(".v") in layers:
+            return None
+        owner, _, rest = name.rpartition(".base.")
+        return f"{owner}.{rest}" if owner in wrapped else name
 
     return original_name
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the base model under its names before it was adapted: no copy, no vectors."""
+    model = inside(model)
     original_name = original_names(model)
     named = ((original_name(key), tensor) for key, tensor in model.state_dict().items())
     return {name: tensor for name, tensor in named if name is not None}

@@ -9,6 +9,7 @@ from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
 from ..base.experts import ExpertSlice, StackedExperts
 from ..base.kinds import kind_of
+from ..base.names import COMPILED, is_of
 from ..common import modes
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
@@ -160,6 +161,8 @@ def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -
         for child_name, child in list(parent._modules.items()):
             if child in replacement:
                 parent._modules[child_name] = replacement[child]
+                if is_of(parent, COMPILED):  # it calls what it held when it was made
+                    parent.__setstate__(parent.__getstate__())
 
 
 @modes.outside_inference_mode

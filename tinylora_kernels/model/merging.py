@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice
 from ..base.kinds import as_stored, write_weight
+from ..base.names import inside, named_modules
 from ..base.weights import right_factor, slabs
 from ..common.words import described
 from ..layers.experts import AdaptedExperts
@@ -148,12 +149,13 @@ def _restore(layer: TinyLoRALayer) -> None:
 
 def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]]:
     # A module may be reachable under several names, and the state dict lists them all.
+    model = inside(model)
     wrapped, original_name = wrappers(model, remove_duplicate=False), original_names(model)
     for key, tensor in model.state_dict().items():
         name = original_name(key)
         if name is None:  # a vector v
             continue
-        owner, _, own = key.rpartition(".base.")
+        owner, _, own = name.rpartition(".")
         wrapper = wrapped.get(owner)
         if isinstance(wrapper, AdaptedExperts) and wrapper.layers_of(own):
             yield name, _merged_stack(wrapper, own, tensor)
@@ -194,7 +196,7 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -
     """Merging writes one module's update into memory that another reads: tied lm_head and embeddings, for instance."""
     original_name = original_names(model)
     storages: dict[int, list[tuple[str, Tensor]]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules(model):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.numel() and not tensor.is_meta:
                 full_name = f"{module_name}.{name}".lstrip(".")

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..base.experts import ExpertSlice, expert_slices, is_experts
 from ..base.kinds import OTHER, kind_of, matrix_shape
+from ..base.names import ENGINES, inside, is_of, named_modules, submodule
 from ..method.config import Method
 from ..method.parts import names_match
 from .adapted import adapted_layers
@@ -20,6 +21,11 @@ def target_names(model: nn.Module, target_modules: Sequence[str] | str | None) -
     """
     if adapted_layers(model):
         raise ValueError("model: expected a bare model, found one that is adapted already; call remove_adapter first")
+    if engine := next((module for module in model.modules() if is_of(module, ENGINES)), None):
+        raise ValueError(
+            f"model: {type(engine).__name__} has taken its parameters already and would not synchronise vectors that "
+            "come now; adapt the model first and wrap it then"
+        )
     candidates = list(_candidates(model))
     if target_modules is None or target_modules == "all-linear":
         head = output_head(model)
@@ -43,7 +49,7 @@ def target_names(model: nn.Module, target_modules: Sequence[str] | str | None) -
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """(name, module, names it goes by) of all that has a kind; the experts of a stack go by its names as well."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if name and is_experts(module):
             for below, piece in expert_slices(module).items():
                 yield f"{name}.{below}", piece, (f"{name}.{below}", f"{name}.{piece.stack}", name)
@@ -65,16 +71,17 @@ def base_module(model: nn.Module, name: str) -> nn.Module:
     """The frozen module of a bare model by a name of target_names: a submodule, or one expert's matrix in a stack."""
     parent, *rest = name.rsplit(".", 2)
     if len(rest) == 2 and rest[1].isdigit():
-        experts = model.get_submodule(parent)
+        experts = submodule(model, parent)
         if is_experts(experts):
             return ExpertSlice(experts, rest[0], int(rest[1]))
-    return model.get_submodule(name)
+    return submodule(model, name)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
     """The language-model head, where the model says which one it is."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    get = getattr(inside(model), "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return None if head is None else inside(head)
 
 
 def fused_parts(config: Method, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
@@ -108,5 +115,5 @@ def shortest_targets(model: nn.Module) -> list[str]:
     bases = {name + ".base" for name in adapted}
     last = {name.rpartition(".")[2] for name in adapted}
     # Servers expect "q_proj"; where that would select a module that is not adapted, only full names will do.
-    by_suffix = [name for name, _ in model.named_modules() if name not in bases and name.rpartition(".")[2] in last]
+    by_suffix = [name for name, _ in named_modules(model) if name not in bases and name.rpartition(".")[2] in last]
     return sorted(last) if by_suffix == adapted else adapted
