@@ -46,11 +46,10 @@ class Order(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the model was called with, or the part of it that was called by itself."""
+    """What the model was called with, or the first layer where a part of it was called by itself."""
 
     rows: Shape  # of the input, the features left out
     by_first: bool  # an entry has an index of the first dimension, or some side by side; else it has a token
-    of_layer: bool
 
 
 class Layouts:
@@ -92,11 +91,7 @@ class Rows:
         self._calls: dict[Shape, Call] = {}
         self._beams = 0  # rows of a call that was shown to have beams
 
-    @property
-    def seen(self) -> bool:
-        return bool(self._calls)
-
-    def see(self, rows: Shape, what: str, content: Tensor | None, of_layer: bool = False) -> None:
+    def see(self, rows: Shape, what: str, content: Tensor | None) -> None:
         """Take note of a call.
 
         Args:
@@ -110,7 +105,7 @@ class Rows:
         last = next(reversed(self._calls), None)
         if rows == last:
             return
-        call = self._calls.pop(rows, None) or Call(rows, self._is_by_first(rows, what, content), of_layer)
+        call = self._calls.pop(rows, None) or Call(rows, self._is_by_first(rows, what, content))
         self._calls[rows] = call
         if last is not None and len(last) != len(rows):
             note_change()  # an input [m, E] of a plan may be another one's now
@@ -157,7 +152,7 @@ class Rows:
         if self.uniform:
             return Order(holds_for=ANY)
         if not self._calls:
-            self.see(rows, f"{layer.name}: its input", None, of_layer=True)
+            self.see(rows, f"{layer.name}: its input", None)
         trusted = layer in self._layouts.in_order
         for call in reversed(self._calls.values()):
             latest = call.rows == next(reversed(self._calls))
@@ -177,7 +172,7 @@ class Rows:
     ) -> Order | None:
         """Of rows [m] that are the call's; of rows of more dimensions where the user says so."""
         count = math.prod(rows)
-        own = latest and rows == call.rows and len(rows) == 1 and (call.of_layer or layer not in self._layouts.listed)
+        own = latest and rows == call.rows and len(rows) == 1 and layer not in self._layouts.listed
         same = count == math.prod(call.rows) and (flattened or trusted)
         if call.by_first and (own or same or (trusted and count % call.rows[0] == 0)):
             return Order(holds_for=None if flattened else (len(rows) + 1, rows[0]))
@@ -220,18 +215,13 @@ def _is_same_in_each(content: Tensor, n: int) -> bool:
 
 
 def watch(bank: Any, model: nn.Module, layers: Iterable[TinyLoRALayer]) -> list[Callable[[], None]]:
-    """Have the modules that hold adapted layers tell the bank's open block what they are called with; what undoes it.
+    """Have the model tell the bank's open block what it is called with; what undoes it.
 
-    A module that holds all of them is the model to the bank; a part of it counts where it is called by itself.
+    The model is every module that holds all adapted layers: what stands around it, or inside, may be called as well.
     """
     every = set(layers)
-    undo = []
-    for module in model.modules():
-        own = set(_layers_of(module))
-        if own and not isinstance(module, (TinyLoRALayer, nn.ModuleList, nn.ModuleDict)):
-            hook = _Watch(weakref.ref(bank), whole=own == every)
-            undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-    return undo
+    whole = (module for module in model.modules() if set(_layers_of(module)) == every)
+    return [module.register_forward_pre_hook(_Watch(weakref.ref(bank)), with_kwargs=True).remove for module in whole]
 
 
 @dataclass(eq=False)
@@ -239,16 +229,11 @@ class _Watch:
     """The hook of `watch`. Copies and pickles of a model carry no bank, and theirs does nothing."""
 
     bank: Callable[[], Any] = lambda: None
-    whole: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (bank := self.bank()) is None:
-            return
-        rows: Rows | None = getattr(bank.blocks.innermost.get(), "rows", None)
-        if rows is None or rows.uniform or (rows.seen and not self.whole):
-            return
-        found = next(_inputs(module, args, kwargs), None)
-        if found is not None:
+        bank = self.bank()
+        rows: Rows | None = None if bank is None else getattr(bank.blocks.innermost.get(), "rows", None)
+        if rows is not None and not rows.uniform and (found := next(_inputs(module, args, kwargs), None)) is not None:
             name, content = found
             rows.see(_rows_of(content), f"{type(module).__name__}: {name}", content)
 
