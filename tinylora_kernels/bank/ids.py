@@ -15,7 +15,7 @@ LARGEST = 2**63 - 1
 
 def check_name(name: Hashable) -> None:
     """A name is hashable and no number: integers are ids, and what equals one would be taken for another."""
-    if name is None or isinstance(name, (numbers.Number, Tensor)) or _is_array(name):
+    if name is None or not _is_name(name):
         raise ValueError(f"adapter name: expected a name, found {name!r}; integers are ids, None is the bare base")
 
 
@@ -48,10 +48,10 @@ def _of_tensor(ids: Tensor) -> Tensor:
     if ids.dtype not in _INTEGERS or ids.layout is not torch.strided or ids.is_meta:
         raise ValueError(f"adapters: expected a tensor of integers, found {_described(ids)}")
     ids = ids.detach().cpu()
-    large = ids > LARGEST if ids.dtype is torch.uint64 else torch.zeros((), dtype=torch.bool)
-    if bool(large.any()):
-        raise IndexError(f"adapter id {int(ids[large][0])}: no bank is that large")
-    return ids.long()
+    signed = ids.long()
+    if ids.dtype is torch.uint64 and bool((signed < 0).any()):
+        raise IndexError(f"adapter id {int(signed[signed < 0][0]) + 2**64}: no bank is that large")
+    return signed
 
 
 def _of_list(entries: list[Any], slot: Callable[[Hashable], int]) -> list[Any]:
@@ -65,7 +65,7 @@ def _of_list(entries: list[Any], slot: Callable[[Hashable], int]) -> list[Any]:
 def _id_of(entry: Any, slot: Callable[[Hashable], int]) -> int:
     if entry is None:
         return BARE
-    if not (isinstance(entry, (numbers.Number, Tensor)) or _is_array(entry)):
+    if _is_name(entry):
         return slot(entry)
     integer = entry.dtype in _INTEGERS if isinstance(entry, Tensor) else type(entry).__name__ not in ("bool", "bool_")
     try:
@@ -82,6 +82,14 @@ def _id_of(entry: Any, slot: Callable[[Hashable], int]) -> int:
 _INTEGERS = (
     torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
+
+
+def _is_name(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return not (isinstance(value, (numbers.Number, Tensor)) or _is_array(value))
 
 
 def _is_array(value: object) -> bool:
