@@ -140,7 +140,7 @@ def row_by_row(problem: Problem, vectors: Tensor, ids: Tensor, x: Tensor) -> Ten
 def in_bank(problem: Problem, vectors: Tensor, ids: Tensor) -> tuple[TinyLoRALayer, AdapterBank, Tensor]:
     """One layer under a bank of K adapters, and the bank's ids of the rows."""
     module = our_layer(problem)
-    bank = AdapterBank(nn.ModuleList([module]), len(vectors), trainable=True)
+    bank = AdapterBank(nn.Sequential(module), len(vectors), trainable=True)
     slots = torch.tensor([bank.add(str(k), v[None]) for k, v in enumerate(vectors)])[ids]
     return module, bank, slots
 

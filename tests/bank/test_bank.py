@@ -72,7 +72,7 @@ def test_every_row_equals_its_adapter_alone(dtype):
 def test_ids_and_names_are_the_same_choice_and_rows_may_be_beams():
     model = adapted()
     bank, _ = filled_bank(model)
-    tokens = torch.randint(0, 17, (4, 3))
+    tokens = torch.randint(0, 17, (2, 3)).repeat_interleave(2, 0)
     with torch.no_grad():
         with bank.use(["a1", None]):  # two prompts, two beams each
             by_name = model(tokens)
@@ -160,7 +160,7 @@ def test_bad_requests_are_refused(call, kind, message):
 def test_rows_that_do_not_divide_are_refused_before_anything_is_written():
     model = adapted()
     bank, _ = filled_bank(model)
-    with bank.use(["a0", "a1"]), pytest.raises((ValueError, RuntimeError), match="divides the 9 rows"):
+    with bank.use(["a0", "a1"]), pytest.raises(ValueError, match="expected a row for each of the 2 entries.*found 3"):
         model(torch.randint(0, 17, (3, 3)))
 
 
@@ -291,7 +291,7 @@ def test_adapters_of_different_seeds_share_a_batch(trainable):
 def test_gradients_of_adapters_of_different_seeds(recompute):
     model = adapted()
     bank, vectors = filled_with_seeds(model, (0, 5), trainable=True)
-    tokens = torch.randint(0, 17, (4, 4))
+    tokens = torch.randint(0, 17, (4, 5))
     run = (lambda t: checkpoint(model, t, use_reentrant=False)) if recompute else model
     with bank.use(["s5", "s0", None, "s5"]):
         run(tokens).square().sum().backward()

@@ -6,7 +6,6 @@ adapter costs. A bank holds K vectors for each tie group; the frozen factors are
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import heapq
 import os
@@ -19,13 +18,17 @@ from torch import Tensor, nn
 
 from ..common import modes
 from ..common.atomic import write_atomically
+from ..common.scope import Block, Scope
 from ..files.adapter import check_fits, describe_model
 from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
+from ..linear.plan import note_change
 from ..method.config import check_seed
 from ..model.adapted import adapted_layers
+from .ids import BARE, check_name, ids_of
+from .rows import Layouts, watch
 from .seeds import OwnProjections
-from .selection import BARE, Selection
+from .selection import Selection
 
 
 class AdapterBank:
@@ -36,9 +39,10 @@ class AdapterBank:
         with bank.use(["alice", None, "bob"]):       # one entry a prompt; None is the bare base
             model.generate(**three_prompts)
 
-    Outside a ``use`` block the model runs its own vectors as before. Blocks are independent between threads, and
-    adapters may be added, changed and removed while batches run: a block that does not train works on a copy of the
-    vectors taken as it opens.
+    Outside a ``use`` block the model runs its own vectors as before. A block holds in the context that opened it: other
+    threads and tasks may have blocks of their own at the same time, and one without any is refused while somebody has
+    one (``own_vectors``). Adapters may be added, changed and removed while batches run: a block that does not train
+    works on a copy of the vectors taken as it opens.
 
     Args:
         model: adapted by apply_tiny_lora or apply_lora_xs, all of one process (copies of it carry no bank).
@@ -49,6 +53,8 @@ class AdapterBank:
         names: give the adapters these names and zero vectors at once.
         own_seeds: every adapter brings the seed of its random P; otherwise all share the model's. Costs 4 r r bytes for
             each adapter and layer, and u times as much in a trainable bank. For models of apply_tiny_lora.
+        in_order: names of adapted modules, as in target_modules, whose rows are the model's own in their order though
+            their shape [m, in] does not tell, such as OPT's fc1; True: all of them. Not experts that gather rows.
 
     Raises:
         ValueError: the model has no adapter, or it has a bank already, or an argument does not fit.
@@ -64,6 +70,7 @@ class AdapterBank:
         trainable: bool = False,
         names: Sequence[Hashable] = (),
         own_seeds: bool = False,
+        in_order: Sequence[str] | bool = (),
     ):
         layers = adapted_layers(model)
         if not layers:
@@ -87,11 +94,14 @@ class AdapterBank:
         self._free = list(range(capacity))  # a heap: the lowest slot is handed out first
         self._live = torch.zeros(capacity, dtype=torch.bool, device="cpu")
         self._lock = threading.Lock()
-        self.selected: contextvars.ContextVar[Selection | None] = contextvars.ContextVar("selection", default=None)
+        self.blocks: Scope = Scope("bank.use")
+        self.selected = self.blocks.innermost
         self._layers = list(layers.values())
+        self._layouts = Layouts(model, layers, in_order)
         self.own_projections = OwnProjections(self._layers, capacity, trainable) if own_seeds else None
         for layer in self._layers:
             layer.bank = self
+        self._unwatch = watch(self, model, self._layers)
         for name in names:
             self.add(name)
 
@@ -99,6 +109,8 @@ class AdapterBank:
         """Detach the bank: the model is as it was before."""
         for layer in self._layers:
             layer.bank = None
+        for undo in self._unwatch:
+            undo()
 
     # What it holds
 
@@ -141,7 +153,7 @@ class AdapterBank:
         """Add an adapter; returns its id.
 
         Args:
-            name: anything hashable but None and integers, which stand for the bare base and for ids.
+            name: anything hashable but None and numbers; None stands for the bare base, integers for ids.
             vectors: [groups, u]; zeros (the base model) by default.
             seed: of its random P; the model's by default. Another one needs a bank with own_seeds=True.
 
@@ -150,8 +162,7 @@ class AdapterBank:
                 not the bank's.
             RuntimeError: the bank is full.
         """
-        if name is None or isinstance(name, int):
-            raise ValueError(f"adapter name: expected a name, found {name!r}; integers are ids, None is the bare base")
+        check_name(name)
         vectors = self._check_vectors(name, vectors)
         seed = self._check_seed(name, seed)
         with self._lock:
@@ -265,39 +276,48 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def use(self, adapters: Sequence[Hashable | None] | Tensor) -> Iterator[None]:
-        """Run the batches of this block with one adapter an entry.
+        """Run the model in this block with one adapter an entry.
 
-        A batch must hold a multiple of the entries as rows, those of one entry side by side: B prompts with any
-        sequence length, and with the beams of generate, fit as they are. A block that trains must contain
-        ``backward()`` where activations are recomputed (gradient checkpointing).
+        An entry is an index of the first dimension of what the model is called with: a prompt of any length, with the
+        beams of generate where it has them. Ids as a tensor [B, T] say it token by token, for packed prompts [1, T] and
+        where time comes first ([1, B] then). Layers whose rows cannot be told to be those of the entries are refused.
+
+        The block holds in this context: in threads and tasks that are started with a copy of it (asyncio's are,
+        asyncio.to_thread, contextvars.copy_context().run), not in others, and not across a generator's yield. A block
+        that trains must contain ``backward()`` where activations are recomputed (gradient checkpointing).
 
         Args:
-            adapters: B names, ids or None (the bare base), or a 1-D integer tensor of ids, -1 for the bare base.
+            adapters: B names, ids or None (the bare base), or a tensor of integers, -1 for the bare base.
 
         Raises:
             KeyError, IndexError: an adapter is not in the bank; nothing has run.
+            ValueError: from the model, where the rows are not those of the entries.
+            RuntimeError: from the model, where it cannot be said which block its call belongs to.
         """
         with self._lock:
-            selection = Selection(self.tables, self.own_projections, self._resolve(adapters))
-        token = self.selected.set(selection)
-        try:
+            selection = Selection(self.tables, self.own_projections, self._resolve(adapters), self._layouts)
+        with self._holding(selection):
             yield
+
+    @contextlib.contextmanager
+    def own_vectors(self) -> Iterator[None]:
+        """Run the model with its own vectors in this block, whatever blocks of ``use`` are open in other threads."""
+        with self._holding(Block()):
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, block: Block) -> Iterator[None]:
+        try:
+            with self.blocks.holding(block):
+                if block.of_generator:
+                    note_change()  # a plan asks which block is innermost, not whose code runs
+                yield
         finally:
-            self.selected.reset(token)
+            note_change()  # nor whether it has ended
 
     def _resolve(self, adapters: Sequence[Hashable | None] | Tensor) -> Tensor:
-        """Ids [B] int64, every one of them live or BARE."""
-        if isinstance(adapters, Tensor):
-            ids = adapters.detach().cpu().long()
-        else:
-            entries = [adapters] if isinstance(adapters, str) else list(adapters)
-            as_id = {None: BARE}
-            ids = torch.tensor(
-                [as_id[e] if e is None else e if isinstance(e, int) else self.slot(e) for e in entries],
-                dtype=torch.int64, device="cpu",
-            )
-        if ids.dim() != 1 or not len(ids):
-            raise IndexError(f"adapters: expected at least one entry in one dimension, found {tuple(ids.shape)}")
+        """Ids int64, every one of them live or BARE."""
+        ids = ids_of(adapters, self.slot)
         known = ids == BARE
         inside = (ids >= 0) & (ids < self.capacity)
         known[inside] = self._live[ids[inside]]
@@ -306,11 +326,20 @@ class AdapterBank:
         return ids
 
     def selection(self) -> Selection | None:
-        """What this thread's innermost ``use`` block selected; None outside."""
-        selected = self.selected.get()
-        if selected is None and torch._C._current_graph_task_id() != -1 and self.parameters():
+        """Of the innermost ``use`` block around the calling code; None outside.
+
+        Raises:
+            RuntimeError: it cannot be said which one that is.
+        """
+        block = self.blocks.now()
+        if block is None and torch._C._current_graph_task_id() != -1 and self.parameters():
             raise RuntimeError(
                 "adapter bank: activations are being recomputed outside the block that made them; "
                 "call backward() inside `with bank.use(...)`"
             )
-        return selected
+        if block is None and self.blocks.is_open:
+            raise RuntimeError(
+                "bank.use: a block is open in another thread or task, and this one has none; open one here, carry it "
+                "over with contextvars.copy_context().run, or run the model's own in `with bank.own_vectors():`"
+            )
+        return block if isinstance(block, Selection) else None

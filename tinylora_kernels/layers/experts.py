@@ -51,7 +51,7 @@ class AdaptedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, h], top_k_index [tokens, k] experts, top_k_weights [tokens, k] -> [tokens, h]."""
-        if not any(layer.enabled for stack in stack_names(self.base) for layer in self.layers_of(stack).values()):
+        if not any(layer.is_on() for stack in stack_names(self.base) for layer in self.layers_of(stack).values()):
             return self.base(hidden_states, top_k_index, top_k_weights)  # merged: the frozen module as it was
         seen = _WithUpdates(self, _Routing(top_k_index, self.base.num_experts))
         output = self._forward(seen, hidden_states, top_k_index, top_k_weights)
@@ -72,7 +72,7 @@ class AdaptedExperts(nn.Module):
         pieces = []
         for name, layer in self.layers_of(stack).items():
             start, end = routing.rows_of(int(name))
-            if layer.enabled and start < end:
+            if layer.is_on() and start < end:
                 pieces.append(_piece(layer, start, end, y, vectors, routing))
         if not pieces:
             return y
@@ -104,16 +104,14 @@ class _Routing:
     def rows_of(self, expert: int) -> tuple[int, int]:
         return self._ends[expert], self._ends[expert + 1]
 
+    @property
+    def tokens(self) -> int:
+        return self._index.shape[0]
+
     def per_row(self, adapter_ids: Tensor) -> Tensor:
-        """Ids [B] of the samples of a batch -> [rows], in the order of the sorted rows."""
-        tokens, top_k = self._index.shape
-        if tokens % len(adapter_ids):
-            raise ValueError(
-                f"adapter ids: expected a number that divides the {tokens} routed tokens, found {len(adapter_ids)}; "
-                "use one entry a prompt, all of one length"
-            )
+        """Ids [B] of equal shares of the tokens -> [rows], in the order of the sorted rows."""
         order = torch.sort(self._index.reshape(-1))[1]  # the very call that transformers sorts by
-        return adapter_ids[order // top_k // (tokens // len(adapter_ids))]
+        return adapter_ids[order // self._index.shape[1] // (self.tokens // len(adapter_ids))]
 
 
 @dataclass
@@ -155,7 +153,8 @@ def _piece(
     v: Tensor = layer.v
     projection, ids = layer.projection, None
     if layer.bank is not None and (selection := layer.bank.selection()) is not None:
-        v, projection, ids = selection.of(layer, y.device)
+        # transformers flattens the tokens [b, T] before it routes them
+        _, v, projection, ids, _ = selection.of(layer, y.device, (routing.tokens,), flattened=True)
         ids = routing.per_row(ids)[start:end].contiguous()
     basis, projection = layer.basis.to(accumulate), projection.to(accumulate)
     offset = bias_offset(basis, bias_of(layer.base))

@@ -15,6 +15,7 @@ from ..base.kinds import FORWARDED, has_fresh_output, kind_of, weight_matrix
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
 from ..common import modes
+from ..common.scope import Scope
 from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
 from ..linear.plan import (
@@ -22,6 +23,7 @@ from ..linear.plan import (
     Chosen,
     HeldRight,
     Plan,
+    changes,
     has_hooks,
     is_bare_product,
     is_plain_linear,
@@ -32,6 +34,7 @@ from ..linear.plan import (
 from ..method.config import IDENTITY_FIELDS, Method
 from ..method.parts import block_basis, compact_basis
 from .channels import update_channels
+from .switch import is_off, switched_off
 
 _OTHER_WEIGHT = (
     "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt "
@@ -42,8 +45,10 @@ _OTHER_WEIGHT = (
 class Selection(Protocol):
     """What a bank selected for a block: bank.selection.Selection, whose room is above this one."""
 
-    def of(self, layer: TinyLoRALayer, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(vectors [K, u], projection, ids [B]) for the rows of one layer."""
+    def of(
+        self, layer: TinyLoRALayer, device: torch.device, rows: tuple[int, ...], flattened: bool = False
+    ) -> Chosen:
+        """The vectors, their projection and the ids for the rows of one layer."""
 
 
 class Bank(Protocol):
@@ -51,6 +56,7 @@ class Bank(Protocol):
 
     tables: dict[int, Tensor]  # tie group -> [K, u]
     selected: ContextVar[Any]
+    blocks: Scope
 
     def selection(self) -> Selection | None:
         """Of the block of ``use`` that runs here now."""
@@ -113,7 +119,7 @@ class TinyLoRALayer(nn.Module):
         self.degenerate = degenerate
         self.parts = parts
         self.projection_index = index if projection_index is None else projection_index
-        self.enabled = True  # False: the bare base, e.g. while the update is merged into its weight
+        self.enabled = True  # False: the bare base, while the update is merged into its weight
         self.saved_weight: Tensor | None = None  # the base weight's own bits while it is merged
         self.bank: Bank | None = None  # the AdapterBank that holds other vectors for rows of a batch
         self.backend = getattr(config, "backend", None)
@@ -131,10 +137,12 @@ class TinyLoRALayer(nn.Module):
         self.register_load_state_dict_post_hook(_doubt_what_was_loaded)
         kind = kind_of(base)
         self._product = kind.product if kind.is_product(base) else None
-        channels_first = kind.channels_first
-        self._feature_axis = weight_of(base).dim() - 1 if channels_first else 1  # of the output, counted from its end
-        self._update: Callable[..., Tensor]
-        self._update = functools.partial(update_channels, -self._feature_axis) if channels_first else tiny_lora_update
+        self._is_lookup, self.samples_first = kind.lookup, kind.channels_first
+        # of the output, counted from its end
+        self._feature_axis = weight_of(base).dim() - 1 if self.samples_first else 1
+        self._update: Callable[..., Tensor] = tiny_lora_update
+        if self.samples_first:
+            self._update = functools.partial(update_channels, -self._feature_axis)
 
     def forward(self, *args, **kwargs) -> Tensor:
         if not torch.compiler.is_compiling() and self._plan is not None and len(args) == 1 and not kwargs:
@@ -147,15 +155,16 @@ class TinyLoRALayer(nn.Module):
         """The call with all questions asked."""
         # Straight from the dicts: through nn.Module.__getattr__ each name costs most of a microsecond, at every token.
         base, buffers = cast(nn.Module, self._modules["base"]), cast(Buffers, self._buffers)
-        if not self.enabled:
+        asked_at = 0 if torch.compiler.is_compiling() else changes()  # or a graph would be of this one count
+        if not self.is_on():
             return base(*args, **kwargs)
         if self._in_doubt:
             self._expect_the_weight_adapted_to()
         basis, projection = buffers["basis"], buffers["projection"]
         v, adapter_ids, chosen = cast(Tensor, self._owner[0]._parameters["v"]), None, None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
-            chosen = Chosen(selection, *selection.of(self, basis.device))
-            _, v, projection, adapter_ids = chosen
+            chosen = selection.of(self, basis.device, self._rows_of(*args, **kwargs))
+            _, v, projection, adapter_ids, _ = chosen
         if v.device != basis.device:
             v = v.to(basis.device)  # a tie group that spans devices
         weight, bias = base._parameters.get("weight"), cast("Tensor | None", base._parameters.get("bias"))
@@ -167,7 +176,7 @@ class TinyLoRALayer(nn.Module):
                 watched = modes.seen_by_a_mode()
                 right = None if watched else right_for(self, args[0])
                 if not watched and self._worth_a_plan(chosen):
-                    self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen)
+                    self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen, asked_at)
                 return tiny_lora_linear(
                     args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, backend=self.backend
                 )
@@ -197,8 +206,20 @@ class TinyLoRALayer(nn.Module):
         bare = y - bias.view(-1, *[1] * (self._feature_axis - 1)) if self._feature_axis > 1 else y - bias
         return update(bare, basis, v, projection, None, adapter_ids, bias=bias, inplace=True)
 
+    def is_on(self) -> bool:
+        """Whether the update runs here: it is not merged into the weight, nor switched off in this context."""
+        return self.enabled and not (switched_off.is_open and is_off(self))
+
+    def _rows_of(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of the rows of an input: all but its features, (1,) of a single one."""
+        if self.samples_first:
+            return tuple(x.shape[:1]) if x.dim() == self._feature_axis + 1 else (1,)
+        return tuple(x.shape if self._is_lookup else x.shape[:-1]) or (1,)
+
     def _worth_a_plan(self, chosen: Chosen | None) -> bool:
         """Whether calls like this one are to be expected: of a bank's block from its second on, as in generation."""
+        if switched_off.is_open or (self.bank is not None and self.bank.blocks.by_generators):
+            return False
         if chosen is None:
             return self.bank is None
         before, self.__dict__["_selection"] = self._selection, chosen.selection

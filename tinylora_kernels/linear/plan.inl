@@ -35,6 +35,7 @@ struct Questions {
   uint32_t version;
   const void* address;  // of the weight's numbers
   bool lacks_right, live;
+  int64_t dimensions, first_size;  // of inputs whose rows have the bank's ids, 0: any
 };
 
 // Of base/witness.py: numbers of the weight that B^T was computed from. None where there is no B^T.
@@ -61,15 +62,16 @@ PyObject* look_up(PyObject* dict, PyObject* name) { return PyDict_GetItemWithErr
 
 bool is_empty(PyObject* dict) { return dict && PyDict_GET_SIZE(dict) == 0; }
 
-bool selection_is_as_it_was(const Questions& q, const Tensor& table) {
+bool selection_is_as_it_was(const Questions& q, const Tensor& table, const Tensor& x) {
   if (q.selected == Py_None) return true;
+  if (q.dimensions && (x.dim() != q.dimensions || x.size(0) != q.first_size)) return false;
   if ((table.requires_grad() && at::GradMode::is_enabled()) != q.live) return false;
   PyObject* value = nullptr;
   if (PyContextVar_Get(q.selected, nullptr, &value) < 0) throw python_error();
   return Owned(value).get() == q.selection;
 }
 
-bool python_is_as_it_was(const Questions& q, const Tensor& table) {
+bool python_is_as_it_was(const Questions& q, const Tensor& table, const Tensor& x) {
   if (look_up(q.plans, names->changes) != q.changes || look_up(q.dispatch, names->requested) != q.requested) return false;
   PyObject* own = look_up(q.state, names->parameters);
   if (!own || look_up(own, names->weight) != q.weight || look_up(own, names->bias) != q.bias) return false;
@@ -81,7 +83,7 @@ bool python_is_as_it_was(const Questions& q, const Tensor& table) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(q.global_hooks); ++i) {
     if (!is_empty(PyTuple_GET_ITEM(q.global_hooks, i))) return false;
   }
-  return selection_is_as_it_was(q, table);
+  return selection_is_as_it_was(q, table, x);
 }
 
 // A weight can be written through .data, which torch does not count.
@@ -126,7 +128,7 @@ PyObject* plan_run(PyObject* self, PyObject* input) {
   if (Py_TYPE(input) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(input);
   const Answer& a = *plan.answer;
-  if (!python_is_as_it_was(plan.questions, a.table) || !tensors_are_as_they_were(plan.questions, a, x) ||
+  if (!python_is_as_it_was(plan.questions, a.table, x) || !tensors_are_as_they_were(plan.questions, a, x) ||
       is_watched(x, a.v)) {
     Py_RETURN_NONE;
   }
@@ -191,7 +193,8 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
       field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->frozen.weight._version()),
-      answer->frozen.weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True};
+      answer->frozen.weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True,
+      PyLong_AsLongLong(field(plan, "dimensions")), PyLong_AsLongLong(field(plan, "first_size"))};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
   self->arguments = Py_NewRef(arguments);

@@ -40,6 +40,11 @@ def note_change() -> None:
     _changes += 1
 
 
+def changes() -> int:
+    """How many were noted, to be read before the questions whose answers a plan holds."""
+    return _changes
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook may hold the module's output, change its input, or stand between it and autograd."""
     return _has_hooks(module.__dict__)
@@ -117,6 +122,7 @@ class Chosen(NamedTuple):
     vectors: Tensor  # [K, u]
     projection: Tensor
     adapter_ids: Tensor  # [B]
+    holds_for: tuple[int, int] | None  # dimensions and first size of inputs with these ids, 0: any; None: this one
 
 
 class HeldRight(NamedTuple):
@@ -151,6 +157,8 @@ class Plan(NamedTuple):
     frozen: FrozenLinear
     selected: ContextVar[Any] | None  # of the layer's bank
     selection: Any  # what it holds inside the block of bank.use that the plan is for
+    dimensions: int  # and first size of the inputs whose rows have these ids, 0: any
+    first_size: int
     table: Tensor | None  # the bank's, whose rows were read with or without gradients:
     live: bool
 
@@ -171,36 +179,43 @@ class Plan(NamedTuple):
             or _in_transform() or forward_ad._current_level >= 0 or modes.seen_by_a_mode()
             or (self.held is not None and not self.held.is_of(weight, basis))
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
-            or (self.selected is not None and not self._selects())
+            or (self.selected is not None and not self._selects(x))
         ):  # fmt: skip
             return None
         return apply_linear(x, v, self.frozen)
 
-    def _selects(self) -> bool:
+    def _selects(self, x: Tensor) -> bool:
         assert self.selected is not None and self.table is not None  # which a bank has
+        if self.dimensions and (x.dim() != self.dimensions or x.shape[0] != self.first_size):
+            return False
         wants_gradients = self.table.requires_grad and torch.is_grad_enabled()
         return self.selected.get() is self.selection and wants_gradients is self.live
 
 
-def make_plan(layer: Layer, owner: Layer, right: Tensor | None, chosen: Chosen | None = None) -> Plan | None:
+def make_plan(
+    layer: Layer, owner: Layer, right: Tensor | None, chosen: Chosen | None, asked_at: int
+) -> Plan | None:
     """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
 
     Args:
         owner: the layer that holds v.
         right: B^T, where right_for has it for calls like those to come.
         chosen: the vectors that the layer's bank has for the rows, instead of v.
+        asked_at: changes() before the layer was asked anything.
     """
     base, buffers = cast(nn.Linear, layer._modules["base"]), cast(Buffers, layer._buffers)
     parameters: Mapping[str, Tensor | None] = owner._parameters
     projection, adapter_ids = buffers["projection"], None
-    of_bank: tuple[ContextVar[Any] | None, Any, Tensor | None, bool] = None, None, None, False
+    of_bank: tuple[ContextVar[Any] | None, Any, int, int, Tensor | None, bool] = None, None, 0, 0, None, False
     if chosen is not None and layer.bank is not None:
-        selection, vectors, projection, adapter_ids = chosen
+        selection, vectors, projection, adapter_ids, holds_for = chosen
+        if holds_for is None:
+            return None
         parameters, table = {"v": vectors}, layer.bank.tables[layer.group]
         live = table.requires_grad and torch.is_grad_enabled()
         if live and vectors is not table:  # made from the table's rows at every call
             return None
-        of_bank = layer.bank.selected, selection, table, live
+        of_bank = layer.bank.selected, selection, *holds_for, table, live
     v, basis = cast(Tensor, parameters["v"]), buffers["basis"]
     own = cast(LinearParameters, base._parameters)
     weight, bias = own["weight"], own["bias"]
@@ -217,7 +232,7 @@ def make_plan(layer: Layer, owner: Layer, right: Tensor | None, chosen: Chosen |
     )
     held: HeldRight | None = None if right is None else layer.__dict__["_right"]
     plan = Plan(
-        _changes, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
+        asked_at, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
         parameters, v, lacks_right, held, frozen, *of_bank,
     )  # fmt: skip
     if twin is None or backend.name not in node.TWIN_BACKENDS:

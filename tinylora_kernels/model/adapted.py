@@ -10,6 +10,7 @@ from ..base.experts import ExpertSlice
 from ..base.names import bare_name, inside, named_modules
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
+from ..layers.switch import switch_off
 
 
 def adapted_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
@@ -82,12 +83,6 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The bare base model for the duration; what was switched off before stays so afterwards."""
-    enabled = {layer: layer.enabled for layer in adapted_layers(model).values()}
-    try:
-        for layer in enabled:
-            layer.enabled = False
+    """The bare base model for the duration, in the context that asks: threads and tasks beside it keep their own."""
+    with switch_off(adapted_layers(model).values()):
         yield
-    finally:
-        for layer, was in enabled.items():
-            layer.enabled = was

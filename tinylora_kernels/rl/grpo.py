@@ -117,7 +117,7 @@ class GRPOTrainer(VectorTrainer):
         layers = adapted_layers(self.model).values()
         if not layers:
             raise ValueError("reference: the model has no adapter to switch off; keep a copy of it as the reference")
-        if not all(layer.enabled for layer in layers):
+        if not all(layer.is_on() for layer in layers):
             raise ValueError("reference: an adapter is merged or off already; call unmerge(model) first")
         with adapter_disabled(self.model), torch.no_grad():
             yield self.model

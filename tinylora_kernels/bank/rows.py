@@ -1,0 +1,261 @@
+"""Which entry of a block each row of a layer's input belongs to: told by shapes that allow no other answer, or refused.
+
+The entries of ``bank.use`` are of what the model is called with, tokens [b, T], embeddings [b, T, E], images [b, ...]:
+
+    ids [n]             one for each index of the first dimension: b = n, or b = k n where the input shows that the k
+                        rows of an entry are one prompt, side by side (generate's beams)
+    ids [n], n = b T    one for each token
+    ids [b, 1]          as ids [b]
+    ids [b, T], [1, T]  one for each token: packed prompts, time first
+
+A layer's input [b, X, E] then has the entries along its first dimension, for any X, and [T, b, E] the model's first two
+dimensions turned over. [m, E] says nothing of its order, even where m = b T: experts gather rows. It takes the user's
+word that they are the model's (``in_order``). Where b = T, calls of other sizes tell whether a layer turns them over.
+"""
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..layers.layer import TinyLoRALayer
+from ..linear.plan import note_change
+from ..method.parts import names_match
+
+Shape = tuple[int, ...]
+ANY = 0, 0  # dimensions and first size of an input, whatever they are
+
+
+class Order(NamedTuple):
+    """How a block's ids become those of a layer's rows, in equal shares of consecutive rows."""
+
+    tokens: Shape | None = None  # the ids are expanded to it; None: an id for each share of the rows as they are
+    turned: bool = False  # and then turned over
+    holds_for: tuple[int, int] | None = None  # dimensions and first size of inputs of this order; None: ask again
+
+    def of(self, ids: Tensor) -> Tensor:
+        if self.tokens is not None:
+            if ids.dim() == 1 and len(ids) != math.prod(self.tokens):
+                ids = ids.repeat_interleave(self.tokens[0] // len(ids)).view(-1, *[1] * (len(self.tokens) - 1))
+            ids = ids.reshape(self.tokens) if ids.dim() == 1 else ids.expand(self.tokens)
+        return (ids.transpose(0, 1) if self.turned else ids).flatten()
+
+
+class Call(NamedTuple):
+    """What the model was called with, or the first layer where a part of it was called by itself."""
+
+    rows: Shape  # of the input, the features left out
+    by_first: bool  # an entry has an index of the first dimension, or some side by side; else it has a token
+
+
+class Layouts:
+    """What a bank knows of its model's layers.
+
+    Attributes:
+        in_order: layers whose rows are the model's, in their order, whatever the shape.
+        listed: layers inside a ModuleList or ModuleDict: its owner may choose rows for each of its members.
+        turned: layer -> whether it was seen to have the model's first two dimensions turned over.
+        entries_first: the model was seen to have as many rows as there were entries, and other dimensions had not.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, TinyLoRALayer], in_order: Sequence[str] | bool):
+        names = [in_order] if isinstance(in_order, str) else list(in_order) if not isinstance(in_order, bool) else []
+        unknown = next((name for name in names if not any(names_match(layer, name) for layer in layers)), None)
+        if unknown is not None:
+            raise ValueError(f"in_order: expected names of adapted modules, found {unknown!r}, which names none")
+        self.in_order = {
+            layer for full, layer in layers.items() if in_order is True or any(names_match(full, n) for n in names)
+        }
+        lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.ModuleDict)))
+        self.listed = {layer for holder in lists for layer in _layers_of(holder)}
+        self.turned: dict[TinyLoRALayer, bool] = {}
+        self.entries_first = False
+
+
+class Rows:
+    """The calls of one block.
+
+    Args:
+        ids: [n], or of two dimensions or more.
+        layouts: of the bank.
+    """
+
+    def __init__(self, ids: Tensor, layouts: Layouts):
+        self.shape: Shape = tuple(ids.shape)
+        self.uniform = bool((ids == ids.flatten()[0]).all())  # then every order is the same
+        self._layouts = layouts
+        self._calls: dict[Shape, Call] = {}
+        self._beams = 0  # rows of a call that was shown to have beams
+
+    def see(self, rows: Shape, what: str, content: Tensor | None) -> None:
+        """Take note of a call.
+
+        Args:
+            rows: shape of the input, the features left out.
+            what: the input, in messages.
+            content: the input.
+
+        Raises:
+            ValueError: its rows are not those of the entries, or that cannot be told.
+        """
+        last = next(reversed(self._calls), None)
+        if rows == last:
+            return
+        call = self._calls.pop(rows, None) or Call(rows, self._is_by_first(rows, what, content))
+        self._calls[rows] = call
+        if last is not None and len(last) != len(rows):
+            note_change()  # an input [m, E] of a plan may be another one's now
+
+    def _is_by_first(self, rows: Shape, what: str, content: Tensor | None) -> bool:
+        found = f"{what} {list(rows)}"
+        if len(self.shape) > 1:
+            pairs = zip(self.shape, rows, strict=False)
+            if len(self.shape) != len(rows) or any(ids not in (1, size) for ids, size in pairs):
+                raise ValueError(
+                    f"{found}: expected ids of that shape, or 1 in place of a dimension along which they are the same, "
+                    f"found {list(self.shape)}"
+                )
+            return self.shape[0] == rows[0] and set(self.shape[1:]) == {1}
+        (n,) = self.shape
+        if rows[0] == n:
+            if rows[1:2] == (n,) and not self._layouts.entries_first:
+                raise ValueError(
+                    f"{found}: the {n} entries may be of its first dimension or, time first, of its second; give ids "
+                    f"of shape [{n}, 1] or [1, {n}], or call the model with another length first"
+                )
+            self._layouts.entries_first = True
+            return True
+        if math.prod(rows) == n:
+            return False
+        if rows[0] % n == 0 and (rows[0] == self._beams or (content is not None and _is_same_in_each(content, n))):
+            self._beams = rows[0]
+            return True
+        raise ValueError(
+            f"{found}: expected a row for each of the {n} entries, or beams of one prompt side by side, found "
+            f"{rows[0]}; name one entry a row, or give ids by token {list(rows)}, or [1, {n}] where time is first"
+        )
+
+    def order(self, layer: TinyLoRALayer, rows: Shape, flattened: bool = False) -> Order:
+        """How the ids become those of a layer's rows.
+
+        Args:
+            rows: shape of the layer's input, the features left out.
+            flattened: its rows are known to be those of the model's input, in their order.
+
+        Raises:
+            ValueError: that cannot be told.
+        """
+        if self.uniform:
+            return Order(holds_for=ANY)
+        if not self._calls:
+            self.see(rows, f"{layer.name}: its input", None)
+        trusted = layer in self._layouts.in_order
+        for call in reversed(self._calls.values()):
+            latest = call.rows == next(reversed(self._calls))
+            order = self._flat(call, latest, layer, rows, flattened, trusted)
+            order = order or self._in_shape(call, layer, rows, trusted)
+            if order is not None:
+                return order
+        last = next(reversed(self._calls))
+        raise ValueError(
+            f"{layer.name}: expected an input [{last[0]}, ..., E], as the model was called with {list(last)}, found "
+            f"{_shown(rows)}: its rows may be any (experts gather them); if they are the model's in their order, say "
+            f"AdapterBank(..., in_order=[{layer.name.rpartition('.')[2]!r}])"
+        )
+
+    def _flat(
+        self, call: Call, latest: bool, layer: TinyLoRALayer, rows: Shape, flattened: bool, trusted: bool
+    ) -> Order | None:
+        """Of rows [m] that are the call's; of rows of more dimensions where the user says so."""
+        count = math.prod(rows)
+        own = latest and rows == call.rows and len(rows) == 1 and layer not in self._layouts.listed
+        same = count == math.prod(call.rows) and (flattened or trusted)
+        if call.by_first and (own or same or (trusted and count % call.rows[0] == 0)):
+            return Order(holds_for=None if flattened else (len(rows) + 1, rows[0]))
+        return Order(call.rows) if own or same else None
+
+    def _in_shape(self, call: Call, layer: TinyLoRALayer, rows: Shape, trusted: bool) -> Order | None:
+        """Of an input that has the call's first two dimensions, as they are or turned over."""
+        if layer.samples_first:
+            return Order(holds_for=(len(rows) + 1, rows[0])) if call.by_first and rows[0] == call.rows[0] else None
+        straight = len(rows) > 1 and (rows[0] == call.rows[0] if call.by_first else rows == call.rows)
+        over = len(rows) == len(call.rows) == 2 and rows == call.rows[::-1]
+        if not (straight or over):
+            return None
+        turned = False if trusted else self._layouts.turned.get(layer)
+        if turned is None and rows[0] == rows[1]:
+            raise ValueError(
+                f"{layer.name}: its input {_shown(rows)} may have the entries along its first dimension or along its "
+                "second; call the model with another length first, or say AdapterBank(..., in_order=True) if no layer "
+                "turns them over"
+            )
+        if turned is None:
+            turned = self._layouts.turned[layer] = over
+        if turned:
+            return Order(call.rows, turned=True) if over else None
+        if not straight:
+            return None
+        return Order(holds_for=(len(rows) + 1, rows[0])) if call.by_first else Order(call.rows)
+
+
+def _shown(rows: Shape) -> str:
+    """ "[3, 4, E]"."""
+    return f"[{', '.join(map(str, rows))}, E]"
+
+
+def _is_same_in_each(content: Tensor, n: int) -> bool:
+    """Whether the rows of each entry are one and the same, and others than the next entry's."""
+    each = content.detach().reshape(n, content.shape[0] // n, -1)
+    same = (each == each[:, :1]).all()
+    return bool(same & (each[1:, 0] != each[:-1, 0]).any(-1).all())
+
+
+def watch(bank: Any, model: nn.Module, layers: Iterable[TinyLoRALayer]) -> list[Callable[[], None]]:
+    """Have the model tell the bank's open block what it is called with; what undoes it.
+
+    The model is every module that holds all adapted layers: what stands around it, or inside, may be called as well.
+    """
+    every = set(layers)
+    whole = (module for module in model.modules() if set(_layers_of(module)) == every)
+    return [module.register_forward_pre_hook(_Watch(weakref.ref(bank)), with_kwargs=True).remove for module in whole]
+
+
+@dataclass(eq=False)
+class _Watch:
+    """The hook of `watch`. Copies and pickles of a model carry no bank, and theirs does nothing."""
+
+    bank: Callable[[], Any] = lambda: None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bank = self.bank()
+        rows: Rows | None = None if bank is None else getattr(bank.blocks.innermost.get(), "rows", None)
+        if rows is not None and not rows.uniform and (found := next(_inputs(module, args, kwargs), None)) is not None:
+            name, content = found
+            rows.see(_rows_of(content), f"{type(module).__name__}: {name}", content)
+
+    def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
+        return _Watch, ()
+
+
+def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a module is called with, what transformers calls the main one first."""
+    named = [*(("its input", value) for value in args), *kwargs.items()]
+    main = getattr(module, "main_input_name", None)
+    for name, value in sorted(named, key=lambda item: item[0] != main):  # stable
+        nested = value.items() if isinstance(value, Mapping) else [(name, value)]
+        yield from ((str(key), tensor) for key, tensor in nested if isinstance(tensor, Tensor) and tensor.dim())
+
+
+def _rows_of(content: Tensor) -> Shape:
+    """Shape of the rows of an input: ids [b, T]; features [b, E] or [b, T, E]; images and the like [b, ...]."""
+    if not content.is_floating_point():
+        return tuple(content.shape)
+    return tuple(content.shape[:-1] if content.dim() in (2, 3) else content.shape[:1])
+
+
+def _layers_of(module: nn.Module) -> Iterator[TinyLoRALayer]:
+    return (below for below in module.modules() if isinstance(below, TinyLoRALayer))

@@ -1,0 +1,40 @@
+"""Numbers that no arithmetic can use are refused where they come in: NaN, infinity, and what a dtype makes infinite."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .words import dtype_name
+
+
+def as_finite(what: str, numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers in a dtype, default their own, all of them finite there.
+
+    Raises:
+        ValueError: one is not; the message begins with `what`.
+    """
+    stored = numbers if dtype is None else numbers.to(dtype)
+    finite = torch.isfinite(stored)
+    if not bool(finite.all()):
+        found = numbers[~finite].flatten()[0].item()
+        raise ValueError(f"{what}: expected finite numbers in {dtype_name(stored.dtype)}, found {found:g}")
+    return stored
+
+
+def check_number(name: str, value: object, at_least: float = -math.inf, below: float = math.inf) -> float:
+    """A real number in [at_least, below), as a float.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    try:
+        number = math.nan if isinstance(value, (bool, str, bytes, complex)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not (at_least <= number < below and math.isfinite(number)):
+        limits = "" if at_least == -math.inf else f" of at least {at_least:g}"
+        limits += "" if below == math.inf else f", below {below:g}"
+        raise ValueError(f"{name}: expected a finite number{limits}, found {str(value)[:60]}")
+    return number
