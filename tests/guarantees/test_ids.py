@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import decimal
 import fractions
+import re
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ WRONG = [
     [0.5], [1.0], [np.float32(1)], [torch.tensor(1.0)], torch.tensor([0.5]), torch.tensor([1.0]), np.array([1.0]),
     torch.tensor([1.0], dtype=torch.bfloat16), [1j], [0j], torch.tensor([1j]), np.array([1j]), [float("nan")],
     [decimal.Decimal(1)], [fractions.Fraction(1)], [np.array(True)], [np.array([0, 1])], [torch.tensor([0, 1])],
-    np.array(["a"]), np.array(["a", None]), {"a", "b"}, {"a": 1}, iter(["a"]), (n for n in "ab"), 1, None, True, 0.5,
+    np.array(["a"]), np.array(["a", None]), {"a"}, {"a": 1}, iter(["a"]), (n for n in "ab"), 1, None, True, 0.5,
     b"a", [{}], [([],)], torch.tensor([1], device="meta"), torch.tensor([[1]]).to_sparse(),
     [[0, 1], [0]], [[0], 0], [[0], ["a", "b"]],
 ]  # fmt: skip
@@ -83,7 +84,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "ids"), REFUSED, ids=lambda value: repr(value)[:60])
+@pytest.mark.parametrize(("kind", "ids"), REFUSED, ids=lambda value: re.sub(" at 0x.*", "", repr(value))[:60])
 def test_anything_else_is_one_error_before_anything_has_run(bank, kind, ids):
     with pytest.raises(kind) as info:
         with bank.use(ids):
