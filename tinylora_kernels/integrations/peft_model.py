@@ -234,7 +234,6 @@ class AdaptedModel(PeftModel):
         self.base_model = AdaptedTuner(model)
         self.special_peft_forward_args: set[str] = set()
         self._is_prompt_learning = False
-        self._adapters_disabled = False
         self.peft_type = None
 
     @classmethod
@@ -267,8 +266,13 @@ class AdaptedModel(PeftModel):
         return self.base_model.active_adapters
 
     @property
+    def _adapters_disabled(self) -> bool:
+        """Of the context that asks: another thread's rollout has its own."""
+        return not self.has_active_enabled_adapter
+
+    @property
     def has_active_enabled_adapter(self) -> bool:
-        return any(layer.enabled or is_merged(layer) for layer in self._layers().values())
+        return any(map(_runs, self._layers().values()))
 
     def get_base_model(self) -> PreTrainedModel:
         """The adapted model."""
@@ -285,13 +289,8 @@ class AdaptedModel(PeftModel):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The bare base model for the duration."""
-        before = self._adapters_disabled
-        try:
-            self._adapters_disabled = True
-            with adapter_disabled(self.get_base_model()):
-                yield
-        finally:
-            self._adapters_disabled = before
+        with adapter_disabled(self.get_base_model()):
+            yield
 
     # What of PEFT's is the tuner's
 
@@ -430,7 +429,7 @@ class AdaptedModel(PeftModel):
         adapters, merged = self._status_of_adapters(), self.base_model.showing_merged
         return [
             TunerLayerStatus(
-                name=f"model.{name}", module_type=type(layer).__name__, enabled=layer.enabled or is_merged(layer),
+                name=f"model.{name}", module_type=type(layer).__name__, enabled=_runs(layer),
                 active_adapters=self.active_adapters,
                 merged_adapters=self.active_adapters if merged or is_merged(layer) else [],
                 quantization_backend=None, **adapters,
@@ -472,6 +471,10 @@ class AdaptedModel(PeftModel):
         raise ValueError("get_prompt: an adapted model has no prompt; it is trained by its vectors")
 
     get_prompt_embedding_to_save = get_prompt
+
+
+def _runs(layer: TinyLoRALayer) -> bool:
+    return layer.is_on() or is_merged(layer)
 
 
 def _refuse_names(arguments: dict[str, Any]) -> None:
