@@ -127,7 +127,6 @@ WRAPPERS = {
     "DDP of blocks compiled": lambda model: ddp(of_blocks(eager)(model)),
     "torch.compile of DDP": lambda model: eager(ddp(model)),
     "torch.compile of as_peft_model": lambda model: eager(as_peft_model(model)),
-    "as_peft_model of torch.compile": lambda model: as_peft_model(eager(model)),
     "DDP of as_peft_model": lambda model: ddp(as_peft_model(model)),
     "all of it": lambda model: eager(ddp(as_peft_model(of_blocks(checkpoint_wrapper)(of_targets(eager)(model))))),
 }

@@ -24,6 +24,7 @@ WRAPPERS = {
     "deepspeed.runtime.engine.DeepSpeedEngine": "module",
     "peft.peft_model.PeftModel": "base_model",
     "peft.tuners.tuners_utils.BaseTuner": "model",
+    "tinylora_kernels.integrations.peft_model.AdaptedTuner": "model",
 }
 # Of these the engine has taken the parameters: a vector that comes later is not synchronised.
 ENGINES = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
