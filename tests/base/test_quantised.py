@@ -153,3 +153,22 @@ def test_torchaos_packed_int4_is_read_through_its_outputs():
     expected = adapt(dequantised(model))(TOKENS).detach()
     with torch.no_grad():
         assert error(adapt(model)(TOKENS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["torchao int8", "torchao int4", "bitsandbytes nf4"])
+def test_a_large_bias_in_bfloat16_is_not_in_the_gradient(name):
+    """As in Qwen2.5's k_proj under QLoRA: the output's rounding is the bias's, the product's numbers are lost in it."""
+    model = FORMATS[name](decoder(torch.bfloat16))
+    module = model.layers[0].k_proj
+    torch.manual_seed(0)
+    module.bias.data.normal_().mul_(900 / module.bias.data.norm())
+    truth = dequantised(model).layers[0].k_proj.double()
+    layer = adapt(model).layers[0].k_proj
+    x, g = torch.randn(40, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+    # dv_i = <P'_i, a^T t>,  a = g U,  t = x W^T U
+    basis = layer.basis.double()
+    t, a = x.double() @ truth.weight.detach().T @ basis.T, g.double() @ basis.T
+    dv = torch.einsum("uij,ij->u", layer.projection.double(), a.T @ t)
+    layer.v.grad = None
+    layer(x.clone().requires_grad_()).backward(g)
+    assert error(layer.v.grad, dv) < 0.01

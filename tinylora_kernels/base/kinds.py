@@ -39,7 +39,8 @@ class Kind:
         why_not: the reason why this one cannot be adapted, one line with the way out, or None.
         matrix: the weight as it is stored -> W [out, in]; a view wherever its strides allow one.
         stored: (W [out, in], shape of the weight) -> the weight as it is stored; undoes `matrix`.
-        product: (x, weight as stored) -> x W^T, what such a layer computes before its bias; None where torch has no op.
+        product: (module, x, weight as stored) -> x W^T, what such a layer computes before its bias; None where it has
+            none. Of a convolution the products of W and every patch.
         is_product: whether the forward of a module is that product and the bias, and nothing else.
         fresh: types whose forward returns a tensor nobody else holds, from a node that saves no output: the update may
             be written into it.
@@ -53,7 +54,7 @@ class Kind:
     matches: Callable[[nn.Module], bool]
     matrix: Callable[[Tensor], Tensor]
     stored: Callable[[Tensor, torch.Size], Tensor]
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    product: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
     is_product: Callable[[nn.Module], bool] = lambda module: False
     fresh: tuple[type, ...] = ()
     why_not: Callable[[nn.Module], str | None] = lambda module: None
@@ -70,6 +71,21 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _is_gguf(module: nn.Module) -> bool:
     """transformers' GgufLinear: no nn.Linear, since its weight stays in the blocks of the file."""
     return type(module).__name__ == "GgufLinear" and hasattr(module, "ggml_type")
+
+
+def _linear_product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight)
+
+
+def _conv1d_product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.matmul(x, weight)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _convolution_product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    return cast(nn.Conv1d | nn.Conv2d | nn.Conv3d, module)._conv_forward(x, weight, None)
 
 
 def _as_is(matrix: Tensor, shape: torch.Size) -> Tensor:
@@ -107,18 +123,18 @@ def _why_not_expert(module: nn.Module) -> str | None:
 
 LINEAR = Kind(
     "linear layers", lambda module: isinstance(module, nn.Linear) or _is_gguf(module), lambda weight: weight, _as_is,
-    product=nn.functional.linear, is_product=lambda module: type(module) is nn.Linear, fresh=(nn.Linear,),
-    by_default=True,
+    product=_linear_product, is_product=lambda module: type(module) is nn.Linear, fresh=(nn.Linear,), by_default=True,
 )  # fmt: skip
 CONV1D = Kind(
     "linear layers", _is_conv1d, lambda weight: weight.T, _transposed,
-    product=torch.matmul, is_product=_is_conv1d, by_default=True,
+    product=_conv1d_product, is_product=_is_conv1d, by_default=True,
 )  # fmt: skip
 CONVOLUTION = Kind(
     # [out, in, k...] -> [out, in * k...]
     "convolutions", lambda module: isinstance(module, _ConvNd), lambda weight: weight.flatten(1),
     lambda matrix, shape: matrix.reshape(shape),
-    fresh=(nn.Conv1d, nn.Conv2d, nn.Conv3d), why_not=_why_not_convolution, channels_first=True,
+    product=_convolution_product, is_product=lambda module: type(module) in _CONVOLUTIONS,
+    fresh=_CONVOLUTIONS, why_not=_why_not_convolution, channels_first=True,
 )  # fmt: skip
 EMBEDDING = Kind(
     # [rows, out] -> [out, rows]

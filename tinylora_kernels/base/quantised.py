@@ -29,11 +29,13 @@ class Format:
         name: of the library and its layers, in messages.
         matches: whether a module's weight is in it; the module has a weight that is not a plain floating tensor.
         dequantise: the module -> its weight as stored, floating point, a fresh tensor.
+        adds_bias: the forward is a product of the weight and, where the module has a bias, that added to it.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     dequantise: Callable[[nn.Module], Tensor]
+    adds_bias: bool = True
 
 
 def _bitsandbytes_4bit(module: nn.Module) -> Tensor:
@@ -90,8 +92,25 @@ FORMATS = (
     Format("bitsandbytes, 8 bits", lambda m: type(m.weight).__name__ == "Int8Params", _bitsandbytes_8bit),
     Format("GGUF blocks", lambda m: hasattr(m, "ggml_type"), _gguf),
     Format("torchao", _dequantises_itself, lambda m: weight_of(m).detach().dequantize()),
-    Format("linear layers", lambda m: hasattr(m, "in_features"), probed_weight),
+    Format("linear layers", lambda m: hasattr(m, "in_features"), probed_weight, adds_bias=False),
 )
+
+
+def _format_of(module: nn.Module) -> Format | None:
+    return next((candidate for candidate in FORMATS if candidate.matches(module)), None)
+
+
+def without_bias(module: nn.Module) -> nn.Module | None:
+    """The quantised layer without its bias, on the same tensors; None of a format whose forward may do other things.
+
+    Beside a large bias the output, rounded to 16 bits, says little of the product that the update is made of.
+    """
+    found = _format_of(module)
+    if found is None or not found.adds_bias:
+        return None
+    bare = object.__new__(type(module))  # a copy would be asked of the library's own __deepcopy__ and __getstate__
+    bare.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
+    return bare
 
 
 @torch.no_grad()
@@ -101,9 +120,9 @@ def dequantised_weight(module: nn.Module) -> Tensor:
     Raises:
         ValueError: no format fits; one line that says what was found.
     """
-    for candidate in FORMATS:
-        if candidate.matches(module):
-            return candidate.dequantise(module)
+    found = _format_of(module)
+    if found is not None:
+        return found.dequantise(module)
     raise ValueError(
         f"{type(module).__name__}: expected a floating weight or one of {', '.join(f.name for f in FORMATS)}, found "
         f"{type(module.weight).__name__} of {weight_of(module).dtype}; leave it out of target_modules"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base.attributes import bias_of, weight_of
 from ..base.kinds import FORWARDED, has_fresh_output, kind_of, weight_matrix
+from ..base.quantised import without_bias
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
 from ..common import modes
@@ -180,7 +181,8 @@ class TinyLoRALayer(nn.Module):
                 return tiny_lora_linear(
                     args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, backend=self.backend
                 )
-            y = self._product(args[0], weight)  # traced, cast by autocast, with a W that is trained, or of a Conv1D
+            # traced, cast by autocast, with a W that is trained, or of another kind
+            y = self._product(base, args[0], weight)
             bias = None if bias is None else bias.to(y.dtype)
             return update(y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True)
         if is_sharded(weight):
@@ -188,6 +190,9 @@ class TinyLoRALayer(nn.Module):
 
             factors = basis, v, projection, adapter_ids
             return sharded_forward(base, self.name, factors, update, self.backend, args, kwargs)
+        if bias is not None and type(weight) not in PLAIN and (bare := self._without_bias(base)) is not None:
+            y = bare(*args, **kwargs)
+            return update(y, basis, v, projection, None, adapter_ids, bias=bias.to(y.dtype))
         y = base(*args, **kwargs)
         inplace = fresh and type(weight) in PLAIN
         return self._update_with_bias(y, basis, v, projection, adapter_ids, bias_of(base), inplace)
@@ -205,6 +210,13 @@ class TinyLoRALayer(nn.Module):
         bias = bias.to(y.dtype)
         bare = y - bias.view(-1, *[1] * (self._feature_axis - 1)) if self._feature_axis > 1 else y - bias
         return update(bare, basis, v, projection, None, adapter_ids, bias=bias, inplace=True)
+
+    @staticmethod
+    def _without_bias(base: nn.Module) -> nn.Module | None:
+        """A quantised layer without its bias, where neither a hook nor a library's ``forward`` is to see its output."""
+        if torch.compiler.is_compiling() or "forward" in base.__dict__ or has_hooks(base):
+            return None
+        return without_bias(base)
 
     def is_on(self) -> bool:
         """Whether the update runs here: it is not merged into the weight, nor switched off in this context."""
