@@ -142,6 +142,9 @@ def refusals(rank: int, world: int) -> list[str]:
     bank.add("a")
     with bank.use(["a"] * layouts.BATCH):
         messages.append(error_of(lambda: model(batch()[0])))
+    bank.close()
+    model.layers[0].k_proj.base.bias.requires_grad_()
+    messages.append(error_of(lambda: model(batch()[0])))
     return messages
 
 

@@ -374,6 +374,16 @@ def test_experts_spread_over_ranks_or_quantised_are_refused():
         adapt(model)
 
 
+def test_a_trained_bias_of_a_stack_is_refused():
+    """c = b U is a constant of the update: the bias's gradient would miss a term."""
+    model = adapt(bare("gpt_oss"))
+    model.model.layers[1].mlp.experts.base.down_proj_bias.requires_grad_()
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj.0: expected a frozen down_proj_bias, found"):
+        model(TOKENS)
+    with torch.no_grad():
+        model(TOKENS)
+
+
 def test_a_version_of_transformers_that_passes_the_updates_by_is_an_error(monkeypatch):
     model = adapt(bare("mixtral"))
     monkeypatch.setattr(model.model.layers[0].mlp.experts, "_forward", lambda seen, x, index, weights: x)

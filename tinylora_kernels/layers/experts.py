@@ -76,6 +76,12 @@ class AdaptedExperts(nn.Module):
                 pieces.append(_piece(layer, start, end, y, vectors, routing))
         if not pieces:
             return y
+        bias = self.base._parameters.get(f"{stack}_bias")
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{next(iter(self.layers_of(stack).values())).name}: expected a frozen {stack}_bias, found one that is "
+                "trained (c = b U is taken for a constant here); freeze it with requires_grad_(False)"
+            )
         pieces.sort(key=lambda piece: piece.rows.start)
         y = y if y.stride(-1) == 1 else y.contiguous()
         accumulate = accumulation_dtype(y.dtype)

@@ -189,7 +189,7 @@ class TinyLoRALayer(nn.Module):
             from .sharded import sharded_forward  # loads torch.distributed: only where it is in use
 
             factors = basis, v, projection, adapter_ids
-            return sharded_forward(base, self.name, factors, update, self.backend, args, kwargs)
+            return sharded_forward(base, self.name, factors, self._update_with_bias, self.backend, args, kwargs)
         if bias is not None and type(weight) not in PLAIN and (bare := self._without_bias(base)) is not None:
             y = bare(*args, **kwargs)
             return update(y, basis, v, projection, None, adapter_ids, bias=bias.to(y.dtype))
@@ -199,7 +199,7 @@ class TinyLoRALayer(nn.Module):
 
     def _update_with_bias(
         self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, bias: Tensor | None,
-        inplace: bool,
+        inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """The update of an output that has the layer's bias in it."""
         update = functools.partial(self._update, backend=self.backend)

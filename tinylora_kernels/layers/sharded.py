@@ -43,14 +43,13 @@ def sharded_forward(
     Args:
         name: of the layer, in messages.
         factors: basis, v, projection and adapter_ids, whole on every rank.
-        update: tiny_lora_update for an output that is whole.
+        update: (y, *factors, bias) -> the update of an output that is whole and has the bias in it.
     """
 
     def updated(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
         if isinstance(y, DTensor):
             return update_sharded(y, base, name, factors, backend)
-        basis, v, projection, adapter_ids = factors  # FSDP2 has gathered the weight for this one call
-        return update(y, basis, v, projection, bias_offset(basis, bias_of(base)), adapter_ids)
+        return update(y, *factors, bias_of(base))  # FSDP2 has gathered the weight for this one call
 
     handle = base.register_forward_hook(updated, prepend=True)
     try:
@@ -63,7 +62,7 @@ def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, bac
     """The update of an output that is spread over a mesh; its layout stays as it was.
 
     Raises:
-        ValueError: a layout without an update, or rows of different adapters on shards.
+        ValueError: a layout without an update, rows of different adapters on shards, or a bias that is trained.
     """
     if kind_of(base) is CONVOLUTION:
         raise ValueError(
@@ -84,6 +83,11 @@ def update_sharded(y: DTensor, base: nn.Module, name: str, factors: Factors, bac
             "a model that is not tensor parallel"
         )
     local, bias = y.to_local(), bias_of(base)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a frozen bias beside a weight that is sharded, found one that is trained (c = b U would "
+            "be taken for a constant); freeze it with requires_grad_(False), or leave this module out of target_modules"
+        )
     if not spread:
         offset = bias_offset(basis, bias)
         updated = tiny_lora_update(local, basis, v, projection, offset, adapter_ids, backend=backend)
