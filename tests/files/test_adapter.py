@@ -487,7 +487,7 @@ HOSTILE = [
     ("tensor v: expected", config_with(trainable_dim=10**18)),
     ("rank 1000 above the smaller side", config_with(frozen_rank=1000)),
     ("config: alpha: expected a finite number", config_with(alpha=[1])),
-    ("config: int too large to convert to float", config_with(alpha=10**400)),
+    ("config: alpha: expected a finite number, found an integer of absurd length", config_with(alpha=10**400)),
     ("config: seed: expected an integer", config_with(seed=2**64)),
     ("config: v_dtype must be one of", config_with(v_dtype="int8")),
     ("config: scaling must be a string", config_with(scaling=None)),
@@ -621,7 +621,7 @@ def test_what_cannot_be_saved(tmp_path):
     model = adapt(tiny_decoder())
     with torch.no_grad():
         model.layers[0].q_proj.v[0] = float("nan")
-    with pytest.raises(AdapterError, match="^model: a trained vector v holds NaN"):
+    with pytest.raises(AdapterError, match="^model: its trained vectors v: .* found nan; nothing"):
         save_adapter(model, tmp_path / "a")
     assert not os.listdir(tmp_path)
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..common import modes
 from ..common.atomic import write_atomically
+from ..common.finite import as_finite
 from ..common.scope import Block, Scope
 from ..files.adapter import check_fits, describe_model
 from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
-from ..method.config import check_seed
+from ..method.config import V_DTYPES, check_choice, check_seed
 from ..model.adapted import adapted_layers
 from .ids import BARE, check_name, ids_of
 from .rows import Layouts, watch
@@ -79,6 +80,7 @@ class AdapterBank:
             raise ValueError("model: expected no adapter bank, found one; close it first")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity: expected an integer >= 1, found {capacity!r}")
+        check_choice("dtype", dtype, V_DTYPES)
         if trainable and dtype is not torch.float32:
             raise ValueError(f"dtype: expected torch.float32 for a trainable bank, found {dtype}")
         self.model = model
@@ -170,8 +172,9 @@ class AdapterBank:
                 raise ValueError(f"adapter {name!r}: it is in the bank already; set() changes it")
             if not self._free:
                 raise RuntimeError(f"adapter {name!r}: the bank is full ({self.capacity}); remove one first")
-            slot = heapq.heappop(self._free)
-            self._write(slot, vectors, seed)
+            slot = self._free[0]
+            self._write(name, slot, vectors, seed)
+            heapq.heappop(self._free)
             self._slots[name] = slot
             self._live[slot] = True
         return slot
@@ -182,7 +185,7 @@ class AdapterBank:
         vectors = self._check_vectors(name, vectors)
         with self._lock:
             slot = self.slot(name)
-            self._write(slot, vectors, self._seed(slot))
+            self._write(name, slot, vectors, self._seed(slot))
 
     def remove(self, name: Hashable) -> None:
         """Take an adapter out; blocks already open keep it, later ones refuse it."""
@@ -230,12 +233,13 @@ class AdapterBank:
         write_atomically(path, encode(described))
 
     @torch.no_grad()
-    def _write(self, slot: int, vectors: Tensor, seed: int | None) -> None:
-        for row, group in enumerate(self._groups):
-            self.tables[group][slot] = vectors[row].to(self.tables[group])
+    def _write(self, name: Hashable, slot: int, vectors: Tensor, seed: int | None) -> None:
+        stored = {group: vectors[row] for row, group in enumerate(self._groups)}
         if self.own_projections is not None:
-            stored = {group: table.detach()[slot].cpu() for group, table in self.tables.items()}
-            self.own_projections.write(slot, stored, cast(int, seed))  # of such a bank _check_seed lets no other by
+            # seed: of such a bank _check_seed lets no None by
+            self.own_projections.write(f"adapter {name!r}", slot, stored, cast(int, seed))
+        for group, v in stored.items():
+            self.tables[group][slot] = v.to(self.tables[group])
 
     def _vectors(self, slot: int) -> Tensor:
         return torch.stack([self.tables[group].detach()[slot].cpu() for group in self._groups])
@@ -268,9 +272,7 @@ class AdapterBank:
         vectors = vectors.detach() if isinstance(vectors, Tensor) else torch.as_tensor(vectors, device="cpu")
         if tuple(vectors.shape) != shape:
             raise ValueError(f"adapter {name!r}: expected vectors [groups, u] = {shape}, found {tuple(vectors.shape)}")
-        if not bool(torch.isfinite(vectors).all()):
-            raise ValueError(f"adapter {name!r}: its vectors hold NaN or infinity")
-        return vectors
+        return as_finite(f"adapter {name!r}: its vectors", vectors, next(iter(self.tables.values())).dtype).cpu()
 
     # Running it
 

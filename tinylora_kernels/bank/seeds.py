@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.kinds import kind_of
+from ..common.finite import as_finite
 from ..layers.layer import TinyLoRALayer
 from ..method.config import TinyLoRAConfig
 
@@ -65,16 +66,19 @@ class OwnProjections:
         ]
         return torch.stack(projections).flatten(2)
 
-    def write(self, slot: int, vectors: Mapping[int, Tensor], seed: int) -> None:
-        """Take in the adapter of a slot; vectors: tie group -> [u], as the bank stores them."""
-        self.seeds[slot] = seed
+    def write(self, what: str, slot: int, vectors: Mapping[int, Tensor], seed: int) -> None:
+        """Take in the adapter of a slot, which errors call `what`; vectors: tie group -> [u], as the bank stores them.
+
+        Raises:
+            ValueError: its update is not finite; nothing has changed then.
+        """
         projections = self.of_seed(seed)  # [L, u, r r]
-        if self.trainable:
-            self._held[:, slot] = projections.to(self._held)
-            return
-        by_layer = torch.stack([vectors[layer.group] for layer in self.position]).double()  # [L, u]
-        # M = sum_i v_i P'_i
-        self._held[:, slot] = (by_layer.unsqueeze(1) @ projections).squeeze(1).to(self._held)
+        if not self.trainable:
+            by_layer = torch.stack([vectors[layer.group] for layer in self.position]).double()  # [L, u]
+            # M = sum_i v_i P'_i
+            projections = (by_layer.unsqueeze(1) @ projections).squeeze(1)
+        self._held[:, slot] = as_finite(f"{what}: its update", projections, self._held.dtype)
+        self.seeds[slot] = seed
 
     def mixing(self, slots: Tensor, vectors: Mapping[int, Tensor]) -> Tensor:
         """M of the slots [S] for every layer, [L, S, r * r], a copy; vectors: tie group -> [S, u]."""

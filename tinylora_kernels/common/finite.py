@@ -10,11 +10,13 @@ from .words import dtype_name
 
 
 def as_finite(what: str, numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The numbers in a dtype, default their own, all of them finite there.
+    """The numbers in a dtype, default their own, all of them real and finite there.
 
     Raises:
         ValueError: one is not; the message begins with `what`.
     """
+    if numbers.is_complex():
+        raise ValueError(f"{what}: expected real numbers, found {dtype_name(numbers.dtype)}")
     stored = numbers if dtype is None else numbers.to(dtype)
     finite = torch.isfinite(stored)
     if not bool(finite.all()):
@@ -23,7 +25,7 @@ def as_finite(what: str, numbers: Tensor, dtype: torch.dtype | None = None) -> T
     return stored
 
 
-def check_number(name: str, value: object, at_least: float = -math.inf, below: float = math.inf) -> float:
+def finite_number(name: str, value: object, at_least: float = -math.inf, below: float = math.inf) -> float:
     """A real number in [at_least, below), as a float.
 
     Raises:
@@ -36,5 +38,7 @@ def check_number(name: str, value: object, at_least: float = -math.inf, below: f
     if not (at_least <= number < below and math.isfinite(number)):
         limits = "" if at_least == -math.inf else f" of at least {at_least:g}"
         limits += "" if below == math.inf else f", below {below:g}"
-        raise ValueError(f"{name}: expected a finite number{limits}, found {str(value)[:60]}")
+        too_long = isinstance(value, int) and value.bit_length() > 200
+        found = "an integer of absurd length" if too_long else repr(value)[:60]
+        raise ValueError(f"{name}: expected a finite number{limits}, found {found}")
     return number

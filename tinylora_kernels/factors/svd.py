@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..common.threads import one_thread_each
+from ..common.words import dtype_name
 from ..method.philox import STREAM_SKETCH, philox_normal
 from . import cache as factor_cache
 from .cache import weight_fingerprint
@@ -161,8 +162,9 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
         raise ValueError(f"{name}: the weight holds NaN or infinite values")
     if largest == 0.0:
         raise ValueError(f"{name}: the weight is zero; its usable rank is 0, below {rank}")
-    # squares of the entries must stay well inside the range of the arithmetic
-    scale = 1.0 if 1e-12 < largest < 1e12 else 2.0 ** -math.frexp(largest)[1]
+    # squares of the entries must stay well inside the range of the arithmetic, and the scale itself inside that of fp32
+    most = 1000 if weight.dtype == torch.float64 else 100
+    scale = 1.0 if 1e-12 < largest < 1e12 else 2.0 ** min(-math.frexp(largest)[1], most)
     triplets = _triplets(weight, rank, tol, scale)
     sigma = triplets.sigma
     usable = int((sigma > _threshold(weight) * sigma[0]).sum())
@@ -174,10 +176,21 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
         basis = canonical_signs(triplets.left[:rank].cpu()).to(dtype).contiguous()
     return Factors(
         basis=basis,
-        sigma=(sigma[:rank].cpu() / scale).to(dtype),
+        sigma=_in_range(sigma[:rank].cpu() / scale, dtype, name),
         degenerate=bool((gaps < DEGENERATE_GAP).any()),
         residual=triplets.residual[:rank].max().item(),
     )
+
+
+def _in_range(sigma: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Falling singular values in a dtype that holds them with all its digits."""
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= sigma[-1].item() <= sigma[0].item() <= limits.max:
+        raise ValueError(
+            f"{name}: its singular values, {sigma[-1]:.2g} to {sigma[0]:.2g}, are outside the range of "
+            f"{dtype_name(dtype)}; scale the weight, or leave the module out of target_modules"
+        )
+    return sigma.to(dtype)
 
 
 def _largest_magnitude(weight: Tensor) -> float:

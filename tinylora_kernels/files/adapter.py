@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base.kinds import weight_matrix
 from ..common import modes
 from ..common.atomic import write_atomically
+from ..common.finite import as_finite
 from ..common.words import listed, one_line
 from ..factors.cache import weight_fingerprint
 from ..factors.modules import factorize_modules
@@ -106,10 +107,10 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
         vectors.setdefault(layer.group, layer.v.detach().cpu())
     if v is None:
         v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]
-    v = v.to(config.v_dtype)
-    if not bool(torch.isfinite(v).all()):
-        raise AdapterError("model: a trained vector v holds NaN or infinity; nothing was written")
-    return AdapterFile(config, v, modules)
+    try:
+        return AdapterFile(config, as_finite("model: its trained vectors v", v, config.v_dtype), modules)
+    except ValueError as error:
+        raise AdapterError(f"{error}; nothing was written") from None
 
 
 def _load_into_bare(

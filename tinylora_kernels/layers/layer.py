@@ -16,6 +16,7 @@ from ..base.quantised import without_bias
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
 from ..common import modes
+from ..common.finite import as_finite
 from ..common.scope import Scope
 from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
@@ -297,6 +298,10 @@ class TinyLoRALayer(nn.Module):
             elif reason := _difference(self._identity(), theirs):
                 error_messages.append(f"{key}: {reason}; nothing was loaded into it")
                 return
+            if not bool(torch.isfinite(state_dict[key]).all()):
+                reason = "expected finite numbers, found NaN or infinity"
+                error_messages.append(f"{key}: {reason}; nothing was loaded into it")
+                return
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __setattr__(self, name: str, value) -> None:
@@ -331,9 +336,10 @@ class TinyLoRALayer(nn.Module):
     @torch.no_grad()
     def set_factors(self, basis: Tensor, sigma: Tensor) -> None:
         """Take U^T [r, out] and sigma, of the weight as it is now or those that v was trained with; P' follows."""
+        projection = finite_projection(self.name, self.method, self.projection_index, sigma, self.base, basis.dtype)
         self.basis.copy_(block_basis(basis, self.parts) if self.parts else basis)
         self.sigma.copy_(sigma)
-        self.projection.copy_(self.method.projection(self.projection_index, sigma, kind_of(self.base).lookup))
+        self.projection.copy_(projection)
         self.take_witness()
 
     def extra_repr(self) -> str:
@@ -371,6 +377,18 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_in_doubt"] = not self._holds_the_weight_adapted_to()  # e.g. after to_empty()
         note_change()
         return moved
+
+
+def finite_projection(
+    name: str, method: Method, index: int, sigma: Tensor, base: nn.Module, dtype: torch.dtype
+) -> Tensor:
+    """P' of one module in the dtype of its basis.
+
+    Raises:
+        ValueError: alpha, or a ratio of singular values, is too large for the dtype, or sigma is no sigma.
+    """
+    projection = method.projection(index, sigma, kind_of(base).lookup)
+    return as_finite(f"{name}: its projection, alpha times ratios of singular values", projection, dtype)
 
 
 def _doubt_what_was_loaded(layer: TinyLoRALayer, incompatible_keys) -> None:

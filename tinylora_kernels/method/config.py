@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..common.finite import finite_number
 from .parts import part_sizes
 from .projection import normal_vector, random_projection, ratio_projection, uniform_vector
 
@@ -186,7 +187,7 @@ def check_common_fields(config: TinyLoRAConfig | LoRAXSConfig, inits: Sequence[s
     check_positive_int("n_tie", config.n_tie)
     if isinstance(config.tying, str) and config.tying not in ("tiled", "structured"):
         raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {config.tying!r}")
-    check_scale("alpha", config.alpha)
+    config.alpha = finite_number("alpha", config.alpha)
     check_choice("scaling", config.scaling, SCALINGS)
     check_seed(config.seed)
     check_choice("init", config.init, inits)
@@ -196,11 +197,6 @@ def check_common_fields(config: TinyLoRAConfig | LoRAXSConfig, inits: Sequence[s
 def check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
-
-
-def check_scale(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-        raise ValueError(f"{name}: expected a finite number, found {value!r}")
 
 
 def check_seed(value: object) -> None:

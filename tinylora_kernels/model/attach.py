@@ -8,13 +8,13 @@ from torch import nn
 from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
 from ..base.experts import ExpertSlice, StackedExperts
-from ..base.kinds import kind_of
 from ..base.names import COMPILED, is_of
 from ..common import modes
+from ..common.finite import as_finite
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
-from ..layers.layer import TinyLoRALayer
+from ..layers.layer import TinyLoRALayer, finite_projection
 from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
@@ -119,14 +119,15 @@ def attach(
                 f"{name}: expected singular values {[len(sizes), config.rank]} of its parts, found "
                 f"{list(factor.sigma.shape)}; factors.modules.factorize_modules makes them"
             )
-        basis = block_basis(factor.basis, sizes) if sizes else factor.basis
+        basis = as_finite(f"{name}: its basis U", block_basis(factor.basis, sizes) if sizes else factor.basis)
         v: nn.Parameter | TinyLoRALayer | None = owners.get(group)
         if v is None:
-            v = nn.Parameter(config.initial(group).to(weight_of(base).device, trained_dtype(config.v_dtype)))
+            numbers = as_finite(f"{name}: its vector v", config.initial(group), trained_dtype(config.v_dtype))
+            v = nn.Parameter(numbers.to(weight_of(base).device))
+        projection = finite_projection(name, config, projection_index, factor.sigma, base, basis.dtype)
         layer = TinyLoRALayer(
-            base, basis, factor.sigma, config.projection(projection_index, factor.sigma, kind_of(base).lookup), v,
-            name=name, index=index, group=group, config=config, degenerate=factor.degenerate,
-            parts=sizes, projection_index=projection_index,
+            base, basis, factor.sigma, projection, v, name=name, index=index, group=group, config=config,
+            degenerate=factor.degenerate, parts=sizes, projection_index=projection_index,
         )  # fmt: skip
         projection_index += len(sizes) if sizes else 1
         layer.train(base.training)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..base.weights import slabs
+from ..common.finite import as_finite
 from ..common.words import dtype_name
 from ..method.tying import module_kind
 from ..ops.reference import product
@@ -84,7 +85,7 @@ def merge_fidelity(model: nn.Module, dtype: torch.dtype | None = None) -> MergeF
         dtype: the dtype a rollout engine would hold the weights in; default each weight's own.
 
     Raises:
-        ValueError: no adapter, a quantised base, or a weight shared with another module.
+        ValueError: no adapter, a quantised base, a weight shared with another module, or numbers beyond the dtype.
     """
     rows, dots, energies, errors = [], 0.0, 0.0, 0.0
     for name, layer in mergeable_layers(model).items():
@@ -95,7 +96,7 @@ def merge_fidelity(model: nn.Module, dtype: torch.dtype | None = None) -> MergeF
         for part in slabs(len(weight)):
             exact = weight[part].double()
             delta = product(left[part], right)  # D
-            before, after = exact.to(cast), (exact + delta).to(cast)
+            before, after = (as_finite(f"{name}: its weight", w, cast) for w in (exact, exact + delta))
             merged_delta = after.double().sub_(before.double())  # D^
             changed += float((before != after).sum()) / weight.numel()
             energy += float(delta.square().sum())

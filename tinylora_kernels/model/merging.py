@@ -16,6 +16,7 @@ from ..base.experts import ExpertSlice
 from ..base.kinds import as_stored, write_weight
 from ..base.names import inside, named_modules
 from ..base.weights import right_factor, slabs
+from ..common.finite import as_finite
 from ..common.words import described
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
@@ -37,7 +38,7 @@ def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tup
 
     Raises:
         ValueError: no adapter, a base that is quantised, or a weight shared with another module; raised by the call,
-            not at the first tensor.
+            not at the first tensor. At its tensor: a merged weight that is not finite in its dtype.
     """
     mergeable_layers(model)
     return _stream(model, only_adapted)
@@ -56,8 +57,8 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
         save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
 
     Raises:
-        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, or a weight shared with another
-            module.  Nothing has changed then.
+        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, a weight shared with another
+            module, or a merged weight that is not finite in its dtype.  Nothing has changed then.
     """
     layers = mergeable_layers(model)
     if any(layer.bank is not None for layer in layers.values()):
@@ -123,7 +124,10 @@ def merged_weight(layer: TinyLoRALayer) -> Tensor:
     left, right = delta_factors(layer)
     merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows in slabs(len(weight)):
-        merged[rows] = weight[rows].to(torch.float64, copy=True).addmm_(left[rows], right)
+        exact = weight[rows].to(torch.float64, copy=True).addmm_(left[rows], right)
+        merged[rows] = exact
+        if not bool(torch.isfinite(merged[rows]).all()) and bool(torch.isfinite(weight).all()):
+            as_finite(f"{layer.name}: its merged weight", exact, weight.dtype)  # raises
     return merged
 
 

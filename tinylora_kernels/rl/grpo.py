@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..common.finite import finite_number
 from ..model.adapted import adapted_layers, adapter_disabled
 from .trainer import VectorTrainer, check_log_probs, check_mask
 
@@ -87,8 +88,9 @@ class GRPOTrainer(VectorTrainer):
     ):
         if group_size < 2:
             raise ValueError(f"group_size: expected at least 2 completions per prompt, found {group_size}")
-        if kl_coeff < 0 or not 0 < clip_eps < 1:
-            raise ValueError(f"expected kl_coeff >= 0 and 0 < clip_eps < 1, found {kl_coeff} and {clip_eps}")
+        finite_number("kl_coeff", kl_coeff, at_least=0.0)
+        if not 0 < clip_eps < 1:
+            raise ValueError(f"clip_eps: expected a number between 0 and 1, found {clip_eps}")
         if clip_eps_high is not None and not clip_eps_high > 0:
             raise ValueError(f"clip_eps_high: expected a positive number or None, found {clip_eps_high}")
         if loss_type not in LOSS_TYPES:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..bank.bank import AdapterBank
 from .grpo import GRPOTrainer
 from .sft import negative_log_likelihood
+from .trainer import check_adam
 
 
 class PopulationAdam(torch.optim.Optimizer):
@@ -35,6 +36,7 @@ class PopulationAdam(torch.optim.Optimizer):
     ):
         if not bank.parameters():
             raise ValueError("bank: expected trainable tables, found frozen ones; use AdapterBank(..., trainable=True)")
+        check_adam(betas, eps, weight_decay, max_grad_norm, *(lr.values() if isinstance(lr, Mapping) else (lr,)))
         self.bank = bank
         self.rates = lr
         super().__init__(

@@ -6,6 +6,22 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..common.finite import finite_number
+
+
+def check_adam(
+    betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None, *rates: object
+) -> None:
+    """The numbers of an Adam optimizer; ValueError names the one that is out of range."""
+    for rate in rates:
+        finite_number("lr", rate, at_least=0.0)
+    for beta in betas:
+        finite_number("betas", beta, at_least=0.0, below=1.0)
+    finite_number("eps", eps, at_least=0.0)
+    finite_number("weight_decay", weight_decay, at_least=0.0)
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: expected a positive number or None, found {max_grad_norm}")
+
 
 class VectorTrainer:
     """Optimizer, gradient clipping, gradient accumulation and resume for a model's trainable parameters.
@@ -38,8 +54,7 @@ class VectorTrainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model: no parameter requires grad; call apply_tiny_lora(model, config) first")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: expected a positive number or None, found {max_grad_norm}")
+        check_adam(betas, eps, weight_decay, max_grad_norm, lr)
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps: expected at least 1, found {accumulation_steps}")
         self.max_grad_norm = max_grad_norm
@@ -86,6 +101,9 @@ class VectorTrainer:
                 f"trainer state: it covers {sum(sizes)} parameters, this optimizer holds {len(held)}; "
                 "it belongs to another model"
             )
+        for name, value in ((name, value) for group in inner["param_groups"] for name, value in group.items()):
+            if isinstance(value, float):
+                finite_number(f"trainer state: {name}", value)
         for index, slots in inner["state"].items():
             if index not in range(len(held)):
                 raise ValueError(f"trainer state: it knows a parameter {index!r}, this optimizer holds {len(held)}")
@@ -95,6 +113,8 @@ class VectorTrainer:
                         f"trainer state: {slot} of parameter {index} has shape {list(value.shape)}, "
                         f"expected {list(held[index].shape)}; it belongs to another model"
                     )
+                if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"trainer state: {slot} of parameter {index} holds NaN or infinity")
         self.optimizer.load_state_dict(inner)
         self.steps = state["steps"]
         self._pending = 0
