@@ -21,12 +21,12 @@ from .base.kinds import weight_matrix
 from .base.weights import is_sharded
 from .common.atomic import write_atomically
 from .factors.modules import factorize_matrix
-from .factors.svd import Factors
+from .factors.svd import Factors, RankError
 from .files.adapter import describe_model
 from .files.format import encode
 from .method.config import LoRAXSConfig, TinyLoRAConfig
 from .model.adapted import trainable_vectors
-from .model.targets import base_module, fused_parts, target_names
+from .model.targets import base_module, fused_parts, is_default, selected_names
 
 Group = dist.ProcessGroup | None
 
@@ -109,7 +109,7 @@ def factorize_shared(
     Raises:
         ValueError: on every rank, what the factorisation of any matrix raised on one.
     """
-    bases = {name: base_module(model, name) for name in target_names(model, config.target_modules)}
+    bases = {name: base_module(model, name) for name in selected_names(model, config)[0]}
     parts = fused_parts(config, bases)
     me = dist.get_rank(group)
     shares = deal({name: weight_of(base).numel() for name, base in bases.items()}, dist.get_world_size(group))
@@ -126,6 +126,9 @@ def factorize_shared(
             continue
         try:
             found[turn[me]] = factorize_matrix(turn[me], mine, config.rank, parts, cache=config.cache)
+        except RankError as error:
+            if not is_default(config):  # the default leaves out what cannot carry the rank
+                failed[turn[me]] = str(error)
         except ValueError as error:  # all raise it together below: a rank that stops here leaves the others waiting
             failed[turn[me]] = str(error)
     gathered: list = [None] * dist.get_world_size(group)
@@ -135,7 +138,7 @@ def factorize_shared(
     for name in bases:
         if name in messages:
             raise ValueError(messages[name])
-    return {name: factors[name] for name in bases}
+    return {name: factors[name] for name in bases if name in factors}
 
 
 def deal(sizes: dict[str, int], hands: int) -> list[list[str]]:

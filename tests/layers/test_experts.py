@@ -148,7 +148,7 @@ def test_a_single_expert_can_be_adapted_and_linear_layers_alone_are_by_default()
     assert error(model(TOKENS).logits.detach(), bare("mixtral")(TOKENS).logits.detach().double()) > 1e-3
     config = TinyLoRAConfig(cache=False)
     assert not any("expert" in n for n in adapted_layers(apply_tiny_lora(bare("mixtral"), config, progress=False)))
-    with pytest.raises(ValueError, match="no module matches exports; the model has .*experts experts"):
+    with pytest.raises(ValueError, match="exports; did you mean experts. the model has .*experts experts"):
         adapt(bare("mixtral"), ["exports"])
 
 

@@ -283,8 +283,8 @@ def _names(targets):
     ("up", "^up: it cannot be adapted: a transposed convolution stores its weight as .in, out.*leave it out"),
     ("renormed", "^renormed: it cannot be adapted: max_norm=1.0 rescales.*set max_norm=None"),
     ("sparse", "^sparse: it cannot be adapted: sparse=True.*set sparse=False"),
-    ("norm", "^target_modules: no module matches norm; the model has embeddings embed; convolutions conv; linear "
-             "layers proj$"),
+    ("norm", "^target_modules: no module matches norm; norm is a LayerNorm, which has no matrix .*; the model has "
+             "embeddings embed; convolutions conv; linear layers proj$"),
 ])  # fmt: skip
 def test_what_cannot_be_adapted_is_refused_by_name(target, message):
     model = Mixed()

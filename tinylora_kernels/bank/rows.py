@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..layers.layer import TinyLoRALayer
 from ..linear.plan import note_change
-from ..method.parts import names_match
+from ..method.selection import names_match
 
 Shape = tuple[int, ...]
 ANY = 0, 0  # dimensions and first size of an input, whatever they are

@@ -18,6 +18,7 @@ def factorize_modules(
     *,
     cache: bool = True,
     progress: bool = True,
+    skip: bool = False,
 ) -> dict[str, Factors]:
     """The truncated SVD of every module's weight, part by part where it has parts; one weight at a time.
 
@@ -25,18 +26,22 @@ def factorize_modules(
         bases: module name -> frozen layer.
         rank: singular triplets of each weight, or of each part.
         parts: module name -> sizes of its parts.
+        skip: leave out the modules whose weight, or one part of it, cannot carry the rank.
 
     Returns:
         name -> Factors, those of modules with parts in the compact form: basis [r, out], sigma [parts, r].
     """
-    items, owners = [], []
+    items, owners = [], {}
     for name, base in bases.items():
         for label, rows in _pieces(name, parts):
             items.append((label, lambda base=base, rows=rows: weight_matrix(base)[rows]))
-            owners.append(name)
+            owners[label] = name
     pieces: dict[str, list[Factors]] = {}
-    for owner, (_, factors) in zip(owners, factorize_many(items, rank, cache=cache, progress=progress), strict=True):
-        pieces.setdefault(owner, []).append(factors)
+    without_rank: list[str] | None = [] if skip else None
+    for label, factors in factorize_many(items, rank, cache=cache, progress=progress, without_rank=without_rank):
+        pieces.setdefault(owners[label], []).append(factors)
+    for label in without_rank or []:
+        pieces.pop(owners[label], None)
     return {name: _compact(found) if name in parts else found[0] for name, found in pieces.items()}
 
 

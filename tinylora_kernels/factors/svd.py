@@ -35,6 +35,10 @@ SKETCH_TOLERANCE = 1e-5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+class RankError(ValueError):
+    """A weight that cannot carry the rank asked for."""
+
+
 @dataclass(frozen=True)
 class Factors:
     """Truncated SVD W = U S V^T of a weight [out, in].
@@ -93,20 +97,29 @@ def factorize_many(
     progress: bool = True,
     cache: bool = True,
     tol: float = 1e-5,
+    without_rank: list[str] | None = None,
 ) -> Iterator[tuple[str, Factors]]:
     """truncated_svd of many weights, one in memory at a time: yields (name, Factors) in order.
 
     Args:
         items: (name, weight) or (name, function that returns the weight); the function is called when its turn comes.
         progress: show a bar on a terminal once the work has taken a second.
+        without_rank: takes the names of weights that cannot carry the rank, which are an error where it is None.
     """
     items = list(items)
     with tqdm(total=len(items), desc="Factorising", unit="matrix", delay=1, disable=None if progress else True) as bar:
         for name, source in items:
             weight = source() if callable(source) else source
-            factors = truncated_svd(weight, rank, name=name, cache=cache, tol=tol)
-            del weight
-            bar.update()
+            try:
+                factors = truncated_svd(weight, rank, name=name, cache=cache, tol=tol)
+            except RankError:
+                if without_rank is None:
+                    raise
+                without_rank.append(name)
+                continue
+            finally:
+                del weight
+                bar.update()
             yield name, factors
 
 
@@ -140,7 +153,9 @@ def _check(weight: Tensor, rank: int, name: str) -> None:
     if weight.numel() == 0:
         raise ValueError(f"{name}: the weight is empty, shape {list(weight.shape)}")
     if not 1 <= rank <= min(weight.shape):
-        raise ValueError(f"{name}: rank must be from 1 to min(out, in) = {min(weight.shape)}, got {rank}")
+        raise RankError(
+            f"{name}: rank must be from 1 to min(out, in) = {min(weight.shape)}, got {rank}; leave it out otherwise"
+        )
 
 
 def _cached(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
@@ -161,7 +176,7 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     if not math.isfinite(largest):
         raise ValueError(f"{name}: the weight holds NaN or infinite values")
     if largest == 0.0:
-        raise ValueError(f"{name}: the weight is zero; its usable rank is 0, below {rank}")
+        raise RankError(f"{name}: the weight is zero; its usable rank is 0, below {rank}; leave it out")
     # squares of the entries must stay well inside the range of the arithmetic, and the scale itself inside that of fp32
     most = 1000 if weight.dtype == torch.float64 else 100
     scale = 1.0 if 1e-12 < largest < 1e12 else 2.0 ** min(-math.frexp(largest)[1], most)
@@ -169,7 +184,9 @@ def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     sigma = triplets.sigma
     usable = int((sigma > _threshold(weight) * sigma[0]).sum())
     if usable < rank:
-        raise ValueError(f"{name}: numerical rank is {usable}, below rank {rank}; use a rank of at most {usable}")
+        raise RankError(
+            f"{name}: numerical rank is {usable}, below rank {rank}; use a rank of at most {usable} or leave it out"
+        )
     gaps = 1 - sigma[1 : rank + 1] / sigma[:rank][: len(sigma) - 1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with one_thread_each():  # two threads would wait for each other longer than this takes

@@ -22,12 +22,12 @@ from ..factors.cache import weight_fingerprint
 from ..factors.modules import factorize_modules
 from ..factors.svd import SKETCH_TOLERANCE, Factors, basis_sketch, compare_sketch
 from ..layers.layer import TinyLoRALayer
-from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig
+from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig, by_names, is_literal
 from ..method.tying import assign_groups
 from ..model.adapted import adapted_layers
-from ..model.attach import adapt
+from ..model.attach import attach
 from ..model.merging import is_merged, original_weight
-from ..model.targets import base_module, fused_parts, target_names
+from ..model.targets import base_module, fused_parts, selected_names
 from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
 
 
@@ -108,9 +108,10 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     if v is None:
         v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]
     try:
-        return AdapterFile(config, as_finite("model: its trained vectors v", v, config.v_dtype), modules)
+        v = as_finite("model: its trained vectors v", v, config.v_dtype)
     except ValueError as error:
         raise AdapterError(f"{error}; nothing was written") from None
+    return AdapterFile(config if is_literal(config) else by_names(config, list(layers)), v, modules)
 
 
 def _load_into_bare(
@@ -119,7 +120,7 @@ def _load_into_bare(
     config = dataclasses.replace(adapter.config, backend=backend, cache=cache)
     names = [module.name for module in adapter.modules]
     try:
-        found = target_names(model, config.target_modules)
+        found, _ = selected_names(model, config)
         _check_names(found, names)
         groups = assign_groups(names, config.n_tie, config.tying)
     except AdapterError:
@@ -141,7 +142,7 @@ def _load_into_bare(
     factors = stored | computed
     _check_bases({name: factors[name].basis for name in names}, adapter)
 
-    adapt(model, config, progress=progress, factors=factors)
+    attach(model, config, names, groups, factors)
     _set_vectors(adapted_layers(model), adapter.v)
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from ..common.words import dtype_name, one_line
 from ..factors.svd import SKETCH_COLUMNS
 from ..method.config import LoRAXSConfig, TinyLoRAConfig
+from ..method.selection import is_expression
 
 Json = dict[str, Any]  # an object of a file: its values are checked before they are used
 Extents = dict[str, tuple[torch.dtype, list[int], int, int]]  # tensor name -> (dtype, shape, start, end) in the payload
@@ -43,7 +44,8 @@ Extents = dict[str, tuple[torch.dtype, list[int], int, int]]  # tensor name -> (
 VERSION = 1
 METHODS: dict[str, type[TinyLoRAConfig] | type[LoRAXSConfig]] = {"tiny_lora": TinyLoRAConfig, "lora_xs": LoRAXSConfig}
 METADATA_KEYS = ("version", "sha256", "method", "config", "names", "shapes", "groups", "weights", "sketches")
-RUNTIME_FIELDS = {"backend", "cache"}  # of a config: where it runs, not what it is
+# Of a config: where it runs, not what it is; and by what modules were selected, which a file names one by one.
+RUNTIME_FIELDS = {"backend", "cache", "exclude_modules", "layers_to_transform", "layers_pattern"}
 OPTIONAL_FIELDS = {"fused"}  # of a config: written only where they are not None
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 64 << 20  # a hundred thousand modules fit
@@ -301,6 +303,8 @@ def _decode_config(
         raise AdapterError(f"config: target_modules must be null, a string or a list, found {_shown(targets)}")
     if not all(_is_name(target) for target in ([targets] if isinstance(targets, str) else targets or [])):
         raise AdapterError("config: target_modules holds something that is not a module name")
+    if is_expression(targets):
+        raise AdapterError(f"config: target_modules must name modules, found the expression {_shown(targets)}")
     fused = values.get("fused", {})
     if not isinstance(fused, dict) or not all(
         _is_name(name) and (_is_count(entry) or _is_counts(entry, MAX_DIMENSION)) for name, entry in fused.items()

@@ -105,7 +105,7 @@ def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: s
         factors[name] = Factors(side.basis, side.norms.square(), True, 0.0)  # B = U sqrt(S): the norms are sqrt(S)
     vectors = [tensors[f"base_model.tinylora_v.{group}"] for group in range(max(groups) + 1)]
     adapter = PeftAdapterConfig(config, projections, vectors, vectors[0].dtype, backend)
-    return attach(model, adapter, names, groups, progress=False, factors=factors)
+    return attach(model, adapter, names, groups, factors)
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:

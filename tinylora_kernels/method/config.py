@@ -1,9 +1,10 @@
 """What an adapter is: its hyperparameters, validated where they are written down, and what follows from them."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..common.finite import finite_number
 from .parts import part_sizes
 from .projection import normal_vector, random_projection, ratio_projection, uniform_vector
+from .selection import checked_expression, checked_names, checked_numbers, entries, is_expression
 
 SCALINGS = ("left", "sqrt")
 TINY_LORA_INITS = ("zeros", "uniform")
@@ -61,9 +63,11 @@ class TinyLoRAConfig:
         frozen_rank: r, how many singular triplets of W span the update; the paper finds 2 best.
         trainable_dim: u, trained numbers in each tie group.
         n_tie: modules that share one v; ceil(modules / n_tie) groups when tiled.
-        target_modules: names to adapt: a module matches by its full name, its last component ("q_proj") or a dotted
-            suffix ("self_attn.q_proj"). None or "all-linear": every linear layer but the output head. Convolutions,
-            embeddings and the experts of mixture models ("experts", "experts.down_proj") are adapted where named.
+        target_modules: what to adapt: a list of names, each a module's full name, its last component ("q_proj") or a
+            dotted suffix ("self_attn.q_proj"); a string with one such name, or with a regular expression that a full
+            name has to match. None or "all-linear": every linear layer but the output head and what cannot carry the
+            rank, which a warning names. Convolutions, embeddings and the experts of mixture models ("experts",
+            "experts.down_proj") are adapted where named.
         tying: "tiled" (consecutive modules), "structured" (within a kind of module), or {module name: group}.
         alpha: scale of the update.
         scaling: "left", R acts between S and V^T (the paper); "sqrt", S is split evenly on both sides of R (as PEFT
@@ -77,6 +81,10 @@ class TinyLoRAConfig:
         fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2}
             gives each part an SVD and a P of its own; names match as in target_modules, values are the output rows of
             each part or the number of equal parts. The layer stays one module with one v. None: one SVD a layer.
+        exclude_modules: what of it to leave out: a list of names, a name or a regular expression, as target_modules.
+        layers_to_transform: layers by number, one, a list or a range; of the others nothing is adapted.
+        layers_pattern: where names have several numbers, the list of layers that is meant ("layers", "h"); default the
+            first number in a name.
     """
 
     frozen_rank: int = 2
@@ -92,6 +100,9 @@ class TinyLoRAConfig:
     backend: str | None = None
     cache: bool = True
     fused: Mapping[str, int | Sequence[int]] | None = None
+    exclude_modules: Sequence[str] | str | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
 
     def __post_init__(self) -> None:
         check_positive_int("frozen_rank", self.frozen_rank)
@@ -138,6 +149,7 @@ class LoRAXSConfig:
         v_dtype: of R in adapter files; it is trained in float32 or float64, as in TinyLoRAConfig.
         backend: "cuda", "triton", "cpu", "reference" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
+        exclude_modules, layers_to_transform, layers_pattern: as in TinyLoRAConfig.
     """
 
     rank: int = 4
@@ -151,6 +163,9 @@ class LoRAXSConfig:
     v_dtype: torch.dtype = torch.float32
     backend: str | None = None
     cache: bool = True
+    exclude_modules: Sequence[str] | str | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
@@ -170,6 +185,22 @@ class LoRAXSConfig:
         if self.init == "zeros":
             return torch.zeros(self.numbers, device="cpu")
         return normal_vector(self.seed, group, self.numbers)
+
+
+Selecting = TypeVar("Selecting", bound=TinyLoRAConfig | LoRAXSConfig)
+
+
+def by_names(config: Selecting, names: Sequence[str]) -> Selecting:
+    """The config with the modules that it selected named one by one."""
+    return dataclasses.replace(
+        config, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def is_literal(config: TinyLoRAConfig | LoRAXSConfig) -> bool:
+    """Whether it selects by names, or by default, and by nothing else."""
+    more = config.exclude_modules is not None or config.layers_to_transform is not None
+    return not more and not is_expression(config.target_modules)
 
 
 def trained_dtype(v_dtype: torch.dtype) -> torch.dtype:
@@ -192,6 +223,14 @@ def check_common_fields(config: TinyLoRAConfig | LoRAXSConfig, inits: Sequence[s
     check_seed(config.seed)
     check_choice("init", config.init, inits)
     check_choice("v_dtype", config.v_dtype, V_DTYPES)
+    config.target_modules = checked_names("target_modules", config.target_modules)
+    config.exclude_modules = checked_names("exclude_modules", config.exclude_modules)
+    config.layers_to_transform = checked_numbers("layers_to_transform", config.layers_to_transform)
+    config.layers_pattern = checked_names("layers_pattern", config.layers_pattern)
+    for pattern in entries(config.layers_pattern or []):
+        checked_expression("layers_pattern", pattern)
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise ValueError("layers_pattern: expected layers_to_transform beside it, found None; it says which layers")
 
 
 def check_positive_int(name: str, value: object) -> None:

@@ -18,12 +18,9 @@ from itertools import accumulate
 
 from torch import Tensor
 
+from .selection import names_match
+
 SPECIALISED_RANKS = (1, 2, 4, 8)  # that kernels exist for
-
-
-def names_match(name: str, pattern: str) -> bool:
-    """Whether a qualified name is the pattern or ends with it, at a dot."""
-    return name == pattern or name.endswith("." + pattern)
 
 
 def part_sizes(

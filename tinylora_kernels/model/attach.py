@@ -1,6 +1,7 @@
 """Adapting a model in place, and giving the bare one back: factorise modules, share vectors, freeze the rest."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from torch import nn
@@ -11,15 +12,16 @@ from ..base.experts import ExpertSlice, StackedExperts
 from ..base.names import COMPILED, is_of
 from ..common import modes
 from ..common.finite import as_finite
+from ..common.words import listed
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer, finite_projection
-from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, trained_dtype
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
 from .adapted import adapted_layers, wrappers
-from .targets import base_module, fused_parts, target_names
+from .targets import base_module, fused_parts, is_default, selected_names
 
 
 def apply_tiny_lora(
@@ -79,35 +81,45 @@ def adapt(
     factors: Mapping[str, Factors] | None = None,
 ) -> nn.Module:
     """apply_tiny_lora or apply_lora_xs, by the config."""
-    names = target_names(model, config.target_modules)
+    names, skipped = selected_names(model, config)
     groups = assign_groups(names, config.n_tie, config.tying)
-    return attach(model, config, names, groups, progress=progress, factors=factors)
+    if factors is None:
+        bases = _bases(model, names)
+        parts, skip = fused_parts(config, bases), is_default(config)
+        factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress, skip=skip)
+    without_rank = [name for name in names if name not in factors]
+    if without_rank and not is_default(config):
+        raise ValueError(f"factors: expected those of every module to adapt, found none of {listed(without_rank)}")
+    skipped += without_rank
+    if without_rank:
+        names = [name for name in names if name in factors]
+        if not names:
+            raise ValueError(f"target_modules: none of {listed(skipped)} can carry rank {config.rank}; use a lower one")
+        config = by_names(config, names)  # shapes follow from the model that a file is loaded into, weights do not
+        groups = assign_groups(names, config.n_tie, config.tying)
+    attach(model, config, names, groups, factors)
+    if skipped:
+        warnings.warn(
+            f"target_modules: {listed(skipped)} cannot carry rank {config.rank} and stay as they are; name them in "
+            "exclude_modules to hear no more of it",
+            stacklevel=4,
+        )
+    return model
 
 
 @modes.outside_inference_mode
 def attach(
-    model: nn.Module,
-    config: Method,
-    names: list[str],
-    groups: list[int],
-    *,
-    progress: bool = True,
-    factors: Mapping[str, Factors] | None = None,
+    model: nn.Module, config: Method, names: list[str], groups: list[int], factors: Mapping[str, Factors]
 ) -> nn.Module:
     """Replace the named modules by adapted layers; everything that can fail happens before anything is changed.
 
     Args:
         names, groups: the modules in order and the tie group of each.
-        factors: the truncated SVDs where they are known already.
+        factors: the truncated SVDs.
     """
-    bases = {name: base_module(model, name) for name in names}
-    for name, base in bases.items():
-        if weight_of(base).is_meta:
-            raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
+    bases = _bases(model, names)
     warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
     parts = fused_parts(config, bases)
-    if factors is None:
-        factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)
 
     layers: dict[str, TinyLoRALayer] = {}
     owners: dict[int, TinyLoRALayer] = {}
@@ -139,6 +151,15 @@ def attach(
         parameter.requires_grad_(False)
     replace_modules(model, replacements)
     return model
+
+
+def _bases(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """Name -> frozen module, each with a weight that has values."""
+    bases = {name: base_module(model, name) for name in names}
+    for name, base in bases.items():
+        if weight_of(base).is_meta:
+            raise ValueError(f"{name}: expected a weight on a real device, found meta; load the weights first")
+    return bases
 
 
 def _replacements(layers: dict[str, TinyLoRALayer]) -> dict[nn.Module, nn.Module]:

@@ -1,23 +1,59 @@
 """Which modules of a model are adapted: names to modules, modules to parts, and back to the shortest list of names."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
 from ..base.experts import ExpertSlice, expert_slices, is_experts
 from ..base.kinds import OTHER, kind_of, matrix_shape
 from ..base.names import ENGINES, inside, is_of, named_modules, submodule
-from ..method.config import Method
-from ..method.parts import names_match
+from ..common.words import listed
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig
+from ..method.selection import (
+    ALL_LINEAR,
+    Wanted,
+    asked_numbers,
+    entries,
+    is_expression,
+    layer_number,
+    matched_by,
+    names_match,
+)
 from .adapted import adapted_layers
+
+Selecting = TinyLoRAConfig | LoRAXSConfig
+Candidate = tuple[str, nn.Module, tuple[str, ...]]  # name, module, the names it goes by
+
+# What a LoRA's tensors are called in every library.
+_LORA = re.compile(r"lora_?([ab]|down|up)(_.*|\d*)|lora_embedding_[ab]", re.IGNORECASE)
+_OTHER_ADAPTER = (
+    "merge it into the base first (PEFT: merge_and_unload()), take it out, or leave the module to it by exclude_modules"
+)
 
 
 def target_names(model: nn.Module, target_modules: Sequence[str] | str | None) -> list[str]:
-    """Qualified names of the modules to adapt, in named_modules order.
+    """Qualified names of the modules to adapt, in named_modules order, by a config that says no more than this.
 
     Raises:
-        ValueError: the model is adapted already, nothing that can be adapted matches, or what matches cannot be.
+        ValueError: as selected_names.
+    """
+    return selected_names(model, TinyLoRAConfig(frozen_rank=1, target_modules=target_modules))[0]
+
+
+def is_default(config: Selecting) -> bool:
+    """Whether the config names no module, so that what cannot be adapted is left out."""
+    return config.target_modules is None or config.target_modules == ALL_LINEAR
+
+
+def selected_names(model: nn.Module, config: Selecting) -> tuple[list[str], list[str]]:
+    """Qualified names of the modules to adapt, in named_modules order; and those that the default skipped.
+
+    Raises:
+        ValueError: the model is adapted already, an entry of target_modules, exclude_modules or layers_to_transform
+            matches nothing, nothing is left, or what matches cannot be adapted.
     """
     if adapted_layers(model):
         raise ValueError("model: expected a bare model, found one that is adapted already; call remove_adapter first")
@@ -26,45 +62,129 @@ def target_names(model: nn.Module, target_modules: Sequence[str] | str | None) -
             f"model: {type(engine).__name__} has taken its parameters already and would not synchronise vectors that "
             "come now; adapt the model first and wrap it then"
         )
-    candidates = list(_candidates(model))
-    if target_modules is None or target_modules == "all-linear":
+    candidates = _candidates(model)
+    wanted = None if is_default(config) else config.target_modules
+    if wanted is None:
         head = output_head(model)
-        names = [name for name, base, _ in candidates if kind_of(base).by_default and base is not head]
-        wanted: Sequence[str] = ["every linear layer"]
+        chosen = [each for each in candidates if kind_of(each[1]).by_default and each[1] is not head]
     else:
-        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        matched = [
-            (name, base) for name, base, known_as in candidates
-            if any(names_match(known, pattern) for pattern in wanted for known in known_as)
-        ]  # fmt: skip
-        for name, base in matched:
-            if reason := kind_of(base).why_not(base):
-                raise ValueError(f"{name}: it cannot be adapted: {reason}")
-        names = [name for name, _ in matched]
-    if not names:
-        found = _adaptable(candidates)
-        raise ValueError(f"target_modules: no module matches {', '.join(wanted)}; the model has {found}")
-    return names
+        chosen = _matching(model, "target_modules", wanted, candidates)
+    if config.exclude_modules is not None:
+        excluded = {name for name, _, _ in _matching(model, "exclude_modules", config.exclude_modules, candidates)}
+        chosen = [each for each in chosen if each[0] not in excluded]
+    if config.layers_to_transform is not None:
+        chosen = _of_layers(chosen, asked_numbers(config.layers_to_transform), config.layers_pattern)
+    skipped = [name for name, base, _ in chosen if wanted is None and min(matrix_shape(base)) < config.rank]
+    chosen = [each for each in chosen if each[0] not in skipped]
+    if not chosen:
+        asked = "every linear layer" if wanted is None else listed(entries(wanted))
+        left_out = [name for name in ("exclude_modules", "layers_to_transform") if getattr(config, name) is not None]
+        left_out += [f"the rank {config.rank}"] if skipped else []
+        because = f" that {' and '.join(left_out)} leave" if left_out else ""
+        raise ValueError(f"target_modules: no module matches {asked}{because}; the model has {_adaptable(candidates)}")
+    for name, base, _ in chosen:
+        if reason := kind_of(base).why_not(base) or _within_another_adapter(model, name):
+            raise ValueError(f"{name}: it cannot be adapted: {reason}")
+    return [name for name, _, _ in chosen], skipped
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """(name, module, names it goes by) of all that has a kind; the experts of a stack go by its names as well."""
+def _candidates(model: nn.Module) -> list[Candidate]:
+    """All that has a kind. A shared module goes by all its names, and all go by that of a whole which they are in: an
+    expert by its stack's, what another adapter is made of by the adapted module's.
+    """
+    found: dict[nn.Module, list[str]] = {}
+    held: dict[str, str] = {}  # name -> of the module with another adapter that it is in
+    for name, module in named_modules(model, remove_duplicate=False):
+        parent = name.rpartition(".")[0]
+        if parent in held:
+            held[name] = held[parent]
+        elif _other_adapter(module):
+            held[name] = name
+        if name and (is_experts(module) or kind_of(module) is not OTHER):
+            found.setdefault(module, []).append(name)
+    candidates: list[Candidate] = []
+    for module, names in found.items():
+        if not is_experts(module):
+            wholes = (held[name] for name in names if name in held)
+            candidates.append((names[0], module, (*wholes, *names)))
+            continue
+        for below, piece in expert_slices(module).items():
+            known_as = (f"{name}{rest}" for name in names for rest in (f".{below}", f".{piece.stack}", ""))
+            candidates.append((f"{names[0]}.{below}", piece, tuple(known_as)))
+    return candidates
+
+
+def _matching(model: nn.Module, field: str, wanted: Wanted, candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates that an entry of the field matches; raises where an entry matches none."""
+    matches = [(each, matched_by(wanted, each[2])) for each in candidates]
+    unmatched = [entry for entry in entries(wanted) if not any(entry in by for _, by in matches)]
+    if unmatched:
+        hint = _what_it_may_be(model, wanted, unmatched[0], candidates)
+        raise ValueError(
+            f"{field}: no module matches {listed(unmatched)}; {hint}the model has {_adaptable(candidates)}"
+        )
+    return [each for each, by in matches if by]
+
+
+def _what_it_may_be(model: nn.Module, wanted: Wanted, entry: str, candidates: list[Candidate]) -> str:
+    """Why an entry matches nothing, or what may have been meant."""
+    if is_expression(entry):
+        if is_expression(wanted):
+            return "an expression has to match a whole name; "
+        return "a regular expression is given as a string, not in a list; "
+    last = {name: known_as[-1].rpartition(".")[2] for name, _, known_as in candidates}
     for name, module in named_modules(model):
-        if name and is_experts(module):
-            for below, piece in expert_slices(module).items():
-                yield f"{name}.{below}", piece, (f"{name}.{below}", f"{name}.{piece.stack}", name)
-        elif name and kind_of(module) is not OTHER:
-            yield name, module, (name,)
+        if names_match(name, entry):
+            if below := {own for other, own in last.items() if other.startswith(f"{name}.")}:
+                return f"it is above the modules {listed(sorted(below))}, which are named themselves; "
+            return f"{name} is a {type(module).__name__}, which has no matrix [out, in]; "
+    near = difflib.get_close_matches(entry.rpartition(".")[2], sorted(set(last.values())), 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
-def _adaptable(candidates: list[tuple[str, nn.Module, tuple[str, ...]]]) -> str:
+def _of_layers(chosen: list[Candidate], asked: Collection[int], patterns: Wanted | None) -> list[Candidate]:
+    """Those in the layers asked for; raises where there is no such layer."""
+    numbers = [layer_number(name, patterns) for name, _, _ in chosen]
+    missing = sorted(set(asked).difference(numbers))
+    if missing:
+        found = sorted({number for number in numbers if number is not None})
+        has = f"0 to {found[-1]}" if found == list(range(len(found))) and found else listed(found, 8)
+        raise ValueError(
+            f"layers_to_transform: expected layers that hold what target_modules names, found {listed(missing)}; "
+            + (f"there are {has}" if found else f"no name has a number after {listed(entries(patterns or 'any name'))}")
+        )
+    return [each for each, number in zip(chosen, numbers, strict=True) if number in asked]
+
+
+def _within_another_adapter(model: nn.Module, name: str) -> str | None:
+    """Whether a module belongs to an adapter of another method, whose function is not its weight's alone."""
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        above = ".".join(parts[:n])
+        try:
+            module = submodule(model, above)
+        except AttributeError:  # one expert's matrix in a stack
+            break
+        if what := _other_adapter(module):
+            return f"{above} holds an adapter already ({what}); {_OTHER_ADAPTER}"
+    return None
+
+
+def _other_adapter(module: nn.Module) -> str | None:
+    """What a module has of another adapter: a class of PEFT's, or the tensors that a LoRA has in every library."""
+    if any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__):
+        return f"PEFT's {type(module).__name__}"
+    return next((own for own in (*module._modules, *module._parameters) if _LORA.fullmatch(own)), None)
+
+
+def _adaptable(candidates: list[Candidate]) -> str:
     """The names that target_modules may give, by kind: "linear layers q_proj, k_proj; embeddings embed_tokens"."""
     kinds: dict[str, set[str]] = {}
     for _, base, known_as in candidates:
         if kind_of(base).why_not(base) is None:
             kinds.setdefault(kind_of(base).name, set()).add(known_as[-1].rpartition(".")[2])
-    listed = [f"{kind} {', '.join(sorted(names)[:12])}" for kind, names in kinds.items()]
-    return "; ".join(listed) or "no layer that can be adapted"
+    by_kind = [f"{kind} {', '.join(sorted(names)[:12])}" for kind, names in kinds.items()]
+    return "; ".join(by_kind) or "no layer that can be adapted"
 
 
 def base_module(model: nn.Module, name: str) -> nn.Module:
