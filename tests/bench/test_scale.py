@@ -48,7 +48,7 @@ def test_tensor_parallel_bytes_are_those_that_were_counted():
 
 def test_operations_of_the_solver_are_those_that_torch_counts():
     weight, rows = torch.randn(96, 128), torch.randn(8, 128, dtype=torch.float64)
-    space = subspace._Space(weight, 8, 1.0, subspace.serial)
+    space = subspace.Space(weight, 8, 1.0, subspace.serial)
     left, image = torch.empty(8, 96, dtype=torch.float64), torch.empty(8, 128, dtype=torch.float64)
 
     def of_addmm(total, a, b, **_):  # shapes; torch knows the out-of-place one alone

@@ -11,7 +11,7 @@ from torch import nn
 from tests.models import TARGETS, tiny_decoder
 from tests.paper import delta_weight
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora
-from tinylora_kernels.files import export as export_module
+from tinylora_kernels.common import atomic
 from tinylora_kernels.files.adapter import save_adapter
 from tinylora_kernels.files.export import export_lora, lora_factors, main
 from tinylora_kernels.method.config import LoRAXSConfig
@@ -232,14 +232,10 @@ def test_an_earlier_export_is_replaced_whole_or_kept(tmp_path, monkeypatch):
     first = (tmp_path / "lora" / "adapter_model.safetensors").read_bytes()
     model = randomise(model, 0.7)
 
-    real = os.rename
+    def fails_into_place(fresh, target):
+        raise OSError("disk full")
 
-    def fails_into_place(source, destination):
-        if str(destination).endswith("lora") and not source.endswith("-old"):
-            raise OSError("disk full")
-        real(source, destination)
-
-    monkeypatch.setattr(export_module.os, "rename", fails_into_place)
+    monkeypatch.setattr(atomic, "_exchanged", fails_into_place)
     with pytest.raises(OSError, match="disk full"):
         export_lora(model, tmp_path / "lora")
     monkeypatch.undo()

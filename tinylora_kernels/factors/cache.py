@@ -1,14 +1,17 @@
 """A disk cache of factors by the content of the weight, and the fingerprint that names the content.
 
-An entry that is missing, damaged, or written by another version is computed again; a disk that cannot be written to
-costs one warning. Writers race safely: an entry appears whole, by a rename.
+An entry that is missing, damaged, another key's, or written by another version is computed again, and so is one that
+the weight itself disowns (proof.py). A disk that cannot be written to costs one warning. Writers race safely: an entry
+appears whole, by a rename. The entries used longest ago make room for new ones; users of a group may share a directory.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import math
 import os
-import tempfile
+import stat
 import warnings
 from pathlib import Path
 
@@ -17,9 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..common.atomic import open_regular, take_name
+from ..common.finite import finite_number
 from ..common.threads import one_thread_each
 
 CHUNK_ELEMENTS = 1 << 20
+SUFFIX = ".factors"
+DEFAULT_MB = 1024.0  # a model of 7B parameters takes about 10 at rank 2
+MAX_HEADER = 4096  # bytes of an entry beside its tensors
 _DIGEST = hashlib.sha256  # with the CPU's SHA instructions the fastest in hashlib; releases the GIL
 
 
@@ -43,51 +51,99 @@ def weight_fingerprint(weight: Tensor) -> str:
 def cache_directory() -> Path | None:
     """TINYLORA_CACHE, or ~/.cache/tinylora_kernels; None where neither exists (no home directory)."""
     named = os.environ.get("TINYLORA_CACHE")
-    if named:
-        return Path(named)
     try:
-        return Path.home() / ".cache" / "tinylora_kernels"
+        return Path(named).expanduser() if named else Path.home() / ".cache" / "tinylora_kernels"
     except RuntimeError:
         return None
 
 
-def load(key: str) -> dict[str, Tensor] | None:
-    """The tensors stored under key, or None."""
+def size_limit() -> int:
+    """Bytes that the entries may take together: TINYLORA_CACHE_MB of 2^20 bytes, or 1024 of them."""
+    named = os.environ.get("TINYLORA_CACHE_MB")
+    try:
+        megabytes = float(named) if named else DEFAULT_MB
+    except ValueError:
+        megabytes = math.nan
+    return int(finite_number("TINYLORA_CACHE_MB", megabytes, at_least=0.0) * 2**20)
+
+
+def load(key: str, at_most: int) -> dict[str, Tensor] | None:
+    """The tensors stored under key, or None; an entry of more than at_most bytes of tensors is none."""
     directory = cache_directory()
     if directory is None:
         return None
+    path = directory / f"{key}{SUFFIX}"
     try:
-        entry = (directory / f"{key}.factors").read_bytes()
+        with open_regular(path) as file:
+            entry = file.read(at_most + MAX_HEADER + 1)
         digest, payload = entry[:32], entry[32:]
-        return safetensors.torch.load(payload) if _DIGEST(payload).digest() == digest else None
+        if len(payload) > at_most + MAX_HEADER or _digest(key, payload) != digest:
+            return None
+        tensors = safetensors.torch.load(payload)
+    except PermissionError as error:
+        _warn_once(f"cached factors in {directory} cannot be read ({error.strerror}): chmod g+r, or name another "
+                   "directory in TINYLORA_CACHE")  # fmt: skip
+        return None
     except (OSError, safetensors.SafetensorError):
         return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # when it was used last
+    return tensors
 
 
 def store(key: str, tensors: dict[str, Tensor]) -> None:
-    """Write an entry: SHA-256 of the payload, then the payload (safetensors)."""
-    directory = cache_directory()
-    if directory is None:
+    """Write an entry: SHA-256 of the key and the payload, then the payload (safetensors)."""
+    directory, limit = cache_directory(), size_limit()
+    if directory is None or limit == 0:
         return
     payload = safetensors.torch.save(tensors)
-    temporary = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".writing-", delete=False) as file:
-            temporary = file.name
-            file.write(_DIGEST(payload).digest() + payload)
-        os.replace(temporary, directory / f"{key}.factors")
+        _make(directory)
+        permissions = directory.stat().st_mode & 0o666
+        shared = permissions & stat.S_IWGRP  # what a group writes, it may read
+        take_name(directory / f"{key}{SUFFIX}", _digest(key, payload) + payload, permissions if shared else None)
+        _trim(directory, limit)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        _warn_once(str(directory), str(error))
+        _warn_once(f"factors are not cached in {directory} ({error}); set TINYLORA_CACHE to a writable directory")
+
+
+def _digest(key: str, payload: bytes) -> bytes:
+    return _DIGEST(f"tinylora factors {key}\n".encode() + payload).digest()
+
+
+def _make(directory: Path) -> None:
+    """The directory and those above it; below one that hands its group on (setgid), as open to it as that one."""
+    if directory.is_dir():
+        return
+    _make(directory.parent)
+    directory.mkdir(exist_ok=True)
+    above = directory.parent.stat().st_mode
+    if above & stat.S_ISGID:
+        directory.chmod(stat.S_IMODE(directory.stat().st_mode | above & (stat.S_ISGID | stat.S_IRWXG)))
+
+
+def _trim(directory: Path, limit: int) -> None:
+    """Remove the entries used longest ago until the others fit, and what older releases left unfinished."""
+    files = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.endswith(SUFFIX) or entry.name.startswith(".writing-"):
+                with contextlib.suppress(OSError):  # another process removed it
+                    status = entry.stat(follow_symlinks=False)
+                    if not stat.S_ISDIR(status.st_mode):
+                        files.append((status.st_mtime_ns, status.st_size, entry.path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
+        if total <= limit:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            total -= size
 
 
 @functools.cache
-def _warn_once(directory: str, error: str) -> None:
-    warnings.warn(
-        f"factors are not cached in {directory} ({error}); set TINYLORA_CACHE to a writable directory", stacklevel=3
-    )
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _chunk_digest(rows: Tensor) -> bytes:

@@ -8,6 +8,7 @@ values hide from a single one. The first block comes from a few steps on a sampl
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,17 +59,19 @@ class Triplets:
 
 
 def leading_triplets(
-    weight: Tensor, rank: int, tol: float, search_dtype: torch.dtype, scale: float = 1.0, run: Run = serial
-) -> Triplets:
+    weight: Tensor, rank: int, tol: float, search_dtype: torch.dtype, scale: float = 1.0, run: Run = serial,
+    seed: int = 0,
+) -> Triplets:  # fmt: skip
     """Triplets of scale * weight [m, n] on cpu or cuda; the first `rank` good enough unless MAX_STEPS ran out.
 
     Args:
         run: maps a function over pieces of the weight, perhaps on several threads.
+        seed: of the random start, 64 bits of the weight's own hash: against a start that is known a weight can be built
+            whose largest singular value no search from it finds.
     """
     block = rank + OVERSAMPLING
-    run = run if weight.device.type == "cpu" else serial
-    space = _Space(weight, block, scale, run)
-    fresh = _first_block(weight, block, search_dtype, scale, run)
+    space = Space(weight, block, scale, run)
+    fresh = _first_block(weight, block, search_dtype, scale, run, seed)
     if search_dtype != torch.float64:
         ritz = space.grow(fresh, rank, tol, search_dtype, PATIENCE, power_step_follows=True)
         fresh = space.restart(ritz)
@@ -78,17 +81,23 @@ def leading_triplets(
     return Triplets(left, sigma, ritz.residual, ritz.good_enough(rank, tol, ROUNDING[torch.float64]))
 
 
-def _first_block(weight: Tensor, block: int, dtype: torch.dtype, scale: float, run: Run) -> Tensor:
+def scale_for(largest: float, dtype: torch.dtype) -> float:
+    """A power of two that brings numbers of this size where their squares stay inside the range of the arithmetic."""
+    most = 1000 if dtype == torch.float64 else 100  # the scale itself stays inside that of fp32
+    return 1.0 if 1e-12 < largest < 1e12 else 2.0 ** min(-math.frexp(largest)[1], most)
+
+
+def _first_block(weight: Tensor, block: int, dtype: torch.dtype, scale: float, run: Run, seed: int) -> Tensor:
     """Orthonormal rows [block, n] to start from: the leading right vectors of a sample of W's rows, and chance.
 
     Three steps on an eighth of the rows save one or two passes over all of them (slowly falling spectra). The random
     part holds a share of what the sampled rows say nothing about.
     """
-    random = _orthonormal(philox_normal(0, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device))
+    random = _orthonormal(philox_normal(seed, 0, block, weight.shape[1], STREAM_SOLVER).to(weight.device))
     sample = weight[::SAMPLE_STRIDE]
     if len(sample) < SAMPLE_BLOCKS * block:
         return random
-    space, fresh = _Space(sample, block, scale, run), random
+    space, fresh = Space(sample, block, scale, run), random
     for _ in range(SAMPLE_STEPS):
         space.extend(fresh, dtype)
         ritz = space.ritz()
@@ -137,12 +146,13 @@ class _Ritz:
         return True
 
 
-class _Space:
+class Space:
     """An orthonormal basis of right vectors with their images W x and A x, grown block by block."""
 
     def __init__(self, weight: Tensor, block: int, scale: float, run: Run):
         m, n = weight.shape
-        self.weight, self.block, self.scale, self.run = weight, block, scale, run
+        self.weight, self.block, self.scale = weight, block, scale
+        self.run = run if weight.device.type == "cpu" else serial
         self.capacity = min(BLOCKS_KEPT * block, n)
         self.right = torch.empty(self.capacity, n, dtype=torch.float64, device=weight.device)  # X
         self.left = self.right.new_empty(self.capacity, m)  # X W^T
@@ -222,7 +232,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.T).Q.T
 
 
-def multiply(space: _Space, rows: Tensor, dtype: torch.dtype, left: Tensor, image: Tensor) -> None:
+def multiply(space: Space, rows: Tensor, dtype: torch.dtype, left: Tensor, image: Tensor) -> None:
     """left = X W^T and image = X W^T W for rows X [b, n], in one pass over W [m, n]."""
     weight, scale = space.weight, space.scale
     x = rows.to(dtype)

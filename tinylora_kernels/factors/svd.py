@@ -20,10 +20,11 @@ from ..common.threads import one_thread_each
 from ..common.words import dtype_name
 from ..method.philox import STREAM_SKETCH, philox_normal
 from . import cache as factor_cache
+from . import proof
 from .cache import weight_fingerprint
-from .subspace import DEGENERATE_GAP, OVERSAMPLING, Triplets, leading_triplets
+from .subspace import DEGENERATE_GAP, OVERSAMPLING, Triplets, leading_triplets, scale_for
 
-ALGORITHM = 2  # part of the cache key: raise it when the factors of any matrix may change
+ALGORITHM = 3  # part of the cache key: raise it when the factors of any matrix may change
 DIRECT_SIZE = 192  # up to this min(out, in) a full decomposition is quicker
 NEGLIGIBLE = 1e-5  # a singular value below this share of the largest makes S^-1 useless
 SIGN_MARGIN = 1e-3
@@ -80,7 +81,7 @@ def truncated_svd(
     """
     weight = weight.detach()
     _check(weight, rank, name)
-    factors = _cached(weight, rank, name, tol) if cache else _compute(weight, rank, name, tol)
+    factors = _cached(weight, rank, name, tol) if cache else _compute(weight, rank, name, tol, None)
     if factors.degenerate:
         warnings.warn(
             f"{name}: leading singular values coincide (relative gap below {DEGENERATE_GAP:g}), so the basis is one of "
@@ -161,26 +162,40 @@ def _check(weight: Tensor, rank: int, name: str) -> None:
 def _cached(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     """From the disk, or computed and put there."""
     precision = 64 if weight.dtype == torch.float64 else 32
-    key = f"{weight_fingerprint(weight)}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
-    factors = _load(key, weight, rank)
-    if factors is None:
-        factors = _compute(weight, rank, name, tol)
+    fingerprint = weight_fingerprint(weight)
+    key = f"{fingerprint}-r{rank}-tol{tol:g}-fp{precision}-v{ALGORITHM}"
+    factors = _load(key, weight, rank, tol)
+    if factors is None or why_not_of(weight, factors, tol, fingerprint) is not None:
+        factors = _compute(weight, rank, name, tol, fingerprint)
         _store(key, factors)
     return factors
 
 
-def _compute(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
-    if weight.device.type not in ("cpu", "cuda"):
-        weight = weight.cpu()  # fp64 is not everywhere
+def why_not_of(weight: Tensor, factors: Factors, tol: float = 1e-5, fingerprint: str | None = None) -> str | None:
+    """None if stored factors are those of the weight [m, n], else what is wrong with them in a few words; proof.py."""
+    weight = _with_fp64(weight.detach())
+    return proof.why_not_of(weight, factors.basis, factors.sigma, tol, _seed(weight, fingerprint))
+
+
+def _seed(weight: Tensor, fingerprint: str | None) -> int:
+    """64 bits of the weight's own hash: no weight can be built against a start that is drawn by them."""
+    return int((fingerprint or weight_fingerprint(weight))[:16], 16)
+
+
+def _with_fp64(weight: Tensor) -> Tensor:
+    """The weight where there is arithmetic in fp64."""
+    return weight if weight.device.type in ("cpu", "cuda") else weight.cpu()
+
+
+def _compute(weight: Tensor, rank: int, name: str, tol: float, fingerprint: str | None) -> Factors:
+    weight = _with_fp64(weight)
     largest = _largest_magnitude(weight)
     if not math.isfinite(largest):
         raise ValueError(f"{name}: the weight holds NaN or infinite values")
     if largest == 0.0:
         raise RankError(f"{name}: the weight is zero; its usable rank is 0, below {rank}; leave it out")
-    # squares of the entries must stay well inside the range of the arithmetic, and the scale itself inside that of fp32
-    most = 1000 if weight.dtype == torch.float64 else 100
-    scale = 1.0 if 1e-12 < largest < 1e12 else 2.0 ** min(-math.frexp(largest)[1], most)
-    triplets = _triplets(weight, rank, tol, scale)
+    scale = scale_for(largest, weight.dtype)
+    triplets = _triplets(weight, rank, tol, scale, fingerprint)
     sigma = triplets.sigma
     usable = int((sigma > _threshold(weight) * sigma[0]).sum())
     if usable < rank:
@@ -231,13 +246,13 @@ def _threshold(weight: Tensor) -> float:
     return max(NEGLIGIBLE, rounding)
 
 
-def _triplets(weight: Tensor, rank: int, tol: float, scale: float) -> Triplets:
+def _triplets(weight: Tensor, rank: int, tol: float, scale: float, fingerprint: str | None) -> Triplets:
     """By block Lanczos, or in full where that is quicker or where Lanczos ran out of steps."""
     if min(weight.shape) <= max(DIRECT_SIZE, 4 * (rank + OVERSAMPLING)):
         return _direct(weight, scale)
     search = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with one_thread_each() as run, torch.autocast(weight.device.type, enabled=False):
-        triplets = leading_triplets(weight, rank, tol, search, scale, run)
+        triplets = leading_triplets(weight, rank, tol, search, scale, run, _seed(weight, fingerprint))
     sigma, residual = triplets.sigma[:rank], triplets.residual[:rank]
     absent = sigma <= _threshold(weight) * sigma[0]  # refused by the caller
     found = triplets.resolved and bool(((residual < tol) | absent).all())
@@ -261,13 +276,20 @@ def canonical_signs(left: Tensor) -> Tensor:
     return left * torch.where(left.gather(1, deciding) < 0, -1.0, 1.0)
 
 
-def _load(key: str, weight: Tensor, rank: int) -> Factors | None:
-    stored = factor_cache.load(key)
-    if stored is None or set(stored) != {"basis", "sigma", "degenerate", "residual"}:
+def _load(key: str, weight: Tensor, rank: int, tol: float) -> Factors | None:
+    """What the cache has under the key, if it has the form of factors; whose they are is for the weight to say."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    shapes = {"basis": (rank, weight.shape[0]), "sigma": (rank,), "degenerate": (), "residual": ()}
+    dtypes = {"basis": dtype, "sigma": dtype, "degenerate": torch.bool, "residual": torch.float64}
+    stored = factor_cache.load(key, at_most=rank * (weight.shape[0] + 1) * dtype.itemsize)
+    if stored is None or {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} != {
+        name: (shape, dtypes[name]) for name, shape in shapes.items()
+    }:
         return None
-    if stored["basis"].shape != (rank, weight.shape[0]) or stored["sigma"].shape != (rank,):
+    degenerate, residual = bool(stored["degenerate"]), stored["residual"].item()
+    if not 0 <= residual < tol or not torch.equal(canonical_signs(stored["basis"]), stored["basis"]):
         return None
-    return Factors(stored["basis"], stored["sigma"], bool(stored["degenerate"]), stored["residual"].item())
+    return Factors(stored["basis"], stored["sigma"], degenerate, residual)
 
 
 def _store(key: str, factors: Factors) -> None:

@@ -12,7 +12,7 @@ Generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 
     stream   0  P        index = module index in named_modules order, row = i, word = j*r + k for P_i[j, k]
              1  v        index = tie group, row = 0, word = position in v             (init="uniform")
-             2  solver   the start block of the truncated SVD                         (factors/subspace.py)
+             2  solver   the start block of the truncated SVD; key: the weight's hash (factors/subspace.py)
              3  sketch   the directions of a basis sketch                             (factors/svd.py)
 
 So P_i does not depend on u: a larger u appends matrices and keeps the first ones.
