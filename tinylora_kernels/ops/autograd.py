@@ -8,6 +8,7 @@ to be differentiated again (create_graph=True) is made of plain operations on te
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..common import modes
 from . import reference
-from .checks import check_arguments, check_input_grad, check_low_rank
+from .checks import check_arguments, check_input_grad, check_low_rank, check_parts
 from .dispatch import BACKENDS, Backend
 from .native import library as native
 from .schema import accumulation_dtype, library
@@ -29,6 +30,8 @@ library.impl("update", reference.update, "CompositeExplicitAutograd")
 library.impl("update_backward", reference.update_backward, "CompositeExplicitAutograd")
 library.impl("low_rank", reference.low_rank, "CompositeExplicitAutograd")
 library.impl("update_input_grad", reference.update_input_grad, "CompositeExplicitAutograd")
+library.impl("update_parts", reference.update_parts, "CompositeExplicitAutograd")
+library.impl("update_parts_backward", reference.update_parts_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tinylora::update")
@@ -86,6 +89,25 @@ def _(
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
     return v.new_empty(v.shape if t is not None else (0,))
+
+
+@torch.library.register_fake("tinylora::update_parts")
+def _(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, x: Tensor | None,
+    right: Tensor | None, adapter_ids: Tensor | None, ends: Sequence[int], groups: Sequence[int],
+) -> Tensor:  # fmt: skip
+    check_parts("y", y, basis, v, projection, ends, groups, offset=offset, x=x, right=right, adapter_ids=adapter_ids)
+    return y.new_empty((len(ends), _rows(y), basis.shape[0]), dtype=accumulation_dtype(y.dtype))
+
+
+@torch.library.register_fake("tinylora::update_parts_backward")
+def _(
+    g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None, adapter_ids: Tensor | None,
+    ends: Sequence[int], groups: Sequence[int], need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_parts("g", g, basis, v, projection, ends, groups, t=t, adapter_ids=adapter_ids)
+    g0 = g.new_empty(g.shape) if need_input_grad else g.new_empty(0)
+    return g0, v.new_empty(v.shape if t is not None else (0,))
 
 
 def _rows(y: Tensor) -> int:
