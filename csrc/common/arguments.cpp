@@ -267,17 +267,17 @@ std::vector<Part> check_parts(const char* name, const Tensor& rows, bool written
          "] for a basis of rank ", r, ", found ", shape_text(projection));
   }
   whole.elementwise = dims == 3;
-  whole.trained = whole.elementwise ? r * r : projection.size(1);
+  whole.numbers = whole.elementwise ? r * r : projection.size(1);
   const int64_t v_dims = adapter_ids ? 3 : 2;
-  if (v.dim() != v_dims || v.size(v_dims - 1) != whole.trained || whole.trained < 1) {
-    fail("v", "expected ", adapter_ids ? "[G, K, " : "[G, ", whole.trained, adapter_ids ? "] with adapter_ids" : "]",
+  if (v.dim() != v_dims || v.size(v_dims - 1) != whole.numbers || whole.numbers < 1) {
+    fail("v", "expected ", adapter_ids ? "[G, K, " : "[G, ", whole.numbers, adapter_ids ? "] with adapter_ids" : "]",
          ", at least one number, found ", shape_text(v));
   }
   whole.adapters = adapter_ids ? v.size(1) : 1;
   if (adapter_ids) check_ids(name, rows, *adapter_ids, whole);
 
   const int64_t acc = whole.dtype == Dtype::float64 ? 8 : 4;
-  const int64_t square = whole.elementwise ? r * r : whole.trained * r * r;
+  const int64_t square = whole.elementwise ? r * r : whole.numbers * r * r;
   const void* data = rows.const_data_ptr();
   std::vector<Part> out(parts);
   for (int64_t p = 0; p < parts; ++p) {
@@ -287,7 +287,7 @@ std::vector<Part> check_parts(const char* name, const Tensor& rows, bool written
     call.features = ends[p] - out[p].begin;
     call.activation = const_cast<void*>(at(data, out[p].begin * kBytesOf[static_cast<int>(whole.dtype)]));
     call.basis = at(whole.basis, out[p].begin * acc);
-    call.v = at(v.const_data_ptr(), groups[p] * whole.adapters * whole.trained * acc);
+    call.v = at(v.const_data_ptr(), groups[p] * whole.adapters * whole.numbers * acc);
     call.projection = at(projection.const_data_ptr(), p * square * acc);
     out[p].out = {call.activation, call.stride, call.features, call.basis, call.basis_stride, nullptr};
   }

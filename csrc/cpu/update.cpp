@@ -186,7 +186,7 @@ void backward_as(const Arguments& call, const Target& target, void* dv) {
   Backward<Acc> pass(call, target, used, /*need_dv=*/dv);
   for_chunks(call.rows, pass.width(), [&](int64_t first, int64_t last) { pass.rows(call, first, last); });
   if (!dv) return;
-  std::fill_n(static_cast<Acc*>(dv), call.adapters * call.trained, Acc(0));
+  std::fill_n(static_cast<Acc*>(dv), call.adapters * call.numbers, Acc(0));
   pass.add_gradient(call, used, static_cast<Acc*>(dv));
 }
 
@@ -231,7 +231,7 @@ void backward_parts_as(const std::vector<Part>& parts, int64_t features, void* g
   }
   for_parts(parts, passes);
   if (!dv) return;
-  const int64_t numbers = any.adapters * any.trained;
+  const int64_t numbers = any.adapters * any.numbers;
   std::fill_n(static_cast<Acc*>(dv), groups * numbers, Acc(0));
   for (size_t p = 0; p < parts.size(); ++p) {
     passes[p].add_gradient(parts[p].call, used, static_cast<Acc*>(dv) + parts[p].group * numbers);
