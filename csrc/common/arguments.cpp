@@ -362,8 +362,9 @@ OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Argument
 }
 
 std::vector<Part> check_update_parts(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& x,
-                                     const std::optional<Tensor>& right, const std::optional<Tensor>& adapter_ids,
+                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                                     const std::optional<Tensor>& adapter_ids,
                                      const std::vector<int64_t>& ends, const std::vector<int64_t>& groups) {
   std::vector<Part> out = check_parts("y", y, /*written=*/true, basis, v, projection, adapter_ids, ends, groups);
   const int64_t parts = static_cast<int64_t>(out.size()), r = out[0].call.rank;
@@ -375,6 +376,11 @@ std::vector<Part> check_update_parts(const Tensor& y, const Tensor& basis, const
     check_factor("offset", *offset, y, "y");
     check_shape("offset", *offset, {parts, r});
     for (int64_t p = 0; p < parts; ++p) out[p].call.offset = at(offset->const_data_ptr(), p * r * acc);
+  }
+  if (bias) {
+    const Part& last = out.back();
+    const void* whole = check_bias("y", y, *bias, last.begin + last.out.features);
+    for (Part& part : out) part.out.bias = at(whole, part.begin * kBytesOf[static_cast<int>(part.call.dtype)]);
   }
   if (!x) return out;
   const Rows input = collapse_rows("x", *x, /*written=*/false);

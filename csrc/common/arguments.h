@@ -81,8 +81,9 @@ Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& bas
 OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call);
 // Of update_parts and its backward pass, in the order of the columns; schema.py has the shapes.
 std::vector<Part> check_update_parts(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& x,
-                                     const std::optional<Tensor>& right, const std::optional<Tensor>& adapter_ids,
+                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                                     const std::optional<Tensor>& adapter_ids,
                                      const std::vector<int64_t>& ends, const std::vector<int64_t>& groups);
 std::vector<Part> check_update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
                                               const Tensor& projection, const std::optional<Tensor>& t,

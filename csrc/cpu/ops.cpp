@@ -56,10 +56,12 @@ Tensor update_input_grad_cpu(const Tensor& dx, const Tensor& right, const Tensor
 }
 
 Tensor update_parts_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                        const std::optional<Tensor>& offset, const std::optional<Tensor>& x,
-                        const std::optional<Tensor>& right, const std::optional<Tensor>& adapter_ids,
-                        const std::vector<int64_t>& ends, const std::vector<int64_t>& groups) {
-  const std::vector<Part> parts = check_update_parts(y, basis, v, projection, offset, x, right, adapter_ids, ends, groups);
+                        const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                        const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
+                        const std::vector<int64_t>& groups) {
+  const std::vector<Part> parts =
+      check_update_parts(y, basis, v, projection, offset, bias, x, right, adapter_ids, ends, groups);
   Tensor t = empty_coefficients(y, ends.size(), parts[0].call.rows, parts[0].call.rank);
   cpu::update_parts(parts, t.mutable_data_ptr());
   return t;

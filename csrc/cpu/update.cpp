@@ -208,7 +208,7 @@ void forward_parts_as(const std::vector<Part>& parts, void* t) {
   std::deque<Job<Acc>> jobs;
   for (const Part& part : parts) {
     const OtherSide& y = part.out;
-    const Target target{y.activation, y.stride, nullptr, y.activation, y.stride, y.features, y.factor, y.factor_stride};
+    const Target target{y.activation, y.stride, y.bias, y.activation, y.stride, y.features, y.factor, y.factor_stride};
     Acc* own_t = static_cast<Acc*>(t) + jobs.size() * part.call.rows * part.call.rank;
     jobs.emplace_back(part.call, target, used, /*transposed=*/false, own_t);
   }

@@ -189,6 +189,7 @@ def update_parts(
     v: Tensor,
     projection: Tensor,
     offset: Tensor | None,
+    bias: Tensor | None,
     x: Tensor | None,
     right: Tensor | None,
     adapter_ids: Tensor | None,
@@ -196,18 +197,22 @@ def update_parts(
     groups: Sequence[int],
 ) -> Tensor:
     """update of each part's columns of y in place; returns t [k, N, r]."""
-    check_parts("y", y, basis, v, projection, ends, groups, offset=offset, x=x, right=right, adapter_ids=adapter_ids)
+    check_parts(
+        "y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, x=x, right=right, adapter_ids=adapter_ids
+    )
     coefficients = []
     for part, columns in enumerate(_columns(ends)):
         piece, own_v, own_projection = y[..., columns], v[groups[part]], projection[part]
+        own_bias = None if bias is None else bias[columns]
         if x is None or right is None:
             own_offset = None if offset is None else offset[part]
-            changed, t = updated(piece, basis[:, columns], own_v, own_projection, own_offset, None, adapter_ids)
+            changed, t = updated(piece, basis[:, columns], own_v, own_projection, own_offset, own_bias, adapter_ids)
         else:
-            # t_p = x B_p;  y_p = y0_p + (t_p M_p^T) U_p^T
+            # t_p = x B_p;  y_p = y0_p + b_p + (t_p M_p^T) U_p^T
             t = project(x, right[part])  # [N, r]
             delta = product(gains(t, own_v, own_projection, adapter_ids), basis[:, columns]).view(piece.shape)
-            changed = (piece.to(delta.dtype) + delta).to(y.dtype)
+            wide = piece.to(delta.dtype) if own_bias is None else piece.to(delta.dtype) + own_bias.to(delta.dtype)
+            changed = (wide + delta).to(y.dtype)
         piece.copy_(changed)
         coefficients.append(t)
     return torch.stack(coefficients)

@@ -22,7 +22,7 @@ linear/rules.py says when that pays, and when the product had better come first 
 A fused projection, W = [W_1; ...; W_k] by output rows, has k updates of one y, each over its own columns with its own
 U_p, P'_p, c_p and the v of its tie group. One op makes all of them on the whole y, so that nothing slices it:
 
-    update_parts        t_p = y0_p U_p - c_p  y_p = y0_p + (t_p M_p^T) U_p^T
+    update_parts        t_p = y0_p U_p - c_p  y_p = y0_p + b_p + (t_p M_p^T) U_p^T
     update_parts_backward  a_p = g_p U_p      g0_p = g_p + (a_p M_p) U_p^T  dv_i = sum_p <P'_{p,i}, a_p^T t_p> of a group
 
 Where y0 is a column shard of the output its y0_p U_p is a part of a sum; then t_p = x B_p from the whole input, with
@@ -49,7 +49,7 @@ Of a fused projection with k parts and G tie groups:
     basis        [r, D]     U_1^T, ..., U_k^T side by side; of a part of lower rank the last rows are zero
     v            [G, u], or [G, K, u] with adapter_ids
     projection   [k, u, r, r], or [k, r, r] (LoRA-XS)
-    offset       [k, r]
+    offset       [k, r]     not beside x, nor beside a bias
     x, right     [..., E], [k, r, E]  both or neither
     t            [k, N, r]
 
@@ -58,7 +58,7 @@ basis, right, v, projection, offset and t have the accumulation dtype: float64 w
 The words for all of it, here and in C++, CUDA and Triton: N, D, E, r, u, K as above; basis, right, offset, bias,
 projection; mixing M; coefficients t or a [N, r]; gains t M^T or a M [N, r], what multiplies U^T or B^T.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,8 +84,8 @@ UPDATE_INPUT_GRAD = (
     "Tensor? adapter_ids, bool add) -> Tensor"
 )
 UPDATE_PARTS = (
-    "update_parts(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? x, Tensor? right, "
-    "Tensor? adapter_ids, int[] ends, int[] groups) -> Tensor"
+    "update_parts(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, Tensor? x, "
+    "Tensor? right, Tensor? adapter_ids, int[] ends, int[] groups) -> Tensor"
 )
 UPDATE_PARTS_BACKWARD = (
     "update_parts_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "
@@ -102,6 +102,15 @@ LowRank = Callable[
 ]  # fmt: skip
 UpdateInputGrad = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor
+]  # fmt: skip
+
+UpdateParts = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+     Sequence[int], Sequence[int]], Tensor
+]  # fmt: skip
+UpdatePartsBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Sequence[int], Sequence[int], bool],
+    tuple[Tensor, Tensor]
 ]  # fmt: skip
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -191,6 +191,7 @@ def update_parts(
     v: Tensor,
     projection: Tensor,
     offset: Tensor | None,
+    bias: Tensor | None,
     x: Tensor | None,
     right: Tensor | None,
     adapter_ids: Tensor | None,
@@ -198,8 +199,10 @@ def update_parts(
     groups: Sequence[int],
 ) -> Tensor:
     """update of each part's columns of y in place; returns t [k, N, r]."""
-    check_parts("y", y, basis, v, projection, ends, groups, offset=offset, x=x, right=right, adapter_ids=adapter_ids)
-    _check_supported("y", y, basis, v, projection, offset, right, adapter_ids)
+    check_parts(
+        "y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, x=x, right=right, adapter_ids=adapter_ids
+    )
+    _check_supported("y", y, basis, v, projection, offset, bias, right, adapter_ids)
     flat = _as_rows("y", y)  # [N, D]
     if len(flat) > 1 and flat.stride(0) < flat.shape[1]:
         raise ValueError(f"y: rows overlap in memory (row stride {flat.stride(0)} < {flat.shape[1]}): clone it first")
@@ -211,12 +214,13 @@ def update_parts(
     tiles_per_program, programs = _split(len(flat), launch.rows)
     with torch.cuda.device_of(y):
         _part_code().update_parts_kernel[(programs, len(ends))](
-            flat, basis, v, projection, offset, inputs, right, adapter_ids, t,
+            flat, basis, v, projection, offset, bias, inputs, right, adapter_ids, t,
             (0, *ends[:-1]), tuple(ends), tuple(groups),
             flat.stride(0), 0 if x is None else inputs.stride(0), len(flat), flat.shape[1],
             0 if x is None else inputs.shape[1], v.shape[-1], tiles_per_program, _rows_per_id(len(flat), adapter_ids),
             _adapters(v, adapter_ids),
-            **_part_constants(launch, ends, projection, adapter_ids), HAS_OFFSET=offset is not None, HAS_X=x is not None,
+            **_part_constants(launch, ends, projection, adapter_ids),
+            HAS_OFFSET=offset is not None, HAS_BIAS=bias is not None, HAS_X=x is not None,
             **_options(launch.threads, adapter_ids),
         )  # fmt: skip
     return t

@@ -26,6 +26,7 @@ def update_parts_kernel(
     v_ptr,  # [G, u] or [G, K, u] fp32
     projection_ptr,  # [PARTS, u, R, R] or [PARTS, R, R] fp32
     offset_ptr,  # [PARTS, R] fp32, if HAS_OFFSET
+    bias_ptr,  # [D] dtype of y, if HAS_BIAS
     x_ptr,  # [N, E], if HAS_X
     right_ptr,  # [PARTS, R, E] fp32, if HAS_X
     ids_ptr,  # [N / rows_per_id] int32 or int64, if HAS_IDS
@@ -33,9 +34,10 @@ def update_parts_kernel(
     begins, ends, groups,  # of each part
     y_stride, x_stride, N, D, E, u, tiles_per_program, rows_per_id, num_adapters,
     PARTS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_U: tl.constexpr,
-    SINGLE: tl.constexpr, LORA_XS: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_X: tl.constexpr, HAS_IDS: tl.constexpr,
+    SINGLE: tl.constexpr, LORA_XS: tl.constexpr, HAS_OFFSET: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_X: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
-    """t_p = y0_p U_p - c_p or x B_p;  y_p = y0_p + (t_p M_p^T) U_p^T."""
+    """t_p = y0_p U_p - c_p or x B_p;  y_p = y0_p + b_p + (t_p M_p^T) U_p^T."""
     part = tl.program_id(1)
     begin, end, group = _chosen(begins, PARTS), _chosen(ends, PARTS), _chosen(groups, PARTS)
     v_ptr += group.to(tl.int64) * num_adapters * u
@@ -73,17 +75,22 @@ def update_parts_kernel(
         if HAS_IDS:
             ids = _adapter_ids(ids_ptr, rows, row_ok, rows_per_id, num_adapters)  # [ROWS]
             mixing = _mixing(v_ptr, projection_ptr, ids, u, R, BLOCK_U, LORA_XS)  # [ROWS, R, R]
-            row_ok = row_ok & (ids >= 0)  # a row without an adapter is not written
+            if not HAS_BIAS:
+                row_ok = row_ok & (ids >= 0)  # a row without an adapter is not written; its M is zero
         s = tl.sum(t[:, None, :] * mixing, axis=2)  # [ROWS, R]
 
         # y = y0 + s U^T
         if SINGLE and not HAS_X:
             y = _add_delta(y, s, basis_ptr, begin + block, D, R)
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + begin + block, mask=begin + block < end, other=0.0).to(tl.float32)[None, :]
             _store_rows(y_ptr, y_stride, rows, row_ok, begin + block, end, y)
         else:
             for start in range(begin, end, BLOCK_D):
                 y = _load_rows(y_ptr, y_stride, rows, row_ok, start + block, end)
                 y = _add_delta(y, s, basis_ptr, start + block, D, R)
+                if HAS_BIAS:
+                    y += tl.load(bias_ptr + start + block, mask=start + block < end, other=0.0).to(tl.float32)[None, :]
                 _store_rows(y_ptr, y_stride, rows, row_ok, start + block, end, y)
 
 
