@@ -1,0 +1,227 @@
+"""The entry point of vLLM's plugins, called in each of its processes: what is hooked into, and the probe.
+
+    LoRAModelRunnerMixin   load_lora_model makes our manager; reset_lora_state, after the base was replaced, is refused
+    EngineCore             add_lora, remove_lora, list_loras, pin_lora and each request go through adapters.py
+    OpenAIServingModels    with a directory in the setting: NAME -> DIRECTORY/NAME.safetensors
+
+Without the setting (settings.py) every hook calls what it stands for, and vLLM's own LoRA is as it was.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .settings import Settings
+
+
+class Needed(NamedTuple):
+    """Something of vLLM that is relied on: an attribute of a class or module, and the parameters it must take."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] = ()
+
+
+NEEDED = (
+    Needed("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.load_lora_model",
+           ("self", "model", "vllm_config", "device")),
+    Needed("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.reset_lora_state", ("self",)),
+    Needed("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras"),
+    Needed("vllm.v1.engine.core", "EngineCore.__init__", ("self", "vllm_config")),
+    Needed("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")),
+    Needed("vllm.v1.engine.core", "EngineCore.add_request", ("self", "request")),
+    Needed("vllm.v1.engine.core", "EngineCore.add_lora", ("self", "lora_request")),
+    Needed("vllm.v1.engine.core", "EngineCore.remove_lora", ("self", "lora_id")),
+    Needed("vllm.v1.engine.core", "EngineCore.list_loras", ("self",)),
+    Needed("vllm.v1.engine.core", "EngineCore.pin_lora", ("self", "lora_id")),
+    Needed("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
+    Needed("vllm.lora.layers", "LoRAMapping", ("index_mapping",)),
+    Needed("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.__init__", ("self", "engine_client")),
+    Needed("vllm.lora.resolver", "LoRAResolver.resolve_lora", ("self", "base_model_name", "lora_name")),
+    Needed("vllm.model_executor.layers.linear", "LinearBase"),
+    Needed("vllm.model_executor.layers.linear", "LinearMethodBase.apply", ("self", "layer", "x", "bias")),
+    Needed("vllm.model_executor.layers.linear", "ColumnParallelLinear"),
+    Needed("vllm.model_executor.utils", "get_packed_modules_mapping"),
+    Needed("vllm.distributed", "get_tp_group"),
+    Needed("vllm.distributed", "get_pp_group"),
+)  # fmt: skip
+
+
+def missing() -> list[str]:
+    """What the installed vLLM lacks of what is relied on, a line each; empty where all is there."""
+    problems = []
+    for module, name, parameters in NEEDED:
+        where = f"{module}.{name}"
+        try:
+            found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError):
+            problems.append(f"no {where}")
+            continue
+        if parameters:
+            lacking = set(parameters) - set(inspect.signature(found).parameters)
+            problems += [f"{where} takes no {', '.join(sorted(lacking))}"] if lacking else []
+    return problems
+
+
+def register() -> None:
+    """Entry point vllm.general_plugins."""
+    problems = missing()
+    if any(problem.startswith("no vllm.v1.engine.core.EngineCore") for problem in problems):
+        return  # older than anything that could be told why
+    from vllm.v1.engine.core import EngineCore
+
+    if hasattr(EngineCore, "tinylora"):
+        return
+    EngineCore.tinylora = None
+    _replace(EngineCore, "__init__", functools.partial(_start_core, problems))
+    if problems:
+        return
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    _replace(EngineCore, "add_lora", lambda original, core, request: _or(core, original, "add", request))
+    _replace(EngineCore, "remove_lora", lambda original, core, lora_id: _or(core, original, "remove", lora_id))
+    _replace(EngineCore, "list_loras", lambda original, core: _or(core, original, "ids"))
+    _replace(EngineCore, "pin_lora", lambda original, core, lora_id: _or(core, original, "pin", lora_id))
+    _replace(EngineCore, "preprocess_add_request", _bind_request)
+    _replace(EngineCore, "add_request", _admit_request)
+    _replace(LoRAModelRunnerMixin, "load_lora_model", _load_model)
+    _replace(LoRAModelRunnerMixin, "reset_lora_state", _refuse_new_base)
+    _replace(OpenAIServingModels, "__init__", _serve_directory)
+
+
+def _replace(owner: type, name: str, hook: Callable[..., Any]) -> None:
+    """owner.name(...) becomes hook(what it was, ...), under the signature that vLLM looks at."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+# The engine core
+
+
+def _start_core(problems: list[str], original: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    settings = Settings.of(vllm_config.additional_config)
+    if settings is None:
+        original(core, vllm_config, *args, **kwargs)
+        return
+    if problems:
+        import vllm
+
+        raise RuntimeError(
+            f"tinylora: vLLM {vllm.__version__} is not one this package knows ({'; '.join(problems)}); docs/vllm.md "
+            "lists those tried"
+        )
+    lora_config = vllm_config.lora_config
+    if lora_config is None:
+        raise ValueError("tinylora: expected --enable-lora beside additional_config['tinylora'], found it off")
+    # A step may run an adapter for each sequence: they are rows of a table.
+    lora_config.max_loras = vllm_config.scheduler_config.max_num_seqs
+    lora_config.max_cpu_loras = max(lora_config.max_cpu_loras or 0, lora_config.max_loras)
+    from vllm.lora.request import LoRARequest
+
+    from .adapters import Adapters
+    from .family import Family
+
+    family = Family(settings.adapters, settings.own_seeds)
+    original(core, vllm_config, *args, **kwargs)
+
+    def running() -> list[int]:
+        requests = core.scheduler.requests.values()
+        return [request.lora_request.lora_int_id for request in requests if request.lora_request is not None]
+
+    core.tinylora = Adapters(
+        family,
+        LoRARequest,
+        core.model_executor.add_lora,
+        core.model_executor.remove_lora,
+        running,
+        _not_found,
+    )
+
+
+def _not_found(name: str, path: str) -> Exception:
+    try:
+        from vllm.exceptions import LoRAAdapterNotFoundError
+    except ImportError:
+        return FileNotFoundError(f"adapter {name!r}: there is no such file")
+    return LoRAAdapterNotFoundError(name, path)
+
+
+def _or(core: Any, original: Any, ours: str, *args: Any) -> Any:
+    return original(core, *args) if core.tinylora is None else getattr(core.tinylora, ours)(*args)
+
+
+def _bind_request(original: Any, core: Any, request: Any) -> Any:
+    if core.tinylora is None:
+        return original(core, request)
+    bound = core.tinylora.bind(request.lora_request)
+    if bound is not None:
+        request.lora_request = bound[0]
+    made, wave = original(core, request)
+    made.tinylora_content = None if bound is None else bound[1]
+    return made, wave
+
+
+def _admit_request(original: Any, core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    content = getattr(request, "tinylora_content", None)
+    if content is not None:
+        core.tinylora.ensure(content)
+    return original(core, request, *args, **kwargs)
+
+
+# The workers
+
+
+def _load_model(original: Any, runner: Any, model: Any, vllm_config: Any, device: Any) -> Any:
+    settings = Settings.of(vllm_config.additional_config)
+    if settings is None:
+        return original(runner, model, vllm_config, device)
+    from .manager import Manager
+
+    scheduler = vllm_config.scheduler_config
+    runner.lora_manager = Manager(settings, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
+    return runner.lora_manager.create_lora_manager(model, vllm_config)
+
+
+def _refuse_new_base(original: Any, runner: Any) -> Any:
+    if Settings.of(runner.vllm_config.additional_config) is None:
+        return original(runner)
+    raise RuntimeError(
+        "tinylora: the weights of the base model were replaced, and every adapter belongs to the ones before; start the "
+        "engine again on the new weights"
+    )
+
+
+# The front end
+
+
+def _serve_directory(original: Any, models: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+    original(models, engine_client, *args, **kwargs)
+    settings = Settings.of(engine_client.vllm_config.additional_config)
+    if settings is not None and Path(settings.adapters).is_dir():
+        models.lora_resolvers.append(_resolver(Path(settings.adapters)))
+
+
+def _resolver(directory: Path) -> Any:
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver
+
+    class DirectoryResolver(LoRAResolver):
+        """NAME -> DIRECTORY/NAME.safetensors."""
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            if Path(lora_name).name != lora_name:
+                return None
+            path = directory / f"{lora_name}.safetensors"
+            return LoRARequest(lora_name, 1, str(path)) if path.is_file() else None
+
+    return DirectoryResolver()
