@@ -2,6 +2,7 @@
 
     LoRAModelRunnerMixin   load_lora_model makes our manager; reset_lora_state, after the base was replaced, is refused
     EngineCore             add_lora, remove_lora, list_loras, pin_lora and each request go through adapters.py
+    LLMEngine, AsyncLLM    a request under an adapter that the core was not told of tells it first, and fails alone
     OpenAIServingModels    with a directory in the setting: NAME -> DIRECTORY/NAME.safetensors
 
 Without the setting (settings.py) every hook calls what it stands for, and vLLM's own LoRA is as it was.
@@ -38,6 +39,10 @@ NEEDED = (
     Needed("vllm.v1.engine.core", "EngineCore.remove_lora", ("self", "lora_id")),
     Needed("vllm.v1.engine.core", "EngineCore.list_loras", ("self",)),
     Needed("vllm.v1.engine.core", "EngineCore.pin_lora", ("self", "lora_id")),
+    Needed("vllm.v1.engine.llm_engine", "LLMEngine.add_request", ("self", "lora_request")),
+    Needed("vllm.v1.engine.llm_engine", "LLMEngine.add_lora", ("self", "lora_request")),
+    Needed("vllm.v1.engine.async_llm", "AsyncLLM.add_request", ("self", "lora_request")),
+    Needed("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", ("self", "lora_request")),
     Needed("vllm.lora.request", "LoRARequest", ("lora_name", "lora_int_id", "lora_path", "load_inplace")),
     Needed("vllm.lora.layers", "LoRAMapping", ("index_mapping",)),
     Needed("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.__init__", ("self", "engine_client")),
@@ -81,6 +86,8 @@ def register() -> None:
     if problems:
         return
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     _replace(EngineCore, "add_lora", lambda original, core, request: _or(core, original, "add", request))
@@ -91,6 +98,10 @@ def register() -> None:
     _replace(EngineCore, "add_request", _admit_request)
     _replace(LoRAModelRunnerMixin, "load_lora_model", _load_model)
     _replace(LoRAModelRunnerMixin, "reset_lora_state", _refuse_new_base)
+    _replace(LLMEngine, "add_lora", _add_lora)
+    _replace(LLMEngine, "add_request", _tell_first)
+    _replace(AsyncLLM, "add_lora", _add_lora_async)
+    _replace(AsyncLLM, "add_request", _tell_first_async)
     _replace(OpenAIServingModels, "__init__", _serve_directory)
 
 
@@ -202,6 +213,64 @@ def _refuse_new_base(original: Any, runner: Any) -> Any:
 
 
 # The front end
+#
+# A request is in its books before the core has seen it: an adapter that is refused there would leave it waiting for ever.
+
+TOLD_KEPT = 1 << 16
+
+
+def _told(engine: Any) -> set[tuple[int, str]] | None:
+    """(id, path) of the adapters that the core knows from this front end; None where adapters are vLLM's own."""
+    told = engine.__dict__.get("tinylora_told")
+    if told is None and Settings.of(engine.vllm_config.additional_config) is not None:
+        told = engine.tinylora_told = set()
+    if told is not None and len(told) > TOLD_KEPT:
+        told.clear()
+    return told
+
+
+def _note(engine: Any, request: Any) -> None:
+    told = _told(engine)
+    if told is not None:
+        told.add((request.lora_int_id, request.lora_path))
+
+
+def _untold(original: Any, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The LoRARequest of a call of add_request that the core has to be told of, or None."""
+    told = _told(engine)
+    if told is None:
+        return None
+    lora = kwargs.get("lora_request") or _signature(original).bind(engine, *args, **kwargs).arguments.get("lora_request")
+    return None if lora is None or (lora.lora_int_id, lora.lora_path) in told else lora
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def _add_lora(original: Any, engine: Any, lora_request: Any) -> Any:
+    done = original(engine, lora_request)
+    _note(engine, lora_request)
+    return done
+
+
+async def _add_lora_async(original: Any, engine: Any, lora_request: Any) -> Any:
+    done = await original(engine, lora_request)
+    _note(engine, lora_request)
+    return done
+
+
+def _tell_first(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    untold = _untold(original, engine, args, kwargs)
+    if untold is not None:
+        engine.add_lora(untold)
+    return original(engine, *args, **kwargs)
+
+
+async def _tell_first_async(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    untold = _untold(original, engine, args, kwargs)
+    if untold is not None:
+        await engine.add_lora(untold)
+    return await original(engine, *args, **kwargs)
 
 
 def _serve_directory(original: Any, models: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:

@@ -30,8 +30,7 @@ def adapter_request(name: str, v: Tensor) -> Any:
     """A LoRARequest that runs these numbers; the engine need not be told before."""
     from vllm.lora.request import LoRARequest
 
-    path = numbers_path(v)
-    return LoRARequest(name, 1 + zlib.crc32(f"{name} {path}".encode()) % (2**31 - 1), path)
+    return LoRARequest(name, 1 + zlib.crc32(name.encode()) % (2**31 - 2), numbers_path(v))
 
 
 def set_vectors(engine: Any, name: str, v: Tensor) -> Any:
