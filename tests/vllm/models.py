@@ -23,7 +23,7 @@ KINDS = {
 
 
 def make_base(directory: Path, bias: bool = False, **changes) -> Path:
-    """A Llama (a Qwen2, whose qkv has a bias) of two layers whose heads divide by 2 and 3; weights large enough to matter."""
+    """A Llama (a Qwen2, whose qkv has a bias) of two layers whose sizes divide by 2 and 3; weights large enough to matter."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -36,7 +36,7 @@ def make_base(directory: Path, bias: bool = False, **changes) -> Path:
         chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
     )  # fmt: skip
     shape = dict(
-        vocab_size=98, hidden_size=192, intermediate_size=264, num_hidden_layers=2, num_attention_heads=6,
+        vocab_size=192, hidden_size=192, intermediate_size=264, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=3, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False,
     ) | changes  # fmt: skip

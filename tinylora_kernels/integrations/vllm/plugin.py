@@ -1,6 +1,7 @@
 """The entry point of vLLM's plugins, called in each of its processes: what is hooked into, and the probe.
 
     LoRAModelRunnerMixin   load_lora_model makes our manager; reset_lora_state, after the base was replaced, is refused
+    EngineArgs             room in a step for an adapter a sequence, and an error where something is missing
     EngineCore             add_lora, remove_lora, list_loras, pin_lora and each request go through adapters.py
     LLMEngine, AsyncLLM    a request under an adapter that the core was not told of tells it first, and fails alone
     OpenAIServingModels    with a directory in the setting: NAME -> DIRECTORY/NAME.safetensors
@@ -32,7 +33,7 @@ NEEDED = (
            ("self", "model", "vllm_config", "device")),
     Needed("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.reset_lora_state", ("self",)),
     Needed("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras"),
-    Needed("vllm.v1.engine.core", "EngineCore.__init__", ("self", "vllm_config")),
+    Needed("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
     Needed("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")),
     Needed("vllm.v1.engine.core", "EngineCore.add_request", ("self", "request")),
     Needed("vllm.v1.engine.core", "EngineCore.add_lora", ("self", "lora_request")),
@@ -73,27 +74,24 @@ def missing() -> list[str]:
 
 
 def register() -> None:
-    """Entry point vllm.general_plugins."""
-    problems = missing()
-    if any(problem.startswith("no vllm.v1.engine.core.EngineCore") for problem in problems):
-        return  # older than anything that could be told why
-    from vllm.v1.engine.core import EngineCore
+    """Entry point vllm.general_plugins; a core and its workers load their plugins when they are half made."""
+    from vllm.engine.arg_utils import EngineArgs
 
-    if hasattr(EngineCore, "tinylora"):
+    if hasattr(EngineArgs, "tinylora"):
         return
-    EngineCore.tinylora = None
-    _replace(EngineCore, "__init__", functools.partial(_start_core, problems))
+    EngineArgs.tinylora = True
+    problems = missing()
+    _replace(EngineArgs, "create_engine_config", functools.partial(_configure, problems))
     if problems:
         return
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    _replace(EngineCore, "add_lora", lambda original, core, request: _or(core, original, "add", request))
-    _replace(EngineCore, "remove_lora", lambda original, core, lora_id: _or(core, original, "remove", lora_id))
-    _replace(EngineCore, "list_loras", lambda original, core: _or(core, original, "ids"))
-    _replace(EngineCore, "pin_lora", lambda original, core, lora_id: _or(core, original, "pin", lora_id))
+    for name, ours in {"add_lora": "add", "remove_lora": "remove", "list_loras": "ids", "pin_lora": "pin"}.items():
+        _replace(EngineCore, name, functools.partial(_instead, ours))
     _replace(EngineCore, "preprocess_add_request", _bind_request)
     _replace(EngineCore, "add_request", _admit_request)
     _replace(LoRAModelRunnerMixin, "load_lora_model", _load_model)
@@ -116,14 +114,14 @@ def _replace(owner: type, name: str, hook: Callable[..., Any]) -> None:
     setattr(owner, name, replaced)
 
 
-# The engine core
+# The configuration
 
 
-def _start_core(problems: list[str], original: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    settings = Settings.of(vllm_config.additional_config)
+def _configure(problems: list[str], original: Any, arguments: Any, *args: Any, **kwargs: Any) -> Any:
+    config = original(arguments, *args, **kwargs)
+    settings = Settings.of(config.additional_config)
     if settings is None:
-        original(core, vllm_config, *args, **kwargs)
-        return
+        return config
     if problems:
         import vllm
 
@@ -131,32 +129,39 @@ def _start_core(problems: list[str], original: Any, core: Any, vllm_config: Any,
             f"tinylora: vLLM {vllm.__version__} is not one this package knows ({'; '.join(problems)}); docs/vllm.md "
             "lists those tried"
         )
-    lora_config = vllm_config.lora_config
-    if lora_config is None:
+    lora = config.lora_config
+    if lora is None:
         raise ValueError("tinylora: expected --enable-lora beside additional_config['tinylora'], found it off")
-    # A step may run an adapter for each sequence: they are rows of a table.
-    lora_config.max_loras = vllm_config.scheduler_config.max_num_seqs
-    lora_config.max_cpu_loras = max(lora_config.max_cpu_loras or 0, lora_config.max_loras)
+    lora.max_loras = config.scheduler_config.max_num_seqs  # they are rows of a table
+    lora.max_cpu_loras = max(lora.max_cpu_loras or 0, lora.max_loras)
+    return config
+
+
+# The engine core
+
+
+def _adapters(core: Any) -> Any:
+    """The Adapters of a core, made when they are first asked for; None where adapters are vLLM's own."""
+    if "tinylora" not in core.__dict__:
+        core.tinylora = _make_adapters(core)
+    return core.tinylora
+
+
+def _make_adapters(core: Any) -> Any:
+    settings = Settings.of(core.vllm_config.additional_config)
+    if settings is None:
+        return None
     from vllm.lora.request import LoRARequest
 
     from .adapters import Adapters
     from .family import Family
 
-    family = Family(settings.adapters, settings.own_seeds)
-    original(core, vllm_config, *args, **kwargs)
-
     def running() -> list[int]:
-        requests = core.scheduler.requests.values()
+        requests = list(core.scheduler.requests.values())
         return [request.lora_request.lora_int_id for request in requests if request.lora_request is not None]
 
-    core.tinylora = Adapters(
-        family,
-        LoRARequest,
-        core.model_executor.add_lora,
-        core.model_executor.remove_lora,
-        running,
-        _not_found,
-    )
+    family, workers = Family(settings.adapters, settings.own_seeds), core.model_executor
+    return Adapters(family, LoRARequest, workers.add_lora, workers.remove_lora, running, _not_found)
 
 
 def _not_found(name: str, path: str) -> Exception:
@@ -167,14 +172,14 @@ def _not_found(name: str, path: str) -> Exception:
     return LoRAAdapterNotFoundError(name, path)
 
 
-def _or(core: Any, original: Any, ours: str, *args: Any) -> Any:
-    return original(core, *args) if core.tinylora is None else getattr(core.tinylora, ours)(*args)
+def _instead(ours: str, original: Any, core: Any, *args: Any) -> Any:
+    adapters = _adapters(core)
+    return original(core, *args) if adapters is None else getattr(adapters, ours)(*args)
 
 
 def _bind_request(original: Any, core: Any, request: Any) -> Any:
-    if core.tinylora is None:
-        return original(core, request)
-    bound = core.tinylora.bind(request.lora_request)
+    adapters = _adapters(core)
+    bound = None if adapters is None else adapters.bind(request.lora_request)
     if bound is not None:
         request.lora_request = bound[0]
     made, wave = original(core, request)
