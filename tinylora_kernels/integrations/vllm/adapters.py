@@ -170,8 +170,11 @@ class Adapters:
 
     def _inline(self, path: str) -> tuple[Recipe, Tensor]:
         recipe = self.family.recipe
+        token, _, numbers = path.removeprefix(INLINE).rpartition(":")
+        if token and token != self.family.token:
+            raise AdapterError("the numbers are of another config or base than the adapter this engine was started with")
         try:
-            raw = base64.b64decode(path[len(INLINE) :], validate=True)
+            raw = base64.b64decode(numbers, validate=True)
         except (binascii.Error, ValueError):
             raise AdapterError("expected numbers in base64 behind 'tinylora:'") from None
         groups, u = recipe.shape

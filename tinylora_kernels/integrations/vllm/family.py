@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -69,21 +70,30 @@ def recipe_of(adapter: AdapterFile) -> Recipe:
     return Recipe(adapter.config, (m.name for m in adapter.modules), (m.group for m in adapter.modules))
 
 
+def token_of(adapter: AdapterFile) -> str:
+    """16 hex digits of all that the numbers of an adapter mean: its recipe and its base."""
+    fingerprints = [module.fingerprint for module in adapter.modules]
+    return hashlib.sha256(json.dumps([recipe_of(adapter).text, fingerprints]).encode()).hexdigest()[:16]
+
+
 class Family:
     """The adapters that an engine serves: those of one base, one rank and modules among those of the first file.
 
     Args:
         path: an adapter file, or a directory whose first adapter file counts.
         own_seeds: whether adapters may differ in more than their numbers (settings.py).
+        token: token_of the file that is expected there; empty: any.
 
     Raises:
-        AdapterError, OSError: there is none, or it is damaged.
+        AdapterError, OSError: there is none, it is damaged, or it is another.
     """
 
-    def __init__(self, path: str | os.PathLike, own_seeds: bool = True):
+    def __init__(self, path: str | os.PathLike, own_seeds: bool = True, token: str = ""):
         self.adapter = read(first_file(path))
         self.own_seeds = own_seeds
-        self.recipe = recipe_of(self.adapter)
+        self.recipe, self.token = recipe_of(self.adapter), token_of(self.adapter)
+        if token and token != self.token:
+            raise AdapterError(f"{first_file(path)}: it is another adapter than when the engine was configured")
         self.modules: dict[str, AdaptedModule] = {module.name: module for module in self.adapter.modules}
 
     @property

@@ -46,7 +46,7 @@ class Manager:
                 "adapters (max_num_seqs); raise the one or lower the other"
             )
         self.device, self.capacity = device, settings.capacity
-        self.family = Family(settings.adapters, settings.own_seeds)
+        self.family = Family(settings.adapters, settings.own_seeds, settings.token)
         self.rank = padded_rank(self.family.rank)  # GPU kernels are made for these
         # Tokens beyond a step's (padding of a captured graph) keep ids of earlier steps, which are valid.
         self.ids = torch.full((max_tokens,), BARE, dtype=torch.int32, device=device)

@@ -10,6 +10,7 @@ Without the setting (settings.py) every hook calls what it stands for, and vLLM'
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .settings import Settings
+from .settings import KEY, Settings
 
 
 class Needed(NamedTuple):
@@ -134,6 +135,11 @@ def _configure(problems: list[str], original: Any, arguments: Any, *args: Any, *
         raise ValueError("tinylora: expected --enable-lora beside additional_config['tinylora'], found it off")
     lora.max_loras = config.scheduler_config.max_num_seqs  # they are rows of a table
     lora.max_cpu_loras = max(lora.max_cpu_loras or 0, lora.max_loras)
+    from .family import Family
+
+    # Core and workers read the file again, each in its process: it must be the same one.
+    token = Family(settings.adapters, settings.own_seeds).token
+    config.additional_config[KEY] = dataclasses.asdict(dataclasses.replace(settings, token=token))
     return config
 
 
@@ -160,7 +166,7 @@ def _make_adapters(core: Any) -> Any:
         requests = list(core.scheduler.requests.values())
         return [request.lora_request.lora_int_id for request in requests if request.lora_request is not None]
 
-    family, workers = Family(settings.adapters, settings.own_seeds), core.model_executor
+    family, workers = Family(settings.adapters, settings.own_seeds, settings.token), core.model_executor
     return Adapters(family, LoRARequest, workers.add_lora, workers.remove_lora, running, _not_found)
 
 

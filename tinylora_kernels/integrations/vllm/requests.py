@@ -21,9 +21,15 @@ INLINE = "tinylora:"  # of a lora_path that carries numbers
 DEFAULT = "tinylora:default"  # the lora_name whose adapter every request without one runs
 
 
-def numbers_path(v: Tensor) -> str:
-    """v [groups, u] as a lora_path, also for /v1/load_lora_adapter: in base64, float32, of the engine's own config."""
-    return INLINE + base64.b64encode(v.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).decode()
+def numbers_path(v: Tensor, token: str | None = None) -> str:
+    """v [groups, u] as a lora_path, also for /v1/load_lora_adapter: in base64, float32, of the engine's own config.
+
+    Args:
+        token: family.token_of the adapter they belong to; with it the engine refuses the numbers of another config or
+            base, without it any of the right shape.
+    """
+    numbers = base64.b64encode(v.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).decode()
+    return f"{INLINE}{token}:{numbers}" if token else INLINE + numbers
 
 
 def adapter_request(name: str, v: Tensor) -> Any:

@@ -20,11 +20,13 @@ class Settings:
         capacity: adapters in the table at once, per worker; those beyond it wait in host memory.
         own_seeds: every adapter brings its seed and tie groups, at 4 r r bytes a module; False: all have those of the
             first file, at 4 bytes a number.
+        token: family.token_of the first file as the engine was configured; set by the plugin.
     """
 
     adapters: str
     capacity: int = CAPACITY
     own_seeds: bool = True
+    token: str = ""
 
     @classmethod
     def of(cls, additional_config: Any) -> Settings | None:
@@ -38,14 +40,14 @@ class Settings:
             return None
         if isinstance(given, str):
             given = {"adapters": given}
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        fields = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(given, Mapping) or "adapters" not in given or not set(given) <= set(fields):
             raise ValueError(
-                f"additional_config[{KEY!r}]: expected a path or a map with adapters and, if need be, "
-                f"{', '.join(list(fields)[1:])}, found {given!r}"
+                f"additional_config[{KEY!r}]: expected a path or a map with adapters and, if need be, capacity and "
+                f"own_seeds, found {given!r}"
             )
         found = cls(**given)
-        kinds = {"adapters": str, "capacity": int, "own_seeds": bool}
+        kinds = {"adapters": str, "capacity": int, "own_seeds": bool, "token": str}
         for name, kind in kinds.items():
             if type(getattr(found, name)) is not kind or (name == "capacity" and found.capacity < 1):
                 value = getattr(found, name)
