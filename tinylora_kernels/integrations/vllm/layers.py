@@ -10,9 +10,9 @@ columns of y alone, so t comes from its whole input, t = x B.
 from __future__ import annotations
 
 import copy
-from itertools import accumulate
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from ...base.weights import bias_offset
 from ...common.words import listed
 from ...files.format import AdapterError
 from .family import Checkpoint, Unit, factorize
-
-if TYPE_CHECKING:
-    from .manager import Manager
+from .manager import Manager
 
 _update_parts = torch.ops.tinylora.update_parts.default
 

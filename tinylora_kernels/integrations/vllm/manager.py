@@ -55,14 +55,7 @@ class Manager:
         self._free = list(range(self.capacity - 1, -1, -1))
         self._last: tuple[int, ...] | None = None  # the tokens that `ids` holds
 
-    # The model
-
-    def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
-        from .layers import attach
-
-        attach(model, vllm_config.model_config, self)
-        model.lora_manager = self
-        return model
+    # The table
 
     def make_table(self, units: list[Unit]) -> None:
         """For these units, all that this worker has."""

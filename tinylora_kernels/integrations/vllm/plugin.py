@@ -207,11 +207,14 @@ def _load_model(original: Any, runner: Any, model: Any, vllm_config: Any, device
     settings = Settings.of(vllm_config.additional_config)
     if settings is None:
         return original(runner, model, vllm_config, device)
+    from .layers import attach
     from .manager import Manager
 
     scheduler = vllm_config.scheduler_config
-    runner.lora_manager = Manager(settings, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
-    return runner.lora_manager.create_lora_manager(model, vllm_config)
+    manager = Manager(settings, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device)
+    attach(model, vllm_config.model_config, manager)
+    runner.lora_manager = model.lora_manager = manager
+    return model
 
 
 def _refuse_new_base(original: Any, runner: Any) -> Any:
