@@ -112,8 +112,11 @@ MUTANTS = {  # name: (the case that shows it, what to replace in part_kernels.py
     "P' of the first part": ("parts", "    projection_ptr += part * (R * R if LORA_XS else u * R * R)\n    t_ptr", "    t_ptr"),
     "t of all parts in one place": ("parts", "    t_ptr += part.to(tl.int64) * N * R\n", ""),
     "the offset of the first part": ("parts", "offset_ptr + part * R + rank", "offset_ptr + rank"),
-    "the basis of the first columns": ("parts", "t = _project(y, basis_ptr, begin + block, D, R)",
-        "t = _project(y, basis_ptr, block, D, R)"),
+    "the basis of the first columns": ("parts", "t = _project(_finite(y), basis_ptr, begin + block, D, R)",
+        "t = _project(_finite(y), basis_ptr, block, D, R)"),
+    "infinity in t": ("infinite", "tl.where(y - y == 0.0, y, 0.0)", "y"),
+    "the bias of the first columns": ("bias", "bias_ptr + begin + block", "bias_ptr + block"),
+    "no bias without an adapter": ("bias", "if not HAS_BIAS:\n                row_ok", "if True:\n                row_ok"),
     "writes into the next part": ("parts",
         "_store_rows(y_ptr, y_stride, rows, row_ok, begin + block, end, y)",
         "_store_rows(y_ptr, y_stride, rows, row_ok, begin + block, end + 1, y)"),
@@ -132,6 +135,8 @@ MUTANTS = {  # name: (the case that shows it, what to replace in part_kernels.py
 MUTANT_CASES = {
     "parts": PartCase(9, (40, 24, 17), (0, 1, 0), numbers=4),
     "adapters": PartCase(9, (40, 24), (0, 1), numbers=4, adapters=3),
+    "bias": PartCase(9, (40, 24), (0, 1), numbers=4, adapters=3, bias=False, adds_bias=True),
+    "infinite": PartCase(9, (40, 24), (0, 1), numbers=4),
     "LoRA-XS": PartCase(9, (40, 24), (0, 0), lora_xs=True, numbers=4),
     "long": PartCase(2, (16400, 8), (0, 1)),
     "shard": PartCase(9, (40, 24), (0, 1), numbers=3, inputs=70),
@@ -144,11 +149,16 @@ def _run_mutant_case(name: str) -> None:
     bare = torch.zeros(case.rows, dtype=torch.bool)
     if case.adapters:
         inputs[0].adapter_ids[-1] = -1
+    if case.adapters and not case.adds_bias:
         bare = inputs[0].adapter_ids == -1
+    if name == "infinite":
+        inputs[0].y[3, 50] = torch.inf
     inputs[0].y[bare] = -0.0  # adding nothing to it would still make it 0.0
     with simulated_gpu(CUDA_TARGETS[90]), mock.patch.object(triton_kernels, "MAX_PROGRAMS", 2):
         found = [run_parts(triton_kernels, i) for i in inputs]
-    if case.inputs:
+    if name == "infinite":
+        assert (~torch.isfinite(found[0].y)).nonzero().tolist() == [[3, 50]]
+    elif case.inputs:
         assert all(error(f.y, run_parts(reference, i).y) < 1e-6 for f, i in zip(found, inputs))
     else:
         for part in inputs[0].parts:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.weights import bias_offset
 from ...common.words import listed
 from ...files.format import AdapterError
 from .family import Checkpoint, Unit, factorize
@@ -216,37 +215,34 @@ def wrap(one: Held, units: list[Unit], manager: Manager) -> None:
     """
     layer, runs = one.layer, runs_of(one, manager)
     rank, r = manager.rank, manager.family.rank
-    bias = getattr(layer, "bias", None)
     ends = list(accumulate(len(run.rows) for run in runs))
     # Columns of no unit have a basis of zeros: t is zero there, and y stays.
     basis = torch.zeros(rank, ends[-1])
     right = torch.zeros(len(runs), rank, layer.input_size) if one.by_columns else None
-    offset = torch.zeros(len(runs), rank) if bias is not None and right is None else None
     for n, (run, begin, end) in enumerate(zip(runs, [0, *ends], ends)):
         if run.unit is None:
             continue
         basis[:r, begin:end] = units[run.unit].basis[:, run.rows]
         if right is not None:
             right[n, :r] = units[run.unit].right
-        if offset is not None:
-            offset[n] = bias_offset(basis[:, begin:end], bias[begin:end].cpu())
     groups, projection = manager.projections_of([run.unit for run in runs])
-    held = {"ids": manager.ids, "table": manager.table, "basis": basis, "right": right, "offset": offset,
-            "projection": projection}  # fmt: skip
+    held = {
+        "ids": manager.ids, "table": manager.table, "basis": basis, "right": right, "projection": projection,
+    }  # fmt: skip
     for name, tensor in held.items():
         layer.register_buffer(f"tinylora_{name}", None if tensor is None else tensor.to(manager.device), persistent=False)
     inner = layer.quant_method
     kind = type(inner)
 
     def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = inner.apply(layer, x, bias)
+        y = inner.apply(layer, x, None)  # the update wants the product alone, and adds the bias
         rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
         buffers = layer._buffers
         right = buffers["tinylora_right"]
         _update_parts(
             rows, buffers["tinylora_basis"], buffers["tinylora_table"], buffers["tinylora_projection"],
-            buffers["tinylora_offset"] if bias is not None else None, x if right is not None else None, right,
-            buffers["tinylora_ids"][: rows.shape[0]], ends, groups,
+            None, bias, x if right is not None else None, right, buffers["tinylora_ids"][: rows.shape[0]], ends,
+            groups,
         )  # fmt: skip
         return y
 

@@ -20,6 +20,12 @@ def _chosen(numbers, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _finite(y):
+    """What is not finite in y0 counts as zero in t: it stays in its own element."""
+    return tl.where(y - y == 0.0, y, 0.0)
+
+
+@triton.jit
 def update_parts_kernel(
     y_ptr,  # [N, D], updated in place
     basis_ptr,  # [R, D] fp32
@@ -61,12 +67,12 @@ def update_parts_kernel(
                 t += _project(x, right_ptr + part * R * E, start + block, E, R)
         elif SINGLE:
             y = _load_rows(y_ptr, y_stride, rows, row_ok, begin + block, end)  # [ROWS, BLOCK_D]
-            t = _project(y, basis_ptr, begin + block, D, R)  # [ROWS, R]
+            t = _project(_finite(y), basis_ptr, begin + block, D, R)  # [ROWS, R]
         else:
             t = tl.zeros([ROWS, R], tl.float32)
             for start in range(begin, end, BLOCK_D):
                 y = _load_rows(y_ptr, y_stride, rows, row_ok, start + block, end)
-                t += _project(y, basis_ptr, start + block, D, R)
+                t += _project(_finite(y), basis_ptr, start + block, D, R)
         if HAS_OFFSET:
             t -= tl.load(offset_ptr + part * R + rank)[None, :]
         tl.store(t_ptr + rows.to(tl.int64)[:, None] * R + rank[None, :], t, mask=row_ok[:, None])
