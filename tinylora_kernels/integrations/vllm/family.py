@@ -1,7 +1,6 @@
 """Which adapters fit an engine, and what its modules are frozen to: the factors of the file it was started with."""
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -20,8 +19,7 @@ from ...base.weights import right_factor
 from ...common.words import listed
 from ...factors.cache import weight_fingerprint
 from ...factors.modules import factorize_matrix
-from ...factors.svd import basis_sketch, compare_sketch
-from ...files.adapter import BASIS_TOL
+from ...factors.svd import SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ...files.format import METHODS, AdaptedModule, AdapterError, AdapterFile, encode_config, read
 from ...method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig
 
@@ -127,7 +125,7 @@ class Family:
             )
         for m, own in pairs:
             same = torch.equal(m.sketch, own.sketch)  # the usual case, a hundred times faster
-            if not same and compare_sketch(m.sketch, own.sketch) > BASIS_TOL:
+            if not same and compare_sketch(m.sketch, own.sketch) > SKETCH_TOLERANCE:
                 raise AdapterError(f"{m.name}: it was trained with other singular vectors than this engine serves")
 
     def check_vectors(self, v: Tensor, recipe: Recipe) -> None:
@@ -180,7 +178,7 @@ def factorize(module: AdaptedModule, config: Config, weight: Tensor, with_right:
             warnings.simplefilter("ignore")  # of degenerate spectra: their bases are in the file
             factors = factorize_matrix(module.name, weight, config.rank, {module.name: sizes} if sizes else {})
         basis, sigma = factors.basis, factors.sigma
-        if compare_sketch(module.sketch, basis_sketch(basis)) > BASIS_TOL:
+        if compare_sketch(module.sketch, basis_sketch(basis)) > SKETCH_TOLERANCE:
             raise AdapterError(
                 f"{module.name}: the singular vectors came out different here; save the first adapter with "
                 "include_basis=True where it was trained"
