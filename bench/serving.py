@@ -122,8 +122,9 @@ def memory() -> float:
 
 def host(base: str, directory: pathlib.Path, registered: list[int], record: Callable[..., None]) -> None:
     """What the manager takes of a step, and what adapters take of memory, by how many are registered."""
-    from tinylora_kernels.integrations.vllm import numbers_path
     from vllm.lora.request import LoRARequest
+
+    from tinylora_kernels.integrations.vllm import numbers_path
 
     one = engine(base, directory, "native, one seed", "float32", capacity=registered[-1] + 64)
     manager = one.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.lora_manager
@@ -159,9 +160,10 @@ def host(base: str, directory: pathlib.Path, registered: list[int], record: Call
 
 def files(base: str, directory: pathlib.Path, count: int, record: Callable[..., None], where: str) -> None:
     """Adding from a file and changing, through the engine's public calls."""
+    from vllm.lora.request import LoRARequest
+
     from tinylora_kernels.files.format import read
     from tinylora_kernels.integrations.vllm import set_vectors
-    from vllm.lora.request import LoRARequest
 
     one = engine(base, directory, "native", "float32")
     numbers = [read(directory / f"{i}.safetensors").v + 0.001 * i for i in range(count)]
@@ -174,8 +176,9 @@ def files(base: str, directory: pathlib.Path, count: int, record: Callable[..., 
 
 def thousand(base: str, directory: pathlib.Path, count: int, record: Callable[..., None]) -> None:
     """As many requests, each under an adapter of its own, over as many of the bare base, by halves of ten."""
-    from tinylora_kernels.integrations.vllm.requests import adapter_request
     from vllm import SamplingParams
+
+    from tinylora_kernels.integrations.vllm.requests import adapter_request
 
     one = engine(base, directory, "native", "float32")
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -196,7 +199,8 @@ def thousand(base: str, directory: pathlib.Path, count: int, record: Callable[..
         began = run(f"own{n}", own) if n % 2 else None
         bare = run(f"bare{n}", [None] * share)
         ratios.append((began if began is not None else run(f"own{n}", own)) / bare)
-    record(f"{count:,} requests under {count:,} adapters", statistics.median(ratios), "of the base", "shares of a tenth")
+    what = f"{count:,} requests under {count:,} adapters"
+    record(what, statistics.median(ratios), "of the base", "shares of a tenth")
 
 
 def main() -> None:
@@ -257,7 +261,8 @@ def main() -> None:
 def across(base: str, directory: pathlib.Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """`files` with the engine core in a process of its own, as a server has it."""
     out = directory / "across.csv"
-    command = [sys.executable, __file__, "--only", "across", "--base", base, "--adapters", str(directory), "--out", str(out)]
+    given = ["--base", base, "--adapters", str(directory), "--out", str(out)]
+    command = [sys.executable, __file__, "--only", "across", *given]
     subprocess.run(command, check=True, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     with open(out, newline="") as file:
         rows.extend(csv.DictReader(file))

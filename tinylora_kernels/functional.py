@@ -112,7 +112,7 @@ def tiny_lora_update_parts(
 
 
 def _writable(y: Tensor, inplace: bool) -> Tensor:
-    """A tensor to update in place, its rows in one stride: y itself with inplace, where its layout and autograd allow."""
+    """A tensor to update in place, rows in one stride: y itself with inplace, where its layout and autograd allow."""
     if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
         return y.contiguous()  # a fresh copy
     if not inplace:

@@ -44,12 +44,12 @@ def test_a_column_shard_gets_its_columns_of_the_whole_update(case):
     generator = torch.Generator().manual_seed(0)
     W = [torch.randn(2 * size, case.inputs, generator=generator, dtype=torch.float64) for size in case.sizes]
     U = [torch.linalg.qr(w[:, :r])[0] for w in W]  # [2 D_p, r]
-    right = torch.stack([u.T @ w for u, w in zip(U, W)])  # B_p^T = U_p^T W_p  [r, E]
+    right = torch.stack([u.T @ w for u, w in zip(U, W, strict=True)])  # B_p^T = U_p^T W_p  [r, E]
     halves = []
     for half in (0, 1):
         rows = [slice(half * size, (half + 1) * size) for size in case.sizes]
-        y = torch.cat([inputs.x @ w[s].T for w, s in zip(W, rows)], 1)
-        basis = torch.cat([u[s].T for u, s in zip(U, rows)], 1).contiguous()
+        y = torch.cat([inputs.x @ w[s].T for w, s in zip(W, rows, strict=True)], 1)
+        basis = torch.cat([u[s].T for u, s in zip(U, rows, strict=True)], 1).contiguous()
         reference.update_parts(
             y, basis, inputs.v, inputs.projection, None, None, inputs.x, right, inputs.adapter_ids, inputs.ends,
             inputs.groups,
@@ -82,8 +82,9 @@ def test_shards_on_the_cpu_round_as_the_reference_does(isa, case, dtype):
 @pytest.mark.parametrize("case", PART_CASES, ids=str)
 def test_float64_equals_the_reference(isa, case):
     inputs = make_part_case(case, torch.float64)
-    for found, truth in zip(vars(run_parts(native, inputs)).values(), vars(run_parts(reference, inputs)).values()):
-        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11)
+    found, truth = vars(run_parts(native, inputs)), vars(run_parts(reference, inputs))
+    for name in found:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-11, atol=1e-11)
 
 
 def test_a_part_has_the_bits_of_an_update_of_its_own(isa):
@@ -203,7 +204,7 @@ BAD = {
     "ends stop early": (dict(ends=[9, 14, 16]), "ends: expected ascending columns up to 17, the last dimension of y"),
     "no parts": (dict(ends=[], groups=[]), "ends: expected ascending"),
     "an empty part": (dict(ends=[9, 9, 17]), "ends: expected ascending"),
-    "a group too many": (dict(groups=[0, 1, 2]), "groups: expected 3 numbers below 2, the groups of v, found [0, 1, 2]"),
+    "a group too many": (dict(groups=[0, 1, 2]), "expected 3 numbers below 2, the groups of v, found [0, 1, 2]"),
     "a group too few": (dict(groups=[0, 1]), "groups: expected 3 numbers below 2"),
     "a negative group": (dict(groups=[0, -1, 0]), "groups: expected 3 numbers below 2"),
     "v of one group": (dict(v=torch.zeros(3)), "groups: expected 3 numbers below"),

@@ -39,7 +39,7 @@ def _run(case: PartCase, dtype: torch.dtype, capability: int = 90) -> None:
     with simulated_gpu(CUDA_TARGETS[capability]) as gpu:
         found = [run_parts(triton_kernels, inputs) for inputs in draws]
     if case.inputs:
-        for inputs, ours in zip(draws, found):
+        for inputs, ours in zip(draws, found, strict=True):
             truth = run_parts(reference, inputs)
             assert error(ours.t, truth.t) < 2e-6 and error(ours.y, truth.y) < 2 * torch.finfo(dtype).eps
     else:
@@ -107,28 +107,39 @@ def test_no_spill_on_any_target(target, dtype):
 MUTANTS = {  # name: (the case that shows it, what to replace in part_kernels.py, by what)
     "every part the last": ("parts", "tl.where(tl.program_id(1) == p, numbers[p], chosen)", "numbers[p]"),
     "every part the first": ("parts", "tl.program_id(1) == p,", "tl.program_id(1) == p + 7,"),
-    "the vectors of group 0": ("parts", "    v_ptr += group.to(tl.int64) * num_adapters * u\n    projection_ptr += part * "
-        "(R * R if LORA_XS else u * R * R)\n    t_ptr", "    projection_ptr += part * (R * R if LORA_XS else u * R * R)\n    t_ptr"),
-    "P' of the first part": ("parts", "    projection_ptr += part * (R * R if LORA_XS else u * R * R)\n    t_ptr", "    t_ptr"),
+    "the vectors of group 0": ("parts",
+        "    v_ptr += group.to(tl.int64) * num_adapters * u\n    projection_ptr += part * "
+        "(R * R if LORA_XS else u * R * R)\n    t_ptr",
+        "    projection_ptr += part * (R * R if LORA_XS else u * R * R)\n    t_ptr"),
+    "P' of the first part": ("parts", "    projection_ptr += part * (R * R if LORA_XS else u * R * R)\n    t_ptr",
+        "    t_ptr"),
     "t of all parts in one place": ("parts", "    t_ptr += part.to(tl.int64) * N * R\n", ""),
     "the offset of the first part": ("parts", "offset_ptr + part * R + rank", "offset_ptr + rank"),
     "the basis of the first columns": ("parts", "t = _project(_finite(y), basis_ptr, begin + block, D, R)",
         "t = _project(_finite(y), basis_ptr, block, D, R)"),
     "infinity in t": ("infinite", "tl.where(y - y == 0.0, y, 0.0)", "y"),
     "the bias of the first columns": ("bias", "bias_ptr + begin + block", "bias_ptr + block"),
-    "no bias without an adapter": ("bias", "if not HAS_BIAS:\n                row_ok", "if True:\n                row_ok"),
+    "no bias without an adapter": ("bias", "if not HAS_BIAS:\n                row_ok",
+        "if True:\n                row_ok"),
     "writes into the next part": ("parts",
         "_store_rows(y_ptr, y_stride, rows, row_ok, begin + block, end, y)",
         "_store_rows(y_ptr, y_stride, rows, row_ok, begin + block, end + 1, y)"),
-    "a long part starts over": ("long", "y = _add_delta(y, s, basis_ptr, start + block", "y = _add_delta(y, s, basis_ptr, begin + block"),
+    "a long part starts over": ("long", "y = _add_delta(y, s, basis_ptr, start + block",
+        "y = _add_delta(y, s, basis_ptr, begin + block"),
     "right of the first part": ("shard", "right_ptr + part * R * E", "right_ptr"),
-    "rows without an adapter are written": ("adapters", "row_ok = row_ok & (ids >= 0)", "row_ok = row_ok & (ids >= -1)"),
-    "g0 without M": ("parts", "s = tl.sum(a[:, :, None] * mixing, axis=1)", "s = tl.sum(a[:, None, :] * mixing, axis=2)"),
-    "dM of one place": ("parts", "(part * tl.num_programs(0) + tl.program_id(0)) * R * R", "tl.program_id(0) * R * R"),
-    "a of one place": ("adapters", "rank_at = (part.to(tl.int64) * N + rows)", "rank_at = (0 * part.to(tl.int64) + rows)"),
+    "rows without an adapter are written": ("adapters", "row_ok = row_ok & (ids >= 0)",
+        "row_ok = row_ok & (ids >= -1)"),
+    "g0 without M": ("parts", "s = tl.sum(a[:, :, None] * mixing, axis=1)",
+        "s = tl.sum(a[:, None, :] * mixing, axis=2)"),
+    "dM of one place": ("parts", "(part * tl.num_programs(0) + tl.program_id(0)) * R * R",
+        "tl.program_id(0) * R * R"),
+    "a of one place": ("adapters", "rank_at = (part.to(tl.int64) * N + rows)",
+        "rank_at = (0 * part.to(tl.int64) + rows)"),
     "every group gets every part": ("parts", "if groups[part] == tl.program_id(2):", "if groups[part] >= 0:"),
-    "dv of the last part alone": ("parts", "                dv += tl.sum(tl.load(projection_ptr + own", "                dv = tl.sum(tl.load(projection_ptr + own"),
-    "dv of LoRA-XS by the first part": ("LoRA-XS", "projection_ptr + part * RR + entries", "projection_ptr + entries"),
+    "dv of the last part alone": ("parts", "                dv += tl.sum(tl.load(projection_ptr + own",
+        "                dv = tl.sum(tl.load(projection_ptr + own"),
+    "dv of LoRA-XS by the first part": ("LoRA-XS", "projection_ptr + part * RR + entries",
+        "projection_ptr + entries"),
     "dv of group 0 alone": ("parts", "dv_ptr += (tl.program_id(2).to(tl.int64) * num_adapters + adapter) * u",
         "dv_ptr += adapter.to(tl.int64) * u"),
 }  # fmt: skip
@@ -159,7 +170,7 @@ def _run_mutant_case(name: str) -> None:
     if name == "infinite":
         assert (~torch.isfinite(found[0].y)).nonzero().tolist() == [[3, 50]]
     elif case.inputs:
-        assert all(error(f.y, run_parts(reference, i).y) < 1e-6 for f, i in zip(found, inputs))
+        assert all(error(f.y, run_parts(reference, i).y) < 1e-6 for f, i in zip(found, inputs, strict=True))
     else:
         for part in inputs[0].parts:
             part.y[bare] = -0.0

@@ -11,7 +11,8 @@ import tinylora_kernels as tk
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 
 pytest.importorskip("vllm", reason="make test-vllm has an environment for it")
@@ -58,7 +59,8 @@ def wrong(base, adapters, tmp_path_factory):
         "fused": dict(fused={"q_proj": 2}),
     }.items():
         config = tk.TinyLoRAConfig(**{"target_modules": models.LINEAR, "cache": False, **options})
-        tk.save_adapter(tk.apply_tiny_lora(models.load(base), config, progress=False), directory / f"{name}.safetensors")
+        model = tk.apply_tiny_lora(models.load(base), config, progress=False)
+        tk.save_adapter(model, directory / f"{name}.safetensors")
     good = (adapters / "tied-0.safetensors").read_bytes()
     (directory / "truncated.safetensors").write_bytes(good[:-9])
     (directory / "flipped.safetensors").write_bytes(good[:200] + bytes([good[200] ^ 1]) + good[201:])

@@ -23,7 +23,7 @@ KINDS = {
 
 
 def make_base(directory: Path, bias: bool = False, **changes) -> Path:
-    """A Llama (a Qwen2, whose qkv has a bias) of two layers whose sizes divide by 2 and 3; weights large enough to matter."""
+    """A Llama (a Qwen2, whose qkv has a bias) of two layers whose sizes divide by 2 and 3."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -89,7 +89,7 @@ def greedy(model, prompts: list[list[int]], new: int = NEW) -> list[list[int]]:
 
 
 def make_adapters(base: Path, directory: Path, draws: int = 2) -> dict[str, list[list[int]]]:
-    """DIRECTORY/KIND-DRAW.safetensors for each kind, the first of them with all modules; the text of each and of "base"."""
+    """DIRECTORY/KIND-DRAW.safetensors for each kind, the first with all modules; the text of each and of "base"."""
     prompts = tokens(base)
     texts = {"base": greedy(load(base), prompts)}
     for kind in KINDS:

@@ -63,7 +63,7 @@ def test_requests_keep_the_numbers_they_began_with(llm, prompts, policies):
 
 
 def test_the_prefix_cache_never_serves_another_contents_blocks(llm, base, policies):
-    """A prompt of several blocks under one name, the numbers changed and changed back: no reset, and the cache still hits."""
+    """A prompt of several blocks under one name, the numbers changed and changed back: no reset, and the cache hits."""
     prompt = models.tokens(base)[3] * 8
     model = models.adapt(models.load(base), "untied")
 

@@ -42,13 +42,15 @@ def test_log_probabilities_are_those_of_the_model(llm, base, adapters, prompts):
     model = models.adapt(models.load(base), "tied")
     models.randomise(model, 1)
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(inputs, sampling(logprobs=1), lora_request=file_request("tied-1", 900, adapters), use_tqdm=False)
+    request = file_request("tied-1", 900, adapters)
+    outputs = llm.generate(inputs, sampling(logprobs=1), lora_request=request, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         text = list(output.outputs[0].token_ids)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + text[:-1]])).logits[0, len(prompt) - 1 :]
         ours = logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None])[:, 0]
-        theirs = torch.tensor([step[token].logprob for step, token in zip(output.outputs[0].logprobs, text, strict=True)])
+        steps = zip(output.outputs[0].logprobs, text, strict=True)
+        theirs = torch.tensor([step[token].logprob for step, token in steps])
         assert (ours - theirs).abs().max() < 2e-5
 
 
@@ -70,7 +72,8 @@ def test_bfloat16_is_as_exact_as_our_own_model_in_it(base, prompts, tmp_path_fac
     with engine(half, tmp_path, dtype="bfloat16", skip_tokenizer_init=True) as llm:
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         parameters = sampling(1, prompt_logprobs=0, detokenize=False)
-        for output in llm.generate(inputs, parameters, lora_request=file_request("tied-0", 1, tmp_path), use_tqdm=False):
+        request = file_request("tied-0", 1, tmp_path)
+        for output in llm.generate(inputs, parameters, lora_request=request, use_tqdm=False):
             steps = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
             found.append(torch.tensor([step[token].logprob for step, token in steps]))
     truth = torch.cat([log_probs(exact, prompt) for prompt in prompts])
@@ -98,7 +101,8 @@ def test_biases_and_other_ranks(rank, tmp_path_factory, tmp_path):
     model = tk.apply_tiny_lora(models.load(base), config, progress=False)
     models.randomise(model, 0)
     tk.save_adapter(model, tmp_path / "a.safetensors")
-    assert all(layer.base.bias.abs().max() > 0.1 for name, layer in tk.adapted_layers(model).items() if "q_proj" in name)
+    layers = [layer for name, layer in tk.adapted_layers(model).items() if "q_proj" in name]
+    assert len(layers) == 2 and all(layer.base.bias.abs().max() > 0.1 for layer in layers)
     expected = models.greedy(model, prompts)
     for own_seeds in (True, False):
         with engine(base, {"adapters": str(tmp_path), "own_seeds": own_seeds}) as llm:
@@ -134,7 +138,7 @@ def test_projections_that_the_model_itself_fuses(fused, tmp_path_factory, tmp_pa
 
 
 def test_under_torch_compile(base, adapters, texts, prompts, monkeypatch):
-    """vLLM compiles no model with LoRA on a CPU; the same code compiles on a GPU, so its own switch is passed by here."""
+    """vLLM compiles no model with LoRA on a CPU; on a GPU it does, so its own switch is passed by here."""
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
 

@@ -93,7 +93,8 @@ def test_a_server(base, adapters, one_process):
     path = one_process / "policy.safetensors"
     tk.save_adapter(model.get_base_model(), path)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
-    server = Server(base, path, one_process / "log.txt", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1")
+    options = "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"
+    server = Server(base, path, one_process / "log.txt", *options)
     try:
         server.wait()
         url = {"vllm_mode": "server", "vllm_server_base_url": f"http://127.0.0.1:{server.port}"}
@@ -123,7 +124,7 @@ def test_a_server(base, adapters, one_process):
         import requests
 
         stranger.vllm_generation.vllm_client.session.mount("http://", requests.adapters.HTTPAdapter())
-        with pytest.raises(AdapterError, match="of another config or base than the adapter this engine was started with"):
+        with pytest.raises(AdapterError, match="of another config or base than the adapter this engine was started"):
             stranger.vllm_generation.sync_weights()
     finally:
         os.environ.pop("VLLM_SERVER_DEV_MODE")

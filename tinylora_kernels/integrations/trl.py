@@ -28,8 +28,8 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
 
     Returns:
         A PeftModel over the same layers and vectors. Checkpoints hold the adapter file alone, a KL reference is the
-        adapter as it was on entering the trainer. TRL's vLLM engines get the numbers alone
-        (vllm/rollouts.py), other rollout engines merged weights. ``get_base_model()`` gives the adapted model back.
+        adapter as it was on entering the trainer. TRL's vLLM engines get the numbers alone (vllm/rollouts.py), other
+        rollout engines merged weights. ``get_base_model()`` gives the adapted model back.
 
     Raises:
         ValueError: no adapter; a model that something stands around already (torch.compile, DDP, a PeftModel); an

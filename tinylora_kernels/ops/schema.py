@@ -23,7 +23,7 @@ A fused projection, W = [W_1; ...; W_k] by output rows, has k updates of one y, 
 U_p, P'_p, c_p and the v of its tie group. One op makes all of them on the whole y, so that nothing slices it:
 
     update_parts        t_p = y0_p U_p - c_p  y_p = y0_p + b_p + (t_p M_p^T) U_p^T
-    update_parts_backward  a_p = g_p U_p      g0_p = g_p + (a_p M_p) U_p^T  dv_i = sum_p <P'_{p,i}, a_p^T t_p> of a group
+    update_parts_backward  a_p = g_p U_p      g0_p = g_p + (a_p M_p) U_p^T  dv_i = sum_p <P'_{p,i}, a_p^T t_p>
 
 Where y0 is a column shard of the output its y0_p U_p is a part of a sum; then t_p = x B_p from the whole input, with
 B_p^T = U_p^T W_p of the whole weight, and `basis` holds the shard's columns of U^T.

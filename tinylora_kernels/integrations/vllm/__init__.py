@@ -1,4 +1,4 @@
-"""Adapters of a few numbers inside vLLM: served as they are, changed at the cost of their numbers. docs/vllm.md says how.
+"""Adapters of a few numbers inside vLLM: served as they are, changed at the cost of their numbers. See docs/vllm.md.
 
     directories.py   vLLM's rules for the LoRA directories of export_lora, checked without vLLM
     settings.py      the one documented setting, --additional-config '{"tinylora": ...}'

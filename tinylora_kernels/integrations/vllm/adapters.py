@@ -172,14 +172,17 @@ class Adapters:
         recipe = self.family.recipe
         token, _, numbers = path.removeprefix(INLINE).rpartition(":")
         if token and token != self.family.token:
-            raise AdapterError("the numbers are of another config or base than the adapter this engine was started with")
+            raise AdapterError(
+                "the numbers are of another config or base than the adapter this engine was started with"
+            )
         try:
             raw = base64.b64decode(numbers, validate=True)
         except (binascii.Error, ValueError):
             raise AdapterError("expected numbers in base64 behind 'tinylora:'") from None
         groups, u = recipe.shape
-        if len(raw) != 4 * groups * u:
-            raise AdapterError(f"expected {groups} x {u} float32 numbers, {4 * groups * u} bytes, found {len(raw)} bytes")
+        size = 4 * groups * u
+        if len(raw) != size:
+            raise AdapterError(f"expected {groups} x {u} float32 numbers, {size} bytes, found {len(raw)} bytes")
         v = torch.from_numpy(np.frombuffer(raw, dtype=np.float32).copy()).view(groups, u)
         self.family.check_vectors(v, recipe)
         return recipe, v

@@ -118,15 +118,15 @@ class Family:
         if not self.own_seeds and recipe_of(adapter) != self.recipe:
             raise AdapterError("its modules or tie groups are not those that this engine was started with")
         pairs = [(module, self.modules[module.name]) for module in adapter.modules]
-        wrong = [m.name for m, own in pairs if (m.shape, m.fingerprint) != (own.shape, own.fingerprint)]
+        wrong = [m.name for m, ours in pairs if (m.shape, m.fingerprint) != (ours.shape, ours.fingerprint)]
         if wrong:
             raise AdapterError(
                 f"it was trained on other base weights: {len(wrong)} of {len(pairs)} differ, {listed(wrong, 3)}"
             )
-        for m, own in pairs:
-            same = torch.equal(m.sketch, own.sketch)  # the usual case, a hundred times faster
-            if not same and compare_sketch(m.sketch, own.sketch) > SKETCH_TOLERANCE:
-                raise AdapterError(f"{m.name}: it was trained with other singular vectors than this engine serves")
+        for module, ours in pairs:
+            same = torch.equal(module.sketch, ours.sketch)  # the usual case, a hundred times faster
+            if not same and compare_sketch(module.sketch, ours.sketch) > SKETCH_TOLERANCE:
+                raise AdapterError(f"{module.name}: it was trained with other singular vectors than this engine serves")
 
     def check_vectors(self, v: Tensor, recipe: Recipe) -> None:
         if tuple(v.shape) != recipe.shape or not bool(torch.isfinite(v).all()):
@@ -140,7 +140,7 @@ def first_file(path: str | os.PathLike) -> Path:
         return path
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise AdapterError(f"{path}: no adapter file (*.safetensors) in this directory; the first one says what is served")
+        raise AdapterError(f"{path}: no adapter file (*.safetensors) in it; the first one says what is served")
     return files[0]
 
 
@@ -171,7 +171,7 @@ def factorize(module: AdaptedModule, config: Config, weight: Tensor, with_right:
     if tuple(weight.shape) != module.shape or weight_fingerprint(weight) != module.fingerprint:
         raise AdapterError(f"{module.name}: the adapters were trained on another base weight than the one served")
     sizes = config.parts(module.name, module.shape[0])
-    if module.basis is not None:
+    if module.basis is not None and module.sigma is not None:
         basis, sigma = module.basis, module.sigma
     else:
         with warnings.catch_warnings():
@@ -185,7 +185,7 @@ def factorize(module: AdaptedModule, config: Config, weight: Tensor, with_right:
             )
     ends = list(accumulate(sizes)) if sizes else [module.shape[0]]
     units = []
-    for part, (begin, end) in enumerate(zip([0, *ends], ends)):
+    for part, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         own = basis[:, begin:end].float().contiguous()
         right = right_factor(own, weight[begin:end]) if with_right else None
         units.append(Unit(module.name, part if sizes else None, own, sigma[part] if sizes else sigma, right))
@@ -278,7 +278,7 @@ class Checkpoint:
         with safe_open(self.where[key], framework="pt") as opened:
             weight = opened.get_tensor(key)
         if not weight.is_floating_point():
-            raise AdapterError(f"{module}: expected a floating-point weight in the served checkpoint, found {weight.dtype}")
+            raise AdapterError(f"{module}: expected floating point in the served checkpoint, found {weight.dtype}")
         return weight
 
 

@@ -29,7 +29,7 @@ _update_parts = torch.ops.tinylora.update_parts.default
 class Held:
     """A linear layer of the engine that holds modules of the family."""
 
-    layer: nn.Module
+    layer: Any
     by_columns: bool  # its weight is sharded by output columns
     pieces: list[tuple[str | None, Tensor]] = field(default_factory=list)  # (module, its rows), in the order of y
 
@@ -59,7 +59,8 @@ def find_layers(model: nn.Module, model_config: Any, modules: dict[str, Any]) ->
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     rename = mapper.get_rename_mapper()._map_name if mapper is not None else lambda name: name
     served = {rename(name) or name: name for name in modules}  # the engine's name -> the family's
-    refused = {"kv_b_proj": "attention multiplies its weight into others"} if getattr(model_config, "use_mla", False) else {}
+    mla = getattr(model_config, "use_mla", False)
+    refused = {"kv_b_proj": "attention multiplies its weight into others"} if mla else {}
     found: list[Held] = []
     here: set[str] = set()
     others: dict[str, str] = {}
@@ -81,15 +82,16 @@ def find_layers(model: nn.Module, model_config: Any, modules: dict[str, Any]) ->
     return found
 
 
-def fused_pieces(layer: nn.Module, own: list[str | None]) -> list[tuple[str | None, Tensor]]:
+def fused_pieces(layer: Any, own: list[str | None]) -> list[tuple[str | None, Tensor]]:
     """Of a layer made of several modules: the rows of each that this rank holds."""
     sizes = output_sizes(layer)
     if len(sizes) != len(own):
         raise AdapterError(f"{layer.prefix}: expected {len(own)} parts as its packed modules, found outputs {sizes}")
-    return [(module, torch.arange(size) + shard_of(layer, i) * size) for i, (module, size) in enumerate(zip(own, sizes))]
+    rows = [torch.arange(size) + shard_of(layer, i) * size for i, size in enumerate(sizes)]
+    return list(zip(own, rows, strict=True))
 
 
-def pieces_of(layer: nn.Module, module: str, modules: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
+def pieces_of(layer: Any, module: str, modules: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
     """Of a layer that is a module itself, all its outputs in one: the rows that this rank holds."""
     rows, begin = [], 0
     sizes = output_sizes(layer)
@@ -102,12 +104,12 @@ def pieces_of(layer: nn.Module, module: str, modules: dict[str, Any]) -> list[tu
     return [(module, torch.cat(rows))]
 
 
-def output_sizes(layer: nn.Module) -> list[int]:
+def output_sizes(layer: Any) -> list[int]:
     """Outputs of each part on this rank."""
     return list(getattr(layer, "output_partition_sizes", None) or [layer.output_size])
 
 
-def whole_sizes(layer: nn.Module) -> list[int]:
+def whole_sizes(layer: Any) -> list[int]:
     """Outputs of each part over all ranks."""
     if hasattr(layer, "num_kv_head_replicas"):
         sizes, tp = output_sizes(layer), layer.tp_size
@@ -117,7 +119,7 @@ def whole_sizes(layer: nn.Module) -> list[int]:
     return [layer.output_size]
 
 
-def shard_of(layer: nn.Module, part: int) -> int:
+def shard_of(layer: Any, part: int) -> int:
     """Which shard of a part this rank holds; heads of k and v may be repeated on several ranks."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear
 
@@ -202,7 +204,7 @@ def runs_of(one: Held, manager: Manager) -> list[Run]:
         begins = [0, *accumulate(sizes)][:-1] if sizes else [0]
         part_of = torch.bucketize(rows, torch.tensor(begins), right=True) - 1  # [columns]
         parts, counts = torch.unique_consecutive(part_of, return_counts=True)
-        for part, own_rows in zip(parts.tolist(), rows.split(counts.tolist())):
+        for part, own_rows in zip(parts.tolist(), rows.split(counts.tolist()), strict=True):
             unit = manager.projections.position[module, part if sizes else None]
             runs.append(Run(unit, own_rows - begins[part]))
     return runs
@@ -219,23 +221,25 @@ def wrap(one: Held, units: list[Unit], manager: Manager) -> None:
     # Columns of no unit have a basis of zeros: t is zero there, and y stays.
     basis = torch.zeros(rank, ends[-1])
     right = torch.zeros(len(runs), rank, layer.input_size) if one.by_columns else None
-    for n, (run, begin, end) in enumerate(zip(runs, [0, *ends], ends)):
+    for n, (run, begin, end) in enumerate(zip(runs, [0, *ends[:-1]], ends, strict=True)):
         if run.unit is None:
             continue
         basis[:r, begin:end] = units[run.unit].basis[:, run.rows]
-        if right is not None:
-            right[n, :r] = units[run.unit].right
+        own_right = units[run.unit].right
+        if right is not None and own_right is not None:
+            right[n, :r] = own_right
     groups, projection = manager.projections_of([run.unit for run in runs])
     held = {
         "ids": manager.ids, "table": manager.table, "basis": basis, "right": right, "projection": projection,
     }  # fmt: skip
     for name, tensor in held.items():
-        layer.register_buffer(f"tinylora_{name}", None if tensor is None else tensor.to(manager.device), persistent=False)
+        moved = None if tensor is None else tensor.to(manager.device)
+        layer.register_buffer(f"tinylora_{name}", moved, persistent=False)
     inner = layer.quant_method
     kind = type(inner)
 
-    def apply(self: Any, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = inner.apply(layer, x, None)  # the update wants the product alone, and adds the bias
+    def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = inner.apply(layer, x, None)  # the update wants the product alone, and adds the bias
         rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
         buffers = layer._buffers
         right = buffers["tinylora_right"]

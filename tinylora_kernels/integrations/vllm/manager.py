@@ -1,6 +1,6 @@
 """In each worker: what vLLM's model runner asks of a LoRA manager, for adapters that are a row of a table.
 
-    table  [rows, K, numbers]   a row for each unit (its M, r * r numbers) or, without own_seeds, tie group (v, u numbers)
+    table  [rows, K, numbers]   a row for each unit (M, r * r numbers) or, without own_seeds, tie group (v, u numbers)
     ids    [tokens] int32       the adapter of each token of the step, -1 for the bare base
 
 Both lie where they are for ever, so that a compiled or captured model reads them. An adapter's numbers stay in host
@@ -71,7 +71,8 @@ class Manager:
         if self.family.holds_mixing:  # the table holds M itself, in the form of LoRA-XS
             return [unit or 0 for unit in units], torch.ones(len(units), self.rank, self.rank)
         rows, groups, projections = self.projections.of(self.family.recipe)
-        group_of, own = dict(zip(rows.tolist(), groups.tolist())), dict(zip(rows.tolist(), projections))
+        group_of = dict(zip(rows.tolist(), groups.tolist(), strict=True))
+        own = dict(zip(rows.tolist(), projections, strict=True))
         bare = torch.zeros_like(projections[0])
         padded = [pad_square(own.get(unit, bare), self.rank) for unit in units]
         return [group_of.get(unit, 0) for unit in units], torch.stack(padded)
@@ -91,7 +92,7 @@ class Manager:
         return self._host.pop(lora_id, None) is not None
 
     def remove_all_adapters(self) -> None:
-        """After warming up: those made up for it. A step of an idle data-parallel rank warms up too, among real ones."""
+        """After warming up: those made up for it. An idle data-parallel rank steps like that too, among real ones."""
         for lora_id in [held for held in self._host if held < FIRST_ID]:
             self.remove_adapter(lora_id)
 

@@ -64,7 +64,7 @@ def missing() -> list[str]:
     for module, name, parameters in NEEDED:
         where = f"{module}.{name}"
         try:
-            found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+            found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         except (ImportError, AttributeError):
             problems.append(f"no {where}")
             continue
@@ -221,14 +221,14 @@ def _refuse_new_base(original: Any, runner: Any) -> Any:
     if Settings.of(runner.vllm_config.additional_config) is None:
         return original(runner)
     raise RuntimeError(
-        "tinylora: the weights of the base model were replaced, and every adapter belongs to the ones before; start the "
-        "engine again on the new weights"
+        "tinylora: the weights of the base model were replaced, and every adapter belongs to the ones before; start "
+        "the engine again on the new weights"
     )
 
 
 # The front end
 #
-# A request is in its books before the core has seen it: an adapter that is refused there would leave it waiting for ever.
+# A request is in its books before the core has seen it: one that is refused there would be waited for for ever.
 
 TOLD_KEPT = 1 << 16
 
@@ -254,7 +254,9 @@ def _untold(original: Any, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
     told = _told(engine)
     if told is None:
         return None
-    lora = kwargs.get("lora_request") or _signature(original).bind(engine, *args, **kwargs).arguments.get("lora_request")
+    lora = kwargs.get("lora_request")
+    if lora is None and len(args) > 3:
+        lora = _signature(original).bind(engine, *args, **kwargs).arguments.get("lora_request")
     return None if lora is None or (lora.lora_int_id, lora.lora_path) in told else lora
 
 

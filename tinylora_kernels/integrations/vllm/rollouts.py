@@ -1,9 +1,9 @@
 """TRL's trainers: rollouts under the live adapter. A sync is its numbers; no weight is merged, sent or rounded.
 
-    trainer = GRPOTrainer(model=as_peft_model(model), args=GRPOConfig(use_vllm=True, vllm_mode="colocate", ...), ...)
+    GRPOTrainer(model=as_peft_model(model), args=GRPOConfig(use_vllm=True, vllm_mode="colocate", ...), ...)
 
-is all: as_peft_model asks for this, and a VLLMGeneration over such a model then starts its engine (colocate), or expects
-its server, with the setting. In server mode the server is started on a file of the same config:
+is all: as_peft_model asks for this, and a VLLMGeneration over such a model then starts its engine (colocate), or
+expects its server, with the setting. In server mode the server is started on a file of the same config:
 
     save_adapter(model, "policy.safetensors")
     VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora \\
@@ -36,7 +36,7 @@ FAMILY = "policy.safetensors"
 
 
 def use_native_rollouts() -> None:
-    """Let TRL's VLLMGeneration serve our models natively, from now on; where vLLM and TRL's part for it are installed."""
+    """Let TRL's VLLMGeneration serve our models natively, from now on, where vLLM and TRL are installed."""
     if any(importlib.util.find_spec(name) is None for name in ("vllm", "trl")):
         return
     from trl.generation.vllm_generation import VLLMGeneration
@@ -66,7 +66,7 @@ def _init_vllm(generation: Any, original: Any) -> None:
     if policy is None:
         original(generation)
         return
-    module = sys.modules[type(generation).__module__]
+    module: Any = sys.modules[type(generation).__module__]
     generation.tinylora_token = token_of(describe_model(policy))
     plain = module.LLM, module.VLLMClient
     generation.tinylora_directory = tempfile.TemporaryDirectory()  # there for as long as the engine
@@ -74,7 +74,8 @@ def _init_vllm(generation: Any, original: Any) -> None:
     save_adapter(policy, path)
     setting = {"adapters": str(path), "own_seeds": False}
     # Left to itself vLLM runs a float32 model in 16 bits, which is another policy than the one that trains.
-    dtype = dtype_name(next(iter(adapted_layers(policy).values())).base.weight.dtype)
+    weights = (parameter for parameter in policy.parameters() if not parameter.requires_grad)
+    dtype = next((dtype_name(weight.dtype) for weight in weights if weight.is_floating_point()), "auto")
     module.LLM = functools.partial(
         plain[0], enable_lora=True, max_lora_rank=8, dtype=dtype, additional_config={"tinylora": setting}
     )
@@ -92,11 +93,11 @@ def _init_vllm(generation: Any, original: Any) -> None:
 
 def _sync_weights(generation: Any, original: Any) -> None:
     """The numbers of the policy to the engine, in place of its weights."""
-    token = getattr(generation, "tinylora_token", None)
-    if token is None:
+    token, policy = getattr(generation, "tinylora_token", None), policy_of(generation.model)
+    if token is None or policy is None:
         original(generation)
         return
-    path = numbers_path(vectors_of(policy_of(generation.model)), token)
+    path = numbers_path(vectors_of(policy), token)
     if generation.mode == "colocate":
         if generation.enable_sleep_mode:
             generation.llm.wake_up(tags=["weights"])

@@ -14,7 +14,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,15 +210,15 @@ def update_parts(
     if len(flat) == 0:
         return t
     inputs = None if x is None else _as_rows("x", x)  # [N, E]
+    x_stride, x_features = (0, 0) if inputs is None else (inputs.stride(0), inputs.shape[1])
     launch = _part_parameters(ends, len(basis))
     tiles_per_program, programs = _split(len(flat), launch.rows)
     with torch.cuda.device_of(y):
         _part_code().update_parts_kernel[(programs, len(ends))](
             flat, basis, v, projection, offset, bias, inputs, right, adapter_ids, t,
             (0, *ends[:-1]), tuple(ends), tuple(groups),
-            flat.stride(0), 0 if x is None else inputs.stride(0), len(flat), flat.shape[1],
-            0 if x is None else inputs.shape[1], v.shape[-1], tiles_per_program, _rows_per_id(len(flat), adapter_ids),
-            _adapters(v, adapter_ids),
+            flat.stride(0), x_stride, len(flat), flat.shape[1], x_features, v.shape[-1], tiles_per_program,
+            _rows_per_id(len(flat), adapter_ids), _adapters(v, adapter_ids),
             **_part_constants(launch, ends, projection, adapter_ids),
             HAS_OFFSET=offset is not None, HAS_BIAS=bias is not None, HAS_X=x is not None,
             **_options(launch.threads, adapter_ids),
@@ -250,7 +250,18 @@ def update_parts_backward(
     return g0, dv
 
 
-def _launch_parts_backward(g, basis, v, projection, t, adapter_ids, ends, groups, g0, dv) -> None:
+def _launch_parts_backward(
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    g0: Tensor,
+    dv: Tensor,
+) -> None:
     rank, parts = len(basis), len(ends)
     launch = _part_parameters(ends, rank)
     tiles_per_program, programs = _split(len(g), launch.rows)
@@ -280,14 +291,20 @@ def _launch_parts_backward(g, basis, v, projection, t, adapter_ids, ends, groups
         )  # fmt: skip
 
 
+def _widest(ends: Sequence[int]) -> int:
+    return max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+
+
 def _part_parameters(ends: Sequence[int], rank: int) -> LaunchParameters:
     """The tile for the widest part."""
-    return launch_parameters(max(end - begin for begin, end in zip([0, *ends], ends)), rank)
+    return launch_parameters(_widest(ends), rank)
 
 
-def _part_constants(launch: LaunchParameters, ends: Sequence[int], projection: Tensor, adapter_ids) -> dict:
-    widest = max(end - begin for begin, end in zip([0, *ends], ends))
-    return _tile_constants(launch, widest, projection.shape[-1], projection[0], adapter_ids) | {"PARTS": len(ends)}
+def _part_constants(
+    launch: LaunchParameters, ends: Sequence[int], projection: Tensor, adapter_ids: Tensor | None
+) -> dict[str, Any]:
+    constants = _tile_constants(launch, _widest(ends), projection.shape[-1], projection[0], adapter_ids)
+    return {**constants, "PARTS": len(ends)}
 
 
 def _adapters(v: Tensor, adapter_ids: Tensor | None) -> int:

@@ -185,7 +185,7 @@ def reduce_dv_parts_kernel(
     PARTS: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr, LORA_XS: tl.constexpr,
     HAS_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Second stage, of adapter program_id(1) and group program_id(2):  dv_i = sum_p <P'_{p,i}, dM_p>, in the order of p."""
+    """Second stage, of adapter program_id(1) and group program_id(2): dv_i = sum_p <P'_{p,i}, dM_p>, in order of p."""
     RR: tl.constexpr = R * R
     entries = tl.arange(0, RR)
     rank = tl.arange(0, R)
