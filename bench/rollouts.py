@@ -39,7 +39,7 @@ from tinylora_kernels.integrations.trl import as_peft_model  # noqa: E402
 
 FILE = "rollouts.csv"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROMPTS, SAMPLES, NEW = 8, 8, 12
+PROMPTS, SAMPLES, NEW = 4, 8, 12
 
 
 def questions(count: int) -> datasets.Dataset:

@@ -1,7 +1,7 @@
 """What native adapters cost a vLLM engine: a decode step, the host, registering and changing, and a thousand at once.
 
-Everything that is compared runs in one process, engines side by side, rounds interleaved. vLLM's own LoRA path serves the
-exports of the same adapters.
+Everything that is compared runs in one process, engines side by side, rounds interleaved. vLLM's own LoRA path serves
+the exports of the same adapters.
 
     python bench/serving.py            bench/results/serving.csv and a table; in the environment of `make test-vllm`
     python bench/serving.py --tiny     the random model of the tests: a check that it runs, not a measurement
@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
 
@@ -88,7 +89,9 @@ def start_decoding(one: Any, kind: str, directory: pathlib.Path, tag: str) -> No
         one.step()
 
 
-def decode_steps(base: str, directory: pathlib.Path, dtype: str, kinds: list[str], rounds: int) -> dict[str, list[float]]:
+def decode_steps(
+    base: str, directory: pathlib.Path, dtype: str, kinds: list[str], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of a decode step of each engine, the median of a round."""
     engines = {kind: engine(base, directory, kind, dtype) for kind in kinds}
     for kind, one in engines.items():

