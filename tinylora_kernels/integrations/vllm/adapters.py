@@ -1,7 +1,7 @@
 """In the engine core: the adapters by name, their contents, and the ids under which the workers know them.
 
-A request is bound to the numbers its adapter has when it comes in: it gets a path that is their digest, by which the
-prefix cache keys its blocks, and an id that no other numbers ever have. A changed adapter is new numbers under the old
+A request is bound to the numbers its adapter has when it comes in: it gets a name and a path that are their digest, by
+which the prefix cache keys its blocks, and an id that no other numbers ever have. A changed adapter is new numbers under the old
 name, so requests that run keep what they began with, and nothing has to be invalidated.
 
 The workers are told an id's numbers before its first request is scheduled, through vLLM's own add_lora, and are told to
@@ -35,7 +35,7 @@ class Content:
     """Numbers with their recipe, under one id for ever."""
 
     id: int
-    path: str  # INLINE and the digest: what the prefix cache sees
+    path: str  # INLINE and the digest: what the prefix cache sees, as name and as path
     recipe: Recipe
     v: Tensor
 
@@ -125,7 +125,7 @@ class Adapters:
         """
         if request is None:
             content = self._default
-            return None if content is None else (self.make_request(DEFAULT, content.id, content.path), content)
+            return None if content is None else (self._under(content), content)
         name, path = request.lora_name, request.lora_path
         with self._lock:
             known = self._named.get(request.lora_int_id)
@@ -136,7 +136,11 @@ class Adapters:
             if not path.startswith(INLINE):  # a file is read once, until it is asked for in place
                 with self._lock:
                     self._named[request.lora_int_id] = Named(name, path, content)
-        return self.make_request(name, content.id, content.path), content
+        return self._under(content), content
+
+    def _under(self, content: Content) -> Any:
+        """The LoRARequest of a content. The prefix cache keys its blocks by name and path, before 0.32 by name alone."""
+        return self.make_request(content.path, content.id, content.path)
 
     def ensure(self, content: Content) -> None:
         """Before a request is scheduled: the workers know its numbers. On the thread that steps."""
