@@ -9,6 +9,7 @@
     layers.py        in each worker: the update on the output of vLLM's linear layers
     requests.py      for loops of one's own: an adapter as a request, from numbers
     rollouts.py      TRL's trainers: rollouts of the live adapter, without a weight sync
+    verl.py          verl's rollout servers, likewise; not run
 
 Nothing here imports vLLM but the modules that run inside it.
 """

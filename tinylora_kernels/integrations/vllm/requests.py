@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import base64
 import inspect
+import json
+import urllib.error
+import urllib.request
 import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...files.format import AdapterError
 
 INLINE = "tinylora:"  # of a lora_path that carries numbers
 DEFAULT = "tinylora:default"  # the lora_name whose adapter every request without one runs
@@ -56,11 +61,30 @@ def set_vectors(engine: Any, name: str, v: Tensor) -> Any:
     return _add(engine, adapter_request(name, v))
 
 
-def set_default(engine: Any, v: Tensor | None) -> Any:
+def set_default(engine: Any, v: Tensor | None, token: str | None = None) -> Any:
     """Run these numbers in every later request that names no adapter; None: the bare base again."""
     from vllm.lora.request import LoRARequest
 
-    return _add(engine, LoRARequest(DEFAULT, 2**31 - 1, INLINE if v is None else numbers_path(v), load_inplace=True))
+    path = INLINE if v is None else numbers_path(v, token)
+    return _add(engine, LoRARequest(DEFAULT, 2**31 - 1, path, load_inplace=True))
+
+
+def post_default(url: str, v: Tensor, token: str | None = None) -> None:
+    """set_default over HTTP, for a server that lets adapters be loaded while it runs.
+
+    Raises:
+        AdapterError: the server refuses the numbers; its answer says why.
+        OSError: there is no server.
+    """
+    body = {"lora_name": DEFAULT, "lora_path": numbers_path(v, token), "load_inplace": True}
+    data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/load_lora_adapter", data, kind), timeout=60).close()
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:300]
+        raise AdapterError(
+            f"the server at {url} did not take the policy's numbers ({error.code}, {said}); start it as docs/vllm.md says"
+        ) from None
 
 
 def _add(engine: Any, request: Any) -> Any:

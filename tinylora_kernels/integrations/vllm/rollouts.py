@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from ...common.words import dtype_name
 from ...files.adapter import describe_model, save_adapter
-from ...files.format import AdapterError
 from ...method.config import LoRAXSConfig, TinyLoRAConfig
 from ...model.adapted import adapted_layers, trainable_vectors
 from .family import token_of
-from .requests import DEFAULT, numbers_path
+from .requests import post_default, set_default
 
 FAMILY = "policy.safetensors"
 
@@ -97,20 +96,11 @@ def _sync_weights(generation: Any, original: Any) -> None:
     if token is None or policy is None:
         original(generation)
         return
-    path = numbers_path(vectors_of(policy), token)
+    v = vectors_of(policy)
     if generation.mode == "colocate":
         if generation.enable_sleep_mode:
             generation.llm.wake_up(tags=["weights"])
             generation._llm_weights_sleeping = False
-        from vllm.lora.request import LoRARequest
-
-        generation.llm.llm_engine.add_lora(LoRARequest(DEFAULT, 2**31 - 1, path, load_inplace=True))
+        set_default(generation.llm, v, token)
     elif generation.accelerator.is_main_process:
-        client = generation.vllm_client
-        body = {"lora_name": DEFAULT, "lora_path": path, "load_inplace": True}
-        answer = client.session.post(f"{client.base_url}/v1/load_lora_adapter", json=body)
-        if answer.status_code != 200:
-            raise AdapterError(
-                f"the server at {client.base_url} did not take the policy's numbers ({answer.status_code}, "
-                f"{answer.text[:300]}); start it as docs/vllm.md says"
-            )
+        post_default(generation.vllm_client.base_url, v, token)
