@@ -65,7 +65,7 @@ $(VLLM_VENV)/.done: constraints-vllm.txt release/vllm.py $(SOURCES)
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.done
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm -q --timeout 600 $(VLLM_PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm -q --timeout 600 $(VLLM_PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ VERSION = "0.32.0"
 NOT_NEEDED = ("torch", "torchaudio", "torchvision", "torchcodec")
 TOOLS = ("setuptools", "wheel", "ninja", "cmake", "pybind11", "numpy")
 BESIDE = ("trl", "peft", "accelerate", "datasets", "gguf", "pytest", "pytest-timeout", "pytest-xdist", "psutil")
-# What the versions have to show: the engine's own part. The rest of tests/vllm is about us.
+# What the versions have to show: the engine's own part. The rest of tests/integrations/vllm is about us.
 SHOWN = ("test_equality.py", "test_changes.py", "test_limits.py", "test_parallel.py")
 
 
@@ -79,7 +79,7 @@ def matrix(versions: list[str]) -> None:
             except subprocess.CalledProcessError as error:
                 rows.append({"vllm": version, "result": f"does not install ({error.returncode})"})
                 continue
-            paths = [str(ROOT / "tests" / "vllm" / name) for name in SHOWN]
+            paths = [str(ROOT / "tests/integrations/vllm" / name) for name in SHOWN]
             command = [str(python), "-m", "pytest", "-q", "--timeout", "600", *paths]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             last = done.stdout.strip().splitlines()[-1].strip("= ")

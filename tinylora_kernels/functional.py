@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from .common import modes
 from .linear.node import FrozenLinear, apply_linear, order_of
 from .ops import BACKENDS, TinyLoRAPartsUpdate, TinyLoRAUpdate, TracedUpdate, choose, reference, run_update
+from .ops.checks import check_parts
 from .ops.schema import accumulation_dtype
 
 
@@ -95,19 +96,30 @@ def tiny_lora_update_parts(
         adapter_ids, bias, inplace, backend: as in tiny_lora_update.
 
     Returns and errors: as tiny_lora_update. Gradients flow into y, bias and v, dv summed over the parts of a tie group;
-    second derivatives are refused.
+    in forward mode and through torch.func too, but a gradient that is to be differentiated again is refused.
     """
-    accumulate = accumulation_dtype(y.dtype)
-    basis, v, projection = basis.to(accumulate), v.to(accumulate), projection.to(accumulate)
-    offset = None if offset is None else offset.to(accumulate)
-    y, ends, groups = _writable(y, inplace and not torch.compiler.is_compiling()), list(ends), list(groups)
+    basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
+    ends, groups = list(ends), list(groups)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (_differentiated_by_torch() or modes.seen_by_a_mode()):
+        check_parts("y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, adapter_ids=adapter_ids)
+        parts = []
+        for n, (begin, end, group) in enumerate(zip([0, *ends[:-1]], ends, groups, strict=True)):
+            own = None if bias is None else bias[begin:end]
+            factors = basis[:, begin:end], v[group], projection[n], None if offset is None else offset[n], adapter_ids
+            parts.append(tiny_lora_update(y[..., begin:end], *factors, bias=own, backend=backend))
+        return torch.cat(parts, -1)
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
+    y = _writable(y, inplace and not compiling)
+    bias = None if bias is None else bias.contiguous()
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
         updated: Tensor = TinyLoRAPartsUpdate.apply(
             y, basis, v, projection, offset, bias, adapter_ids, ends, groups, chosen
         )
         return updated
     BACKENDS[chosen].update_parts(y, basis, v, projection, offset, bias, None, None, adapter_ids, ends, groups)
+    if not compiling and not y.is_inference():
+        torch.autograd.graph.increment_version(y)
     return y
 
 

@@ -1,5 +1,5 @@
 """The parts of the vLLM plugin that need no vLLM: its setting, what fits an engine, contents and their ids, the table's
-numbers. tests/vllm has the engine.
+numbers. tests/integrations/vllm has the engine.
 """
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Workers:
 def make_core(path, **options):
     workers = Workers()
     family = Family(path, **options)
-    core = Adapters(family, Request, workers.add, workers.remove, lambda: workers.running, lambda *_: FileNotFoundError())
+    not_found = lambda *_: FileNotFoundError()  # noqa: E731
+    core = Adapters(family, Request, workers.add, workers.remove, lambda: workers.running, not_found)
     return core, workers
 
 
@@ -84,7 +85,8 @@ def test_the_setting_is_a_path_or_a_map():
     assert Settings.of({}) is None and Settings.of(None) is None and Settings.of({"other": 1}) is None
     assert Settings.of({"tinylora": "x"}) == Settings("x", 4096, True)
     assert Settings.of({"tinylora": {"adapters": "x", "own_seeds": False}}) == Settings("x", 4096, False)
-    for wrong in (3, [], {"capacity": 3}, {"adapters": 3}, {"adapters": "x", "capacity": True}, {"adapters": "x", "k": 1}):
+    file = {"adapters": "x"}
+    for wrong in (3, [], {"capacity": 3}, {"adapters": 3}, file | {"capacity": True}, file | {"k": 1}):
         with pytest.raises(ValueError, match="additional_config") as info:
             Settings.of({"tinylora": wrong})
         assert "\n" not in str(info.value)
@@ -95,12 +97,14 @@ def test_the_setting_is_a_path_or_a_map():
 
 def test_a_family_takes_other_seeds_groups_and_methods_of_one_base_and_rank(tmp_path):
     family = Family(adapter(tmp_path)[0])
-    for options in ({"seed": 3}, {"n_tie": 2, "trainable_dim": 5}, {"alpha": 2.0, "scaling": "sqrt"}, {"xs": True, "rank": 2},
+    for options in ({"seed": 3}, {"n_tie": 2, "trainable_dim": 5}, {"alpha": 2.0, "scaling": "sqrt"},
+                    {"xs": True, "rank": 2},
                     {"target_modules": ["b"]}):  # fmt: skip
         family.check(read(adapter(tmp_path, "other", **options)[0]))
     shared = Family(tmp_path / "first.safetensors", own_seeds=False)
     shared.check(read(adapter(tmp_path, "again", draw=5)[0]))
-    for options, message in (({"seed": 3}, "seed is 3 there, this engine serves 0"), ({"n_tie": 3}, "tie groups are not")):
+    refused = (({"seed": 3}, "seed is 3 there, this engine serves 0"), ({"n_tie": 3}, "tie groups are not"))
+    for options, message in refused:
         with pytest.raises(AdapterError, match=message):
             shared.check(read(adapter(tmp_path, "other", **options)[0]))
 
@@ -119,7 +123,10 @@ def test_the_first_file_of_a_directory_counts(tmp_path):
         Family(tmp_path, token=token)
 
 
-@pytest.mark.parametrize("options", [{}, {"xs": True, "rank": 2}, {"fused": {"fused": (16, 8, 8)}}, {"n_tie": 2}], ids=str)
+KINDS = [{}, {"xs": True, "rank": 2}, {"fused": {"fused": (16, 8, 8)}}, {"n_tie": 2}]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
 def test_a_recipe_crosses_processes(options, tmp_path):
     path, _ = adapter(tmp_path, **options)
     recipe = recipe_of(read(path))
@@ -312,7 +319,8 @@ def test_the_probe_says_what_is_missing():
 
 
 def test_a_probe_names_a_parameter_that_is_gone(monkeypatch):
-    monkeypatch.setattr(plugin, "NEEDED", (plugin.Needed("json", "dumps", ("obj", "colour")), plugin.Needed("json", "no.such")))
+    needed = plugin.Needed("json", "dumps", ("obj", "colour")), plugin.Needed("json", "no.such")
+    monkeypatch.setattr(plugin, "NEEDED", needed)
     assert plugin.missing() == ["json.dumps takes no colour", "no json.no.such"]
 
 

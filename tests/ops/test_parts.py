@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import DTYPES, error, run_ops
 from tests.ops.test_native import ISAS
@@ -167,9 +168,51 @@ def test_second_derivatives_are_an_error():
     inputs = make_part_case(SMALL, torch.float32)
     v = inputs.v.clone().requires_grad_()
     out = tiny_lora_update_parts(inputs.y, inputs.basis, v, inputs.projection, inputs.ends, inputs.groups)
-    (dv,) = torch.autograd.grad(out.square().sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dv.sum().backward()
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.autograd.grad(out.square().sum(), v, create_graph=True)
+
+
+def test_what_torch_takes_apart_is_the_same_function():
+    """torch.func, forward mode, and a dispatch mode, which sees y0 as it was."""
+    inputs = make_part_case(SMALL, torch.float64)
+    y, v = inputs.clone_y(), inputs.v.clone()
+    layout = inputs.projection, inputs.ends, inputs.groups, inputs.offset
+
+    def run(y, v):
+        return tiny_lora_update_parts(y, inputs.basis, v, *layout)
+
+    expected = run(y, v)
+    # M is linear in v
+    _, tangent = torch.func.jvp(lambda v: run(y, v), (v,), (torch.ones_like(v),))
+    torch.testing.assert_close(tangent, run(y, v + 1) - expected)
+    jacobian = torch.func.jacrev(lambda v: run(y, v).sum())(v)
+    leaf = v.clone().requires_grad_()
+    run(y, leaf).sum().backward()
+    torch.testing.assert_close(jacobian, leaf.grad)
+    with FlopCounterMode(display=False):
+        seen = tiny_lora_update_parts(y, inputs.basis, v, *layout, inplace=True)
+    torch.testing.assert_close(seen, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(y, inputs.y)
+
+
+def test_in_place_is_a_write_that_autograd_sees():
+    inputs = make_part_case(SMALL, torch.float32)
+    factors = inputs.basis, inputs.v, inputs.projection, inputs.ends, inputs.groups
+    y = inputs.clone_y()
+    saved = y.clone().requires_grad_() * y  # saves y
+    tiny_lora_update_parts(y, *factors, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["basis", "v", "projection", "offset", "bias"])
+def test_any_strides_of_any_argument(name):
+    inputs = make_part_case(SMALL, torch.float32)
+    names = ("basis", "v", "projection", "ends", "groups", "offset")
+    arguments = {key: getattr(inputs, key) for key in names} | dict(bias=torch.randn(17))
+    wide = torch.stack([arguments[name]] * 2, -1).flatten(-2)[..., ::2]
+    expected = tiny_lora_update_parts(inputs.y, **arguments)
+    assert torch.equal(tiny_lora_update_parts(inputs.y, **arguments | {name: wide}), expected)
 
 
 def test_in_place_or_not():

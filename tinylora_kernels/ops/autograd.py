@@ -267,8 +267,8 @@ class TinyLoRAPartsUpdate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: PartsContext, g: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("the update of a fused projection's parts")
         t, v = ctx.saved_tensors
         basis, projection, adapter_ids, ends, groups, backend = ctx.frozen
         needs_y, db = ctx.needs_input_grad[0], bias_gradient(g) if ctx.needs_input_grad[5] else None

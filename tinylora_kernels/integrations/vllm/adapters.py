@@ -1,8 +1,8 @@
 """In the engine core: the adapters by name, their contents, and the ids under which the workers know them.
 
 A request is bound to the numbers its adapter has when it comes in: it gets a name and a path that are their digest, by
-which the prefix cache keys its blocks, and an id that no other numbers ever have. A changed adapter is new numbers under the old
-name, so requests that run keep what they began with, and nothing has to be invalidated.
+which the prefix cache keys its blocks, and an id that no other numbers ever have. A changed adapter is new numbers
+under the old name, so requests that run keep what they began with, and nothing has to be invalidated.
 
 The workers are told an id's numbers before its first request is scheduled, through vLLM's own add_lora, and are told to
 forget them once no name and no request refers to them.
@@ -139,7 +139,7 @@ class Adapters:
         return self._under(content), content
 
     def _under(self, content: Content) -> Any:
-        """The LoRARequest of a content. The prefix cache keys its blocks by name and path, before 0.32 by name alone."""
+        """The LoRARequest of a content. The prefix cache keys blocks by name and path, before 0.32 by name alone."""
         return self.make_request(content.path, content.id, content.path)
 
     def ensure(self, content: Content) -> None:

@@ -83,7 +83,8 @@ def post_default(url: str, v: Tensor, token: str | None = None) -> None:
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:300]
         raise AdapterError(
-            f"the server at {url} did not take the policy's numbers ({error.code}, {said}); start it as docs/vllm.md says"
+            f"the server at {url} did not take the policy's numbers ({error.code}, {said}); start it as docs/vllm.md "
+            "says"
         ) from None
 
 

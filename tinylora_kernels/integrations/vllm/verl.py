@@ -7,7 +7,8 @@ are all that is needed:
 
     from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
     ServerAdapter.update_weights = update_policy
-    # actor_rollout_ref.rollout.engine_kwargs.vllm: {enable_lora: true, additional_config: {tinylora: policy.safetensors}}
+    # actor_rollout_ref.rollout.engine_kwargs.vllm:
+    #   {enable_lora: true, additional_config: {tinylora: policy.safetensors}}
     # VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, actor_rollout_ref.rollout.load_format=auto: the engine reads the base itself
 """
 from __future__ import annotations
