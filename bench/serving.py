@@ -227,7 +227,7 @@ def main() -> None:
         directory = pathlib.Path(arguments.adapters or scratch)
         if arguments.base is None:
             if arguments.tiny:
-                from tests.vllm.models import make_base
+                from tests.integrations.vllm.models import make_base
 
                 arguments.base = str(make_base(directory / "base"))
             else:
