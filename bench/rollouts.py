@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,7 +57,8 @@ def correct(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     return [float(bool(numbers) and numbers[-1] == right) for numbers, right in zip(found, answer, strict=True)]
 
 
-def run(way: str, steps: int, rate: float) -> list[dict[str, Any]]:
+def run(way: str, steps: int, rate: float, record: Callable[[dict[str, Any]], None]) -> None:
+    """Train; record is given each step when it is done."""
     base = str(smollm2_directory())
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.name_or_path = model.config._name_or_path = base
@@ -93,21 +95,24 @@ def run(way: str, steps: int, rate: float) -> list[dict[str, Any]]:
         timed(trainer, "training_step", "step")
         if way == "native":
             timed(trainer.vllm_generation, "sync_weights", "syncing")
+
+        class Recorder(transformers.TrainerCallback):
+            def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+                if "reward" not in logs:
+                    return
+                syncing = spent["syncing"][-1] if way == "native" else 0.0
+                record({
+                    "way": way, "step": len(spent["step"]), "reward": f"{logs['reward']:.4f}",
+                    "seconds": f"{spent['step'][-1]:.2f}", "generating": f"{spent['generating'][-1] - syncing:.2f}",
+                    "syncing": f"{syncing:.5f}", "bytes": 4 * 840 if way == "native" else 0,
+                    "difference_mean": f"{logs.get('sampling/sampling_logp_difference/mean', 0):.2g}",
+                    "difference_max": f"{logs.get('sampling/sampling_logp_difference/max', 0):.2g}",
+                })  # fmt: skip
+
+        trainer.add_callback(Recorder())
         trainer.train()
-        log = [entry for entry in trainer.state.log_history if "reward" in entry]
         if way == "native":
             trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
-    rows = []
-    for n, entry in enumerate(log):
-        syncing = spent["syncing"][n] if way == "native" else 0.0
-        rows.append({
-            "way": way, "step": n + 1, "reward": f"{entry['reward']:.4f}", "seconds": f"{spent['step'][n]:.2f}",
-            "generating": f"{spent['generating'][n] - syncing:.2f}", "syncing": f"{syncing:.5f}",
-            "bytes": 4 * 840 if way == "native" else 0,
-            "difference_mean": f"{entry.get('sampling/sampling_logp_difference/mean', 0):.2g}",
-            "difference_max": f"{entry.get('sampling/sampling_logp_difference/max', 0):.2g}",
-        })  # fmt: skip
-    return rows
 
 
 def main() -> None:
@@ -122,7 +127,17 @@ def main() -> None:
     facts = {**environment.describe(), "trl": trl.__version__, "vllm": vllm.__version__}
     rows: list[dict[str, Any]] = []
     for way in arguments.ways.split(","):
-        found = run(way, arguments.steps, arguments.rate)
+        found: list[dict[str, Any]] = []
+
+        def record(row: dict[str, Any], found: list[dict[str, Any]] = found) -> None:
+            found.append(row)
+            rows.append(row | facts)
+            with open(arguments.out, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+        run(way, arguments.steps, arguments.rate, record)
         third = max(1, len(found) // 3)
         mean = lambda rows, name: sum(float(row[name]) for row in rows) / len(rows)  # noqa: E731
         print(
@@ -131,11 +146,6 @@ def main() -> None:
             f"syncing {1e3 * mean(found, 'syncing'):.2f} ms",
             flush=True,
         )
-        rows += [row | facts for row in found]
-        with open(arguments.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

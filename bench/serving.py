@@ -1,7 +1,8 @@
 """What native adapters cost a vLLM engine: a decode step, the host, registering and changing, and a thousand at once.
 
-Everything that is compared runs in one process, engines side by side, rounds interleaved. vLLM's own LoRA path serves
-the exports of the same adapters.
+Everything that is compared runs in one process on one thread, engines side by side, step by step in turn; ratios are
+also given of processor time, which other processes on the machine do not lengthen. vLLM's own LoRA path serves the
+exports of the same adapters.
 
     python bench/serving.py            bench/results/serving.csv and a table; in the environment of `make test-vllm`
     python bench/serving.py --tiny     the random model of the tests: a check that it runs, not a measurement
@@ -35,7 +36,7 @@ import tinylora_kernels as tk  # noqa: E402
 from bench.grid import environment  # noqa: E402
 
 FILE = "serving.csv"
-SEQUENCES, ROUNDS, STEPS = 16, 12, 8
+SEQUENCES, STEPS = 16, 120
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ENGINE_LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -90,21 +91,18 @@ def start_decoding(one: Any, kind: str, directory: pathlib.Path, tag: str) -> No
 
 
 def decode_steps(
-    base: str, directory: pathlib.Path, dtype: str, kinds: list[str], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of a decode step of each engine, the median of a round."""
+    base: str, directory: pathlib.Path, dtype: str, kinds: list[str], steps: int
+) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, processor seconds) of each decode step of each engine."""
     engines = {kind: engine(base, directory, kind, dtype) for kind in kinds}
     for kind, one in engines.items():
         start_decoding(one, kind, directory, kind)
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for n in range(rounds):
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    for n in range(steps):
         for kind in kinds if n % 2 == 0 else kinds[::-1]:
-            mine = []
-            for _ in range(STEPS):
-                began = time.perf_counter()
-                engines[kind].step()
-                mine.append(time.perf_counter() - began)
-            times[kind].append(statistics.median(mine))
+            began = time.perf_counter(), time.process_time()
+            engines[kind].step()
+            times[kind].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     return times
 
 
@@ -187,28 +185,31 @@ def thousand(base: str, directory: pathlib.Path, count: int, record: Callable[..
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     generator = torch.Generator().manual_seed(1)
 
-    def run(tag: str, requests: list[Any]) -> float:
+    def run(tag: str, requests: list[Any]) -> tuple[float, float]:
+        began = time.perf_counter(), time.process_time()
         for i, lora in enumerate(requests):
             one.add_request(f"{tag}-{i}", {"prompt_token_ids": list(range(20, 52))}, sampling, lora_request=lora)
-        began = time.perf_counter()
         while one.has_unfinished_requests():
             one.step()
-        return time.perf_counter() - began
+        return time.perf_counter() - began[0], time.process_time() - began[1]
 
-    share, ratios = max(1, count // 10), []
+    share, shares = max(1, count // 10), []
     run("warm", [None] * SEQUENCES)
     for n in range(10):
-        own = [adapter_request(f"u{n}-{i}", torch.randn(1, 13, generator=generator) * 0.03) for i in range(share)]
-        began = run(f"own{n}", own) if n % 2 else None
+        vectors = [torch.randn(1, 13, generator=generator) * 0.03 for _ in range(share)]
+        own = [adapter_request(f"u{n}-{i}", v) for i, v in enumerate(vectors)]
+        first = run(f"own{n}", own) if n % 2 else None
         bare = run(f"bare{n}", [None] * share)
-        ratios.append((began if began is not None else run(f"own{n}", own)) / bare)
+        shares.append((first or run(f"own{n}", own), bare))
     what = f"{count:,} requests under {count:,} adapters"
-    record(what, statistics.median(ratios), "of the base", "shares of a tenth")
+    for clock, unit in enumerate(("of the base", "of the base, processor")):
+        record(what, statistics.median(own[clock] / bare[clock] for own, bare in shares), unit, "shares of a tenth")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the random model of the tests")
+    parser.add_argument("--steps", type=int, default=STEPS, help="decode steps of each engine")
     parser.add_argument("--only", help="one section: steps, host, files, across or thousand")
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--adapters", help=argparse.SUPPRESS)
@@ -239,12 +240,16 @@ def main() -> None:
         if wanted("steps"):
             kinds = ["bare", "bare, again", "native", "native, one seed", "native, base rows", "lora"]
             for dtype in ("float32", "bfloat16"):
-                times = decode_steps(arguments.base, directory, dtype, kinds, 2 if arguments.tiny else ROUNDS)
+                times = decode_steps(arguments.base, directory, dtype, kinds, 4 if arguments.tiny else arguments.steps)
                 where = f"{SEQUENCES} sequences, {dtype}"
-                record("decode step, bare", 1e3 * statistics.median(times["bare"]), "ms", where)
+                for clock, unit in enumerate(("ms", "ms of processor")):
+                    bare = statistics.median(step[clock] for step in times["bare"])
+                    record("decode step, bare", 1e3 * bare, unit, where)
                 for kind in kinds[1:]:
-                    ratios = [ours / bare for ours, bare in zip(times[kind], times["bare"], strict=True)]
-                    record(f"decode step, {kind}", statistics.median(ratios), "of bare", where)
+                    for clock, unit in enumerate(("of bare", "of bare, processor")):
+                        pairs = zip(times[kind], times["bare"], strict=True)
+                        ratio = statistics.median(ours[clock] / bare[clock] for ours, bare in pairs)
+                        record(f"decode step, {kind}", ratio, unit, where)
         if wanted("host"):
             host(arguments.base, directory, [0, 100] if arguments.tiny else [0, 1_000, 100_000], record)
         if wanted("files"):
