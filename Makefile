@@ -1,5 +1,6 @@
 # Everything runs in an environment of its own, .venv, made on first use.
 #   make test                 build, install, run every test
+#   make test-vllm            the vLLM plugin with the real engine, in an environment of its own (3.5 GB)
 #   make lint                 ruff, mypy and the import contract; nothing is built
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
@@ -14,7 +15,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/node.cpp tinylora_kernels/linear/plan.inl) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint demo bench study gpu wheels matrix clean
+.PHONY: help build test test-vllm lint demo bench study gpu wheels matrix clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +56,17 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The engine uses two threads beside its own processes: files one after another, a limit on each test for engines that
+# hang. constraints-vllm.txt has its versions; VLLM_PYTHON is a Python 3.11 or 3.12, which vLLM for the CPU is built for.
+VLLM_VENV   ?= .venv-vllm
+VLLM_PYTHON ?= $(PYTHON)
+$(VLLM_VENV)/.done: constraints-vllm.txt release/vllm.py $(SOURCES)
+	$(VLLM_PYTHON) release/vllm.py $(VLLM_VENV)
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.done
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm -q --timeout 600 $(VLLM_PYTEST_ARGS)
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -93,6 +105,7 @@ wheels: $(VENV)/.torch
 
 matrix:
 	$(PYTHON) release/matrix.py $(MATRIX_ARGS)
+	$(VLLM_PYTHON) release/vllm.py --matrix $(or $(VLLM_VERSIONS),0.32.0 0.31.0 0.30.0)
 
 clean:
-	rm -rf $(VENV) build *.egg-info tinylora_kernels/*.so
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info tinylora_kernels/*.so

@@ -2,11 +2,14 @@
 
 Also the order of the files: the longest first, so that no process of several is left alone with one at the end.
 """
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
+# These have an environment of their own: make test-vllm.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["integrations/vllm"]
 LONGEST_FIRST = (  # half a minute or more of one core each; the rest in the order they are collected
     "sim/test_ptx_cuda.py", "sim/test_triton.py", "bench/test_bench.py", "integrations/test_trl.py",
     "sim/test_cuda_static.py", "ops/test_triton_interpreter.py", "sim/test_cuda_host.py",

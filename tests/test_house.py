@@ -78,7 +78,8 @@ def test_the_tests_mirror_the_house():
     shared by them, and this one is about the whole.
     """
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
-    known = ROOMS | {name.removesuffix(".py") for name in MODULES} | BESIDE | {"sim", "guarantees"}
+    nested = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/*/__init__.py")}
+    known = ROOMS | nested | {name.removesuffix(".py") for name in MODULES} | BESIDE | {"sim", "guarantees"}
     assert {folder.as_posix() for folder in folders} - {"."} <= known
     assert [path.name for path in (ROOT / "tests").glob("test_*.py")] == [Path(__file__).name]
 

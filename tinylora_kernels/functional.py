@@ -1,13 +1,16 @@
 """The update as a function of tensors, with gradients: what every layer, adapter bank and integration calls."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .common import modes
 from .linear.node import FrozenLinear, apply_linear, order_of
-from .ops import BACKENDS, TinyLoRAUpdate, TracedUpdate, choose, reference, run_update
+from .ops import BACKENDS, TinyLoRAPartsUpdate, TinyLoRAUpdate, TracedUpdate, choose, reference, run_update
+from .ops.checks import check_parts
 from .ops.schema import accumulation_dtype
 
 
@@ -55,14 +58,7 @@ def tiny_lora_update(
     if not compiling and _differentiated_by_torch():
         return reference.updated(y, basis, v, projection, offset, bias, adapter_ids)[0]
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
-    if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
-        y = y.contiguous()  # a fresh copy, rows in one stride
-    elif not inplace or compiling:
-        y = y.clone()  # while tracing y may be a view of a matmul; Inductor removes the copy again
-    elif torch.is_grad_enabled() and y._is_view():
-        # nn.Linear with a bias returns a view of its matmul. Written through a view, autograd's backward makes three
-        # passes over the whole gradient; as a tensor of its own on the same memory, none.
-        y = torch.ops.aten._unsafe_view.default(y, y.shape)
+    y = _writable(y, inplace and not compiling)
     bias = None if bias is None else bias.contiguous()
     tensors = y, basis, v, projection, offset, bias, adapter_ids
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
@@ -70,6 +66,73 @@ def tiny_lora_update(
     y = run_update(BACKENDS[chosen], *tensors)[0]
     if not compiling and not y.is_inference():
         torch.autograd.graph.increment_version(y)  # as an in-place op of torch's own would
+    return y
+
+
+def tiny_lora_update_parts(
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    offset: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """tiny_lora_update of every part of a fused projection (q, k and v; gate and up) in one pass over its output.
+
+    Args:
+        y: [..., D] output of the frozen layer, the parts side by side.
+        basis: [r, D] U_1^T, ..., U_k^T side by side.
+        v: [G, u] the trained numbers of G tie groups, or [G, K, u] for K adapters with adapter_ids.
+        projection: [k, u, r, r] P' of each part, or [k, r, r] for LoRA-XS.
+        ends: the column after the last of each part, ascending up to D.
+        groups: the tie group of each part.
+        offset: [k, r] c of each part, for a layer with bias.
+        adapter_ids, bias, inplace, backend: as in tiny_lora_update.
+
+    Returns and errors: as tiny_lora_update. Gradients flow into y, bias and v, dv summed over the parts of a tie group;
+    in forward mode and through torch.func too, but a gradient that is to be differentiated again is refused.
+    """
+    basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
+    ends, groups = list(ends), list(groups)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (_differentiated_by_torch() or modes.seen_by_a_mode()):
+        check_parts("y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, adapter_ids=adapter_ids)
+        parts = []
+        for n, (begin, end, group) in enumerate(zip([0, *ends[:-1]], ends, groups, strict=True)):
+            own = None if bias is None else bias[begin:end]
+            factors = basis[:, begin:end], v[group], projection[n], None if offset is None else offset[n], adapter_ids
+            parts.append(tiny_lora_update(y[..., begin:end], *factors, bias=own, backend=backend))
+        return torch.cat(parts, -1)
+    chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
+    y = _writable(y, inplace and not compiling)
+    bias = None if bias is None else bias.contiguous()
+    if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
+        updated: Tensor = TinyLoRAPartsUpdate.apply(
+            y, basis, v, projection, offset, bias, adapter_ids, ends, groups, chosen
+        )
+        return updated
+    BACKENDS[chosen].update_parts(y, basis, v, projection, offset, bias, None, None, adapter_ids, ends, groups)
+    if not compiling and not y.is_inference():
+        torch.autograd.graph.increment_version(y)
+    return y
+
+
+def _writable(y: Tensor, inplace: bool) -> Tensor:
+    """A tensor to update in place, rows in one stride: y itself with inplace, where its layout and autograd allow."""
+    if not y.is_contiguous() and (y.dim() != 2 or y.stride(-1) != 1 or y.stride(0) < y.shape[-1]):
+        return y.contiguous()  # a fresh copy
+    if not inplace:
+        return y.clone()  # while tracing y may be a view of a matmul; Inductor removes the copy again
+    if torch.is_grad_enabled() and y._is_view():
+        # nn.Linear with a bias returns a view of its matmul. Written through a view, autograd's backward makes three
+        # passes over the whole gradient; as a tensor of its own on the same memory, none.
+        return torch.ops.aten._unsafe_view.default(y, y.shape)
     return y
 
 

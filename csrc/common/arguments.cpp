@@ -130,6 +130,7 @@ void check_basis(const char* rows_name, const Tensor& rows, const char* basis_na
          shape_text(rows));
   }
   out.basis = basis.const_data_ptr();
+  out.basis_stride = out.features;
   out.rank = basis.size(0);
 }
 
@@ -210,8 +211,86 @@ OtherSide other_side(const char* name, const Tensor& factor, int64_t rank, int64
          shape_text(factor));
   }
   OtherSide out;
-  out.features = factor.size(1);
+  out.features = out.factor_stride = factor.size(1);
   out.factor = factor.const_data_ptr();
+  return out;
+}
+
+std::string list_text(const std::vector<int64_t>& numbers) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < numbers.size(); ++i) text << (i ? ", " : "") << numbers[i];
+  text << "]";
+  return text.str();
+}
+
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+  bool equal = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; equal && i < shape.size(); ++i) equal = tensor.size(i) == shape[i];
+  if (!equal) fail(name, "expected shape ", list_text(shape), ", found ", shape_text(tensor));
+}
+
+const void* at(const void* data, int64_t bytes) { return static_cast<const char*>(data) + bytes; }
+
+constexpr int64_t kBytesOf[] = {4, 2, 2, 8};  // by Dtype
+
+// What both directions of a fused projection have in common, part by part.
+std::vector<Part> check_parts(const char* name, const Tensor& rows, bool written, const Tensor& basis, const Tensor& v,
+                              const Tensor& projection, const std::optional<Tensor>& adapter_ids,
+                              const std::vector<int64_t>& ends, const std::vector<int64_t>& groups) {
+  Arguments whole;
+  whole.dtype = activation_dtype(name, rows);
+  const Rows collapsed = collapse_rows(name, rows, written);
+  whole.rows = collapsed.count;
+  whole.features = collapsed.width;
+  whole.stride = collapsed.stride;
+  const int64_t parts = static_cast<int64_t>(ends.size());
+  bool ascending = parts > 0 && ends[parts - 1] == whole.features;
+  for (int64_t p = 0; p < parts; ++p) ascending = ascending && ends[p] > (p ? ends[p - 1] : 0);
+  if (!ascending) {
+    fail("ends", "expected ascending columns up to ", whole.features, ", the last dimension of ", name, ", found ",
+         list_text(ends));
+  }
+  const int64_t held = v.dim() ? v.size(0) : 0;
+  bool known = v.dim() >= 2 && groups.size() == ends.size();
+  for (int64_t group : groups) known = known && group >= 0 && group < held;
+  if (!known) {
+    fail("groups", "expected ", parts, " numbers below ", held, ", the groups of v, found ", list_text(groups));
+  }
+  check_basis(name, rows, "basis", basis, whole);
+  check_factor("projection", projection, rows, name);
+  check_factor("v", v, rows, name);
+  const int64_t r = whole.rank, dims = projection.dim();
+  if ((dims != 3 && dims != 4) || projection.size(0) != parts || projection.size(dims - 1) != r ||
+      projection.size(dims - 2) != r) {
+    fail("projection", "expected [", parts, ", u, ", r, ", ", r, "] or [", parts, ", ", r, ", ", r,
+         "] for a basis of rank ", r, ", found ", shape_text(projection));
+  }
+  whole.elementwise = dims == 3;
+  whole.numbers = whole.elementwise ? r * r : projection.size(1);
+  const int64_t v_dims = adapter_ids ? 3 : 2;
+  if (v.dim() != v_dims || v.size(v_dims - 1) != whole.numbers || whole.numbers < 1) {
+    fail("v", "expected ", adapter_ids ? "[G, K, " : "[G, ", whole.numbers, adapter_ids ? "] with adapter_ids" : "]",
+         ", at least one number, found ", shape_text(v));
+  }
+  whole.adapters = adapter_ids ? v.size(1) : 1;
+  if (adapter_ids) check_ids(name, rows, *adapter_ids, whole);
+
+  const int64_t acc = whole.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t square = whole.elementwise ? r * r : whole.numbers * r * r;
+  const void* data = rows.const_data_ptr();
+  std::vector<Part> out(parts);
+  for (int64_t p = 0; p < parts; ++p) {
+    out[p].begin = p ? ends[p - 1] : 0;
+    out[p].group = groups[p];
+    Arguments& call = out[p].call = whole;
+    call.features = ends[p] - out[p].begin;
+    call.activation = const_cast<void*>(at(data, out[p].begin * kBytesOf[static_cast<int>(whole.dtype)]));
+    call.basis = at(whole.basis, out[p].begin * acc);
+    call.v = at(v.const_data_ptr(), groups[p] * whole.adapters * whole.numbers * acc);
+    call.projection = at(projection.const_data_ptr(), p * square * acc);
+    out[p].out = {call.activation, call.stride, call.features, call.basis, call.basis_stride, nullptr};
+  }
   return out;
 }
 
@@ -282,9 +361,72 @@ OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Argument
   return out;
 }
 
+std::vector<Part> check_update_parts(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                                     const std::optional<Tensor>& adapter_ids,
+                                     const std::vector<int64_t>& ends, const std::vector<int64_t>& groups) {
+  std::vector<Part> out = check_parts("y", y, /*written=*/true, basis, v, projection, adapter_ids, ends, groups);
+  const int64_t parts = static_cast<int64_t>(out.size()), r = out[0].call.rank;
+  const int64_t acc = out[0].call.dtype == Dtype::float64 ? 8 : 4;
+  if (x.has_value() != right.has_value() || (x && offset)) {
+    fail("x and right", "expected both or neither, and no offset beside them");
+  }
+  if (offset) {
+    check_factor("offset", *offset, y, "y");
+    check_shape("offset", *offset, {parts, r});
+    for (int64_t p = 0; p < parts; ++p) out[p].call.offset = at(offset->const_data_ptr(), p * r * acc);
+  }
+  if (bias) {
+    const Part& last = out.back();
+    const void* whole = check_bias("y", y, *bias, last.begin + last.out.features);
+    for (Part& part : out) part.out.bias = at(whole, part.begin * kBytesOf[static_cast<int>(part.call.dtype)]);
+  }
+  if (!x) return out;
+  const Rows input = collapse_rows("x", *x, /*written=*/false);
+  if (dtype_code(*x) != dtype_code(y) || input.count != out[0].call.rows || x->is_cuda() != y.is_cuda() ||
+      x->get_device_index() != y.get_device_index()) {
+    fail("x", "expected ", dtype_name(dtype_code(y)), " rows as of y ", shape_text(y), ", found ",
+         dtype_name(dtype_code(*x)), " ", shape_text(*x));
+  }
+  check_factor("right", *right, y, "y");
+  check_shape("right", *right, {parts, r, input.width});
+  for (int64_t p = 0; p < parts; ++p) {
+    Arguments& call = out[p].call;
+    call.activation = const_cast<void*>(x->const_data_ptr());
+    call.features = call.basis_stride = input.width;
+    call.stride = input.stride;
+    call.basis = at(right->const_data_ptr(), p * r * input.width * acc);
+  }
+  return out;
+}
+
+std::vector<Part> check_update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                              const Tensor& projection, const std::optional<Tensor>& t,
+                                              const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
+                                              const std::vector<int64_t>& groups) {
+  std::vector<Part> out = check_parts("g", g, /*written=*/false, basis, v, projection, adapter_ids, ends, groups);
+  const int64_t parts = static_cast<int64_t>(out.size()), r = out[0].call.rank, rows = out[0].call.rows;
+  const int64_t acc = out[0].call.dtype == Dtype::float64 ? 8 : 4;
+  if (t) {
+    check_factor("t", *t, g, "g");
+    check_shape("t", *t, {parts, rows, r});
+  }
+  for (int64_t p = 0; p < parts; ++p) {
+    out[p].call.t = t ? at(t->const_data_ptr(), p * rows * r * acc) : nullptr;
+    out[p].out.activation = nullptr;
+  }
+  return out;
+}
+
 Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   return empty_strided(like, accumulate ? accumulation_code(like) : dtype_code(like), 2, sizes, strides);
+}
+
+Tensor empty_coefficients(const Tensor& like, int64_t parts, int64_t rows, int64_t rank) {
+  const int64_t sizes[] = {parts, rows, rank}, strides[] = {rows * rank, rank, 1};
+  return empty_strided(like, accumulation_code(like), 3, sizes, strides);
 }
 
 Tensor empty_contiguous_like(const Tensor& like) { return empty_rows_like(like, like.size(like.dim() - 1)); }

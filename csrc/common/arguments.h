@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -34,6 +35,7 @@ struct Arguments {
   Dtype dtype = Dtype::float32;  // of the activation
 
   const void* basis = nullptr;       // Acc [r, D]
+  int64_t basis_stride = 0;          // elements between its rows: D, but for a part of a wider one
   const void* v = nullptr;           // Acc [K, u]
   const void* projection = nullptr;  // Acc [u, r, r], or [r, r] if elementwise
   const void* offset = nullptr;      // Acc [r] or null
@@ -52,7 +54,16 @@ struct OtherSide {
   int64_t stride = 0;            // elements between row starts
   int64_t features = 0;          // E
   const void* factor = nullptr;  // Acc U^T or B^T = U^T W, [r, E]
+  int64_t factor_stride = 0;     // elements between its rows
   const void* bias = nullptr;    // [E] in the dtype of the activation, or null
+};
+
+// One part of a fused projection: a call of its own over its columns. The ids are those of all.
+struct Part {
+  Arguments call;
+  OtherSide out;      // the columns of y; of a backward pass without an activation
+  int64_t begin = 0;  // its first column
+  int64_t group = 0;  // its tie group
 };
 
 // Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
@@ -68,9 +79,20 @@ Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& bas
                          const std::optional<Tensor>& adapter_ids, OtherSide& out);
 // dx and right against the arguments that g, basis and the others were checked into.
 OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call);
+// Of update_parts and its backward pass, in the order of the columns; schema.py has the shapes.
+std::vector<Part> check_update_parts(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                                     const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                                     const std::optional<Tensor>& adapter_ids,
+                                     const std::vector<int64_t>& ends, const std::vector<int64_t>& groups);
+std::vector<Part> check_update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                              const Tensor& projection, const std::optional<Tensor>& t,
+                                              const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
+                                              const std::vector<int64_t>& groups);
 
 // New uninitialised tensors on the device of `like`; `accumulate` picks the dtype Acc instead of that of `like`.
 Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns);
+Tensor empty_coefficients(const Tensor& like, int64_t parts, int64_t rows, int64_t rank);  // Acc [k, N, r]
 Tensor empty_contiguous_like(const Tensor& like);
 Tensor empty_rows_like(const Tensor& like, int64_t width);  // the last dimension changed to `width`
 Tensor empty_vector(const Tensor& like);

@@ -26,6 +26,7 @@ struct RowsJob {
   int64_t src_stride;   // elements between row starts
   int64_t features;     // D
   const void* basis;    // Acc U^T [r, D]
+  int64_t basis_stride; // elements between its rows
   const void* addend;   // [N, E], or null for zero
   int64_t addend_stride;  // 0: one row for all
   const void* bias;     // [E], or null for zero; only beside an addend
@@ -33,6 +34,7 @@ struct RowsJob {
   int64_t dst_stride;
   int64_t dst_features; // E
   const void* factor;   // Acc F [r, E]
+  int64_t factor_stride;
   int64_t rank;         // r
   const void* offset;   // Acc c [r], or null for zero
   const void* mixing;   // Acc K [S, r, r], one for each adapter in use

@@ -63,14 +63,14 @@ void contract_one(const Acc* v, const Acc* projection, int64_t u, int64_t square
   if (Square > 0) std::copy_n(s, square, sum);
 }
 
-// dv_i = <P'_i, dM>, i < u; each sum in the order of e.
+// dv_i += <P'_i, dM>, i < u; each sum in the order of e.
 template <int Square, class Acc>
 void contract_backward_one(const double* d_mixing, const Acc* projection, int64_t u, int64_t square, Acc* dv) {
   if constexpr (Square > 0) square = Square;
   for (int64_t i = 0; i < u; ++i, projection += square) {
     double sum = 0;
     for (int64_t e = 0; e < square; ++e) sum += projection[e] * d_mixing[e];
-    dv[i] = static_cast<Acc>(sum);
+    dv[i] += static_cast<Acc>(sum);
   }
 }
 
@@ -102,11 +102,10 @@ void contract_backward(const Arguments& call, const UsedAdapters& used, const do
   const auto one = r == 1   ? contract_backward_one<1, Acc>
                    : r == 2 ? contract_backward_one<4, Acc>
                             : contract_backward_one<0, Acc>;
-  if (used.count < call.adapters) std::fill_n(all_dv, call.adapters * u, Acc(0));
   for (int64_t s = 0; s < used.count; ++s, d_mixing += square) {
     Acc* dv = all_dv + used.adapter(s) * u;
     if (call.elementwise) {
-      for (int64_t i = 0; i < u; ++i) dv[i] = static_cast<Acc>(projection[i] * d_mixing[i]);
+      for (int64_t i = 0; i < u; ++i) dv[i] += static_cast<Acc>(projection[i] * d_mixing[i]);
     } else {
       one(d_mixing, projection, u, square, dv);
     }

@@ -33,7 +33,7 @@ class UsedAdapters {
 template <class Acc>
 void contract(const Arguments& call, const UsedAdapters& used, bool transposed, Acc* mixing);
 
-// dv [K, u] from the dM of each used adapter, [S, r, r]: <P'_i, dM>, or projection * dM; zero for the others.
+// dv [K, u] += of the dM of each used adapter, [S, r, r]: <P'_i, dM>, or projection * dM.
 template <class Acc>
 void contract_backward(const Arguments& call, const UsedAdapters& used, const double* d_mixing, Acc* dv);
 

@@ -2,6 +2,7 @@
 // they exist with or without this library.
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -54,6 +55,31 @@ Tensor update_input_grad_cpu(const Tensor& dx, const Tensor& right, const Tensor
   return dv;
 }
 
+Tensor update_parts_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                        const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                        const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
+                        const std::vector<int64_t>& groups) {
+  const std::vector<Part> parts =
+      check_update_parts(y, basis, v, projection, offset, bias, x, right, adapter_ids, ends, groups);
+  Tensor t = empty_coefficients(y, ends.size(), parts[0].call.rows, parts[0].call.rank);
+  cpu::update_parts(parts, t.mutable_data_ptr());
+  return t;
+}
+
+std::tuple<Tensor, Tensor> update_parts_backward_cpu(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                                     const Tensor& projection, const std::optional<Tensor>& t,
+                                                     const std::optional<Tensor>& adapter_ids,
+                                                     const std::vector<int64_t>& ends, const std::vector<int64_t>& groups,
+                                                     bool need_input_grad) {
+  const std::vector<Part> parts = check_update_parts_backward(g, basis, v, projection, t, adapter_ids, ends, groups);
+  Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
+  Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
+  cpu::update_parts_backward(parts, ends.back(), need_input_grad ? g0.mutable_data_ptr() : nullptr, v.size(0),
+                             t ? dv.mutable_data_ptr() : nullptr);
+  return {g0, dv};
+}
+
 }  // namespace
 }  // namespace tinylora
 
@@ -61,5 +87,7 @@ STABLE_TORCH_LIBRARY_IMPL(tinylora, CPU, m) {
   m.impl("update", TORCH_BOX(&tinylora::update_cpu));
   m.impl("update_backward", TORCH_BOX(&tinylora::update_backward_cpu));
   m.impl("low_rank", TORCH_BOX(&tinylora::low_rank_cpu));
+  m.impl("update_parts", TORCH_BOX(&tinylora::update_parts_cpu));
+  m.impl("update_parts_backward", TORCH_BOX(&tinylora::update_parts_backward_cpu));
   m.impl("update_input_grad", TORCH_BOX(&tinylora::update_input_grad_cpu));
 }

@@ -85,7 +85,7 @@ void products(const ProductsJob& job) {
       const auto project_rows = [&](auto& s) {
         constexpr int rows = sizeof(s) / sizeof(s[0]);
         const T* w = static_cast<const T*>(job.rows) + n * job.stride;
-        project<T, 4, rows>(w, job.stride, job.x + k * job.width, job.width, s);
+        project<T, 4, rows>(w, job.stride, job.x + k * job.width, job.width, job.width, s);
         for (int i = 0; i < rows; ++i, ++n) {
           for (int j = 0; j < 4; ++j) job.y[n * job.vectors + k + j] = s[i][j];
         }

@@ -22,8 +22,9 @@ constexpr int kRowsTogether = kAccumulators / (kSums<R> * R) > 0 ? kAccumulators
 
 // s = x U for one row over its finite elements alone. For rows whose sum was not finite, which are few: element by element.
 template <class T>
-__attribute__((noinline, cold)) void project_finite(const T* x, const typename Lanes<T>::Acc* basis, int64_t features,
-                                                    int64_t rank, typename Lanes<T>::Acc* s) {
+__attribute__((noinline, cold)) void project_finite(const T* x, const typename Lanes<T>::Acc* basis,
+                                                    int64_t basis_stride, int64_t features, int64_t rank,
+                                                    typename Lanes<T>::Acc* s) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
   using Acc = typename L::Acc;
@@ -36,7 +37,7 @@ __attribute__((noinline, cold)) void project_finite(const T* x, const typename L
     L::load_part(x + d, part, x_part[0], x_part[1]);
     __builtin_memcpy(value, x_part, sizeof value);
     for (int64_t k = 0; k < rank; ++k) {
-      L::load_basis_part(basis + k * features + d, part, u_part[0], u_part[1]);  // in the lane order of x
+      L::load_basis_part(basis + k * basis_stride + d, part, u_part[0], u_part[1]);  // in the lane order of x
       __builtin_memcpy(u, u_part, sizeof u);
       for (int i = 0; i < kStep; ++i) {
         if (value[i] - value[i] == 0) s[k] += value[i] * u[i];
@@ -54,8 +55,8 @@ inline bool all_finite(const Acc* s, int64_t rank) {
 
 // s = x U for NR rows.
 template <class T, int R, int NR>
-inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* basis, int64_t width,
-                    typename Lanes<T>::Acc (&s)[NR][R]) {
+inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* basis, int64_t basis_stride,
+                    int64_t width, typename Lanes<T>::Acc (&s)[NR][R]) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
   Reg sums[NR][R][kSums<R>];
@@ -84,11 +85,11 @@ inline void project(const T* x, int64_t stride, const typename Lanes<T>::Acc* ba
   int64_t d = 0;
   for (; d + 2 * L::kWidth <= width; d += 2 * L::kWidth) {
     step([&](int n, Reg& a, Reg& b) { L::load(x + n * stride + d, a, b); },
-         [&](int k, Reg& a, Reg& b) { L::load_basis(basis + k * width + d, a, b); });
+         [&](int k, Reg& a, Reg& b) { L::load_basis(basis + k * basis_stride + d, a, b); });
   }
   if (d < width) {
     step([&](int n, Reg& a, Reg& b) { L::load_part(x + n * stride + d, width - d, a, b); },
-         [&](int k, Reg& a, Reg& b) { L::load_basis_part(basis + k * width + d, width - d, a, b); });
+         [&](int k, Reg& a, Reg& b) { L::load_basis_part(basis + k * basis_stride + d, width - d, a, b); });
   }
   TINYLORA_UNROLL
   for (int n = 0; n < NR; ++n) {
@@ -117,7 +118,8 @@ enum class Start { kZero, kAddend, kAddendAndBias };
 // y = x + bias + z F for NR rows, F [R, width]; y may be x. What kStart leaves out is not looked at.
 template <class T, int R, int NR, Start kStart>
 inline void accumulate(const T* x, int64_t x_stride, const T* bias, T* y, int64_t y_stride,
-                       const typename Lanes<T>::Acc* factor, int64_t width, const typename Lanes<T>::Acc (&z)[NR][R]) {
+                       const typename Lanes<T>::Acc* factor, int64_t factor_stride, int64_t width,
+                       const typename Lanes<T>::Acc (&z)[NR][R]) {
   using L = Lanes<T>;
   using Reg = typename L::Reg;
   // Where rows have the precision of the sums, the small terms are added up first: x is rounded once. 16-bit rows are
@@ -165,13 +167,13 @@ inline void accumulate(const T* x, int64_t x_stride, const T* bias, T* y, int64_
     for (int n = NR; n < 2 * NR; ++n) fetch_for_writing<2 * L::kWidth>(y + n * y_stride + d);
     step([&](int n, Reg& a, Reg& b) { L::load(x + n * x_stride + d, a, b); },
          [&](Reg& a, Reg& b) { L::load(bias + d, a, b); },
-         [&](int k, Reg& a, Reg& b) { L::load_basis(factor + k * width + d, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis(factor + k * factor_stride + d, a, b); },
          [&](int n, Reg a, Reg b) { L::store(y + n * y_stride + d, a, b); });
   }
   if (const int64_t part = width - d; part > 0) {
     step([&](int n, Reg& a, Reg& b) { L::load_part(x + n * x_stride + d, part, a, b); },
          [&](Reg& a, Reg& b) { L::load_part(bias + d, part, a, b); },
-         [&](int k, Reg& a, Reg& b) { L::load_basis_part(factor + k * width + d, part, a, b); },
+         [&](int k, Reg& a, Reg& b) { L::load_basis_part(factor + k * factor_stride + d, part, a, b); },
          [&](int n, Reg a, Reg b) { L::store_part(y + n * y_stride + d, part, a, b); });
   }
 }
@@ -187,14 +189,14 @@ inline const Acc* mixing_of(const RowsJob& job, int64_t n) {
 
 template <class T, int R, int NR>
 inline void accumulate_rows(const T* from, int64_t stride, const T* bias, T* y, int64_t y_stride,
-                            const typename Lanes<T>::Acc* factor, int64_t width,
+                            const typename Lanes<T>::Acc* factor, int64_t factor_stride, int64_t width,
                             const typename Lanes<T>::Acc (&z)[NR][R]) {
   if (!from) {
-    accumulate<T, R, NR, Start::kZero>(y, y_stride, bias, y, y_stride, factor, width, z);
+    accumulate<T, R, NR, Start::kZero>(y, y_stride, bias, y, y_stride, factor, factor_stride, width, z);
   } else if (!bias) {
-    accumulate<T, R, NR, Start::kAddend>(from, stride, bias, y, y_stride, factor, width, z);
+    accumulate<T, R, NR, Start::kAddend>(from, stride, bias, y, y_stride, factor, factor_stride, width, z);
   } else {
-    accumulate<T, R, NR, Start::kAddendAndBias>(from, stride, bias, y, y_stride, factor, width, z);
+    accumulate<T, R, NR, Start::kAddendAndBias>(from, stride, bias, y, y_stride, factor, factor_stride, width, z);
   }
 }
 
@@ -204,7 +206,7 @@ inline void copy_row(const T* from, const T* bias, T* to, const typename Lanes<T
   using Acc = typename Lanes<T>::Acc;
   if (bias) {  // rounded as a row with an adapter is
     const Acc none[1][1] = {};
-    accumulate<T, 1, 1, Start::kAddendAndBias>(from, 0, bias, to, 0, factor, width, none);
+    accumulate<T, 1, 1, Start::kAddendAndBias>(from, 0, bias, to, 0, factor, width, width, none);
   } else if (!from) {
     __builtin_memset(to, 0, width * sizeof(T));
   } else if (from != to) {
@@ -221,11 +223,11 @@ inline void row_block(const RowsJob& job, int64_t first) {
   const T* x = static_cast<const T*>(job.src) + first * job.src_stride;
   Acc s[NR][R], z[NR][R];
   // s = x U - c
-  project<T, R, NR>(x, job.src_stride, basis, job.features, s);
+  project<T, R, NR>(x, job.src_stride, basis, job.basis_stride, job.features, s);
   Acc* coefficients = static_cast<Acc*>(job.coefficients) + first * R;
   for (int n = 0; n < NR; ++n) {
     if (job.finite_only && !all_finite(s[n], R)) {
-      project_finite(x + n * job.src_stride, basis, job.features, R, s[n]);
+      project_finite(x + n * job.src_stride, basis, job.basis_stride, job.features, R, s[n]);
     }
     for (int k = 0; k < R; ++k) {
       if (offset) s[n][k] -= offset[k];
@@ -250,7 +252,8 @@ inline void row_block(const RowsJob& job, int64_t first) {
   }
   // y = b + bias + z F
   if (every_row) {
-    accumulate_rows<T, R, NR>(b, job.addend_stride, bias, y, job.dst_stride, factor, job.dst_features, z);
+    accumulate_rows<T, R, NR>(b, job.addend_stride, bias, y, job.dst_stride, factor, job.factor_stride, job.dst_features,
+                              z);
     return;
   }
   for (int n = 0; n < NR; ++n) {
@@ -258,7 +261,7 @@ inline void row_block(const RowsJob& job, int64_t first) {
     T* to = y + n * job.dst_stride;
     if (mixing_of<Acc>(job, first + n)) {
       const auto& z_n = reinterpret_cast<const Acc(&)[1][R]>(z[n]);
-      accumulate_rows<T, R, 1>(from, 0, bias, to, 0, factor, job.dst_features, z_n);
+      accumulate_rows<T, R, 1>(from, 0, bias, to, 0, factor, job.factor_stride, job.dst_features, z_n);
     } else {
       copy_row(from, bias, to, factor, job.dst_features);
     }
@@ -278,7 +281,7 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
   using L = Lanes<T>;
   using Acc = typename L::Acc;
   using Reg = typename L::Reg;
-  const int64_t r = job.rank, width = job.features, dst_width = job.dst_features;
+  const int64_t r = job.rank, width = job.features, dst_width = job.dst_features, stride = job.basis_stride;
   const Acc* basis = static_cast<const Acc*>(job.basis);
   const Acc* factor = static_cast<const Acc*>(job.factor);
   const Acc* offset = static_cast<const Acc*>(job.offset);
@@ -288,10 +291,10 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
     Acc* s = static_cast<Acc*>(job.coefficients) + n * r;  // [r]
     int64_t k = 0;
     for (; k + 4 <= r; k += 4) {
-      project<T, 4, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][4]>(s[k]));
+      project<T, 4, 1>(x, 0, basis + k * stride, stride, width, reinterpret_cast<Acc(&)[1][4]>(s[k]));
     }
-    for (; k < r; ++k) project<T, 1, 1>(x, 0, basis + k * width, width, reinterpret_cast<Acc(&)[1][1]>(s[k]));
-    if (job.finite_only && !all_finite(s, r)) project_finite(x, basis, width, r, s);
+    for (; k < r; ++k) project<T, 1, 1>(x, 0, basis + k * stride, stride, width, reinterpret_cast<Acc(&)[1][1]>(s[k]));
+    if (job.finite_only && !all_finite(s, r)) project_finite(x, basis, stride, width, r, s);
     for (k = 0; offset && k < r; ++k) s[k] -= offset[k];
     if (!job.dst) continue;
     const T* b = job.addend ? static_cast<const T*>(job.addend) + n * job.addend_stride : nullptr;
@@ -310,7 +313,7 @@ inline void rows_of_any_rank(const RowsJob& job, int64_t begin, int64_t end) {
       const int64_t part = dst_width - d < 2 * L::kWidth ? dst_width - d : 2 * L::kWidth;
       Reg delta_low = L::fill(0), delta_high = L::fill(0), f_low, f_high, b_low, b_high;
       for (int64_t j = 0; j < r; ++j) {
-        L::load_basis_part(factor + j * dst_width + d, part, f_low, f_high);
+        L::load_basis_part(factor + j * job.factor_stride + d, part, f_low, f_high);
         delta_low = L::multiply_add(L::fill(z[j]), f_low, delta_low);
         delta_high = L::multiply_add(L::fill(z[j]), f_high, delta_high);
       }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -78,6 +79,7 @@ struct Target {
   int64_t dst_stride;
   int64_t features;        // E
   const void* factor;      // Acc F [r, E]
+  int64_t factor_stride;
 };
 
 // M or M^T of every adapter in use, and the job that runs them over the rows; s goes to `coefficients`.
@@ -91,6 +93,7 @@ class Job {
     job_.src_stride = call.stride;
     job_.features = call.features;
     job_.basis = call.basis;
+    job_.basis_stride = call.basis_stride;
     job_.addend = target.addend;
     job_.addend_stride = target.addend_stride;
     job_.bias = target.bias;
@@ -98,6 +101,7 @@ class Job {
     job_.dst_stride = target.dst_stride;
     job_.dst_features = target.features;
     job_.factor = target.factor;
+    job_.factor_stride = target.factor_stride;
     job_.rank = call.rank;
     job_.offset = call.offset;
     job_.mixing = mixing_.data();
@@ -109,15 +113,12 @@ class Job {
   }
   Job(const Job&) = delete;  // job_ points into the others
 
-  // after(first chunk, last chunk) once these are done, on the same thread.
-  template <class After>
-  void run(const Arguments& call, const After& after) {
+  // Of these chunks.
+  void rows(const Arguments& call, int64_t first, int64_t last) const {
     const RowsKernel kernel = kernels().rows[static_cast<int>(call.dtype)];
-    for_chunks(call.rows, std::max(call.features, job_.dst_features), [&](int64_t first, int64_t last) {
-      kernel(job_, first * kChunkRows, std::min(last * kChunkRows, call.rows));
-      after(first, last);
-    });
+    kernel(job_, first * kChunkRows, std::min(last * kChunkRows, call.rows));
   }
+  int64_t width() const { return std::max(job_.features, job_.dst_features); }
 
  private:
   RowsJob job_{};
@@ -125,42 +126,116 @@ class Job {
   Scratch<Acc, 1> gains_;
 };
 
+// a = g U of every row, the job with M^T, and dM, chunk by chunk.
+template <class Acc>
+class Backward {
+ public:
+  Backward(const Arguments& call, const Target& target, const UsedAdapters& used, bool need_dv)
+      : coefficients_(call.rows * call.rank),
+        by_chunk_(need_dv && !call.ids.data),
+        partial_(by_chunk_ ? chunk_count(call.rows) * call.rank * call.rank : 0),
+        job_(call, target, used, /*transposed=*/true, coefficients_.data()) {}
+
+  int64_t width() const { return job_.width(); }
+
+  void rows(const Arguments& call, int64_t first, int64_t last) {
+    job_.rows(call, first, last);
+    const int64_t r = call.rank, square = r * r;
+    for (int64_t c = first; by_chunk_ && c < last; ++c) {
+      double* d_mixing = partial_.data() + c * square;
+      std::fill_n(d_mixing, square, 0.0);
+      add_outer_products(coefficients_.data(), static_cast<const Acc*>(call.t), r, c * kChunkRows,
+                         std::min((c + 1) * kChunkRows, call.rows), d_mixing);
+    }
+  }
+
+  // dv += <P'_i, a^T t>, after all rows.
+  void add_gradient(const Arguments& call, const UsedAdapters& used, Acc* dv) {
+    const int64_t r = call.rank, square = r * r;
+    std::vector<double> d_mixing(used.count * square, 0.0);  // dM [S, r, r]
+    for (int64_t c = 0; by_chunk_ && c < chunk_count(call.rows); ++c) {
+      for (int64_t e = 0; e < square; ++e) d_mixing[e] += partial_.data()[c * square + e];
+    }
+    for (int64_t i = 0; i < call.ids.count; ++i) {
+      const int64_t begin = i * call.ids.rows_per_id, end = begin + call.ids.rows_per_id;
+      const int64_t slot = used.slots()[i];
+      if (slot < 0) continue;
+      add_outer_products(coefficients_.data(), static_cast<const Acc*>(call.t), r, begin, end,
+                         d_mixing.data() + slot * square);
+    }
+    contract_backward<Acc>(call, used, d_mixing.data(), dv);
+  }
+
+ private:
+  Scratch<Acc, 512> coefficients_;  // a [N, r]
+  bool by_chunk_;
+  Scratch<double, 128> partial_;  // dM of each chunk
+  Job<Acc> job_;
+};
+
 template <class Acc>
 void forward_as(const Arguments& call, const Target& target, void* t) {
   const UsedAdapters used(call);
-  Job<Acc> job(call, target, used, /*transposed=*/false, t);
-  job.run(call, [](int64_t, int64_t) {});
+  const Job<Acc> job(call, target, used, /*transposed=*/false, t);
+  for_chunks(call.rows, job.width(), [&](int64_t first, int64_t last) { job.rows(call, first, last); });
 }
 
 template <class Acc>
 void backward_as(const Arguments& call, const Target& target, void* dv) {
-  const int64_t r = call.rank, square = r * r, chunks = chunk_count(call.rows);
   const UsedAdapters used(call);
-  Scratch<Acc, 512> coefficients(call.rows * r);  // a [N, r]
-  Job<Acc> job(call, target, used, /*transposed=*/true, coefficients.data());
-  const Acc* a = coefficients.data();
-  const Acc* t = static_cast<const Acc*>(call.t);
-  const bool by_chunk = dv && !call.ids.data;
-  Scratch<double, 128> partial(by_chunk ? chunks * square : 0);  // dM of each chunk
-  job.run(call, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; by_chunk && c < last; ++c) {
-      double* d_mixing = partial.data() + c * square;
-      std::fill_n(d_mixing, square, 0.0);
-      add_outer_products(a, t, r, c * kChunkRows, std::min((c + 1) * kChunkRows, call.rows), d_mixing);
+  Backward<Acc> pass(call, target, used, /*need_dv=*/dv);
+  for_chunks(call.rows, pass.width(), [&](int64_t first, int64_t last) { pass.rows(call, first, last); });
+  if (!dv) return;
+  std::fill_n(static_cast<Acc*>(dv), call.adapters * call.numbers, Acc(0));
+  pass.add_gradient(call, used, static_cast<Acc*>(dv));
+}
+
+// Chunk by chunk, all parts of one while its rows are in cache: passes [k], each with rows(call, first, last).
+template <class Pass>
+void for_parts(const std::vector<Part>& parts, std::deque<Pass>& passes) {
+  int64_t width = 0;
+  for (const Pass& pass : passes) width += pass.width();
+  for_chunks(parts[0].call.rows, width, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      for (size_t p = 0; p < parts.size(); ++p) passes[p].rows(parts[p].call, c, c + 1);
     }
   });
-  if (!dv) return;
+}
 
-  std::vector<double> d_mixing(used.count * square, 0.0);  // dM [S, r, r]
-  for (int64_t c = 0; by_chunk && c < chunks; ++c) {
-    for (int64_t e = 0; e < square; ++e) d_mixing[e] += partial.data()[c * square + e];
+template <class Acc>
+void forward_parts_as(const std::vector<Part>& parts, void* t) {
+  const UsedAdapters used(parts[0].call);
+  std::deque<Job<Acc>> jobs;
+  for (const Part& part : parts) {
+    const OtherSide& y = part.out;
+    const Target target{y.activation, y.stride, y.bias, y.activation, y.stride, y.features, y.factor, y.factor_stride};
+    Acc* own_t = static_cast<Acc*>(t) + jobs.size() * part.call.rows * part.call.rank;
+    jobs.emplace_back(part.call, target, used, /*transposed=*/false, own_t);
   }
-  for (int64_t i = 0; i < call.ids.count; ++i) {
-    const int64_t begin = i * call.ids.rows_per_id, end = begin + call.ids.rows_per_id;
-    const int64_t slot = used.slots()[i];
-    if (slot >= 0) add_outer_products(a, t, r, begin, end, d_mixing.data() + slot * square);
+  for_parts(parts, jobs);
+}
+
+template <class Acc>
+void backward_parts_as(const std::vector<Part>& parts, int64_t features, void* g0, int64_t groups, void* dv) {
+  constexpr int64_t bytes_of[] = {4, 2, 2, 8};  // by Dtype
+  const Arguments& any = parts[0].call;
+  const UsedAdapters used(any);
+  std::deque<Backward<Acc>> passes;
+  for (const Part& part : parts) {
+    const int64_t skipped = part.begin * bytes_of[static_cast<int>(any.dtype)];
+    void* dst = g0 ? static_cast<char*>(g0) + skipped : nullptr;
+    const Arguments& call = part.call;
+    passes.emplace_back(call, Target{call.activation, call.stride, nullptr, dst, features, call.features, call.basis,
+                                     call.basis_stride}, used,
+                        /*need_dv=*/dv);
   }
-  contract_backward<Acc>(call, used, d_mixing.data(), static_cast<Acc*>(dv));
+  for_parts(parts, passes);
+  if (!dv) return;
+  const int64_t numbers = any.adapters * any.numbers;
+  std::fill_n(static_cast<Acc*>(dv), groups * numbers, Acc(0));
+  for (size_t p = 0; p < parts.size(); ++p) {
+    passes[p].add_gradient(parts[p].call, used, static_cast<Acc*>(dv) + parts[p].group * numbers);
+  }
 }
 
 void forward(const Arguments& call, const Target& target, void* t) {
@@ -180,24 +255,38 @@ void expect_writes(const Arguments& call, void* rows, int64_t stride, int64_t fe
 }  // namespace
 
 void update(const Arguments& call, void* t) {
-  const Target y{call.activation, call.stride, call.bias, call.activation, call.stride, call.features, call.basis};
+  const Target y{call.activation, call.stride,   call.bias,  call.activation,
+                 call.stride,     call.features, call.basis, call.basis_stride};
   forward(call, y, t);
 }
 
 void update_backward(const Arguments& call, void* g0, void* dv) {
   expect_writes(call, g0, call.features, call.features);
-  backward(call, {call.activation, call.stride, nullptr, g0, call.features, call.features, call.basis}, dv);
+  backward(call, {call.activation, call.stride, nullptr, g0, call.features, call.features, call.basis, call.basis_stride},
+           dv);
+}
+
+void update_parts(const std::vector<Part>& parts, void* t) {
+  parts[0].call.dtype == Dtype::float64 ? forward_parts_as<double>(parts, t) : forward_parts_as<float>(parts, t);
+}
+
+void update_parts_backward(const std::vector<Part>& parts, int64_t features, void* g0, int64_t groups, void* dv) {
+  const Arguments& any = parts[0].call;
+  expect_writes(any, g0, features, features);
+  any.dtype == Dtype::float64 ? backward_parts_as<double>(parts, features, g0, groups, dv)
+                              : backward_parts_as<float>(parts, features, g0, groups, dv);
 }
 
 void low_rank(const Arguments& call, const OtherSide& y, void* t) {
   expect_writes(call, y.activation, y.stride, y.features);
-  forward(call, {y.bias, 0, nullptr, y.activation, y.stride, y.features, y.factor}, t);
+  forward(call, {y.bias, 0, nullptr, y.activation, y.stride, y.features, y.factor, y.factor_stride}, t);
 }
 
 void update_input_grad(const Arguments& call, const OtherSide& dx, bool add, void* dv) {
   if (!add) expect_writes(call, dx.activation, dx.stride, dx.features);
   const void* const addend = add ? dx.activation : nullptr;
-  backward(call, {addend, dx.stride, nullptr, dx.activation, dx.stride, dx.features, dx.factor}, dv);
+  backward(call, {addend, dx.stride, nullptr, dx.activation, dx.stride, dx.features, dx.factor, dx.factor_stride},
+           dv);
 }
 
 }  // namespace tinylora::cpu

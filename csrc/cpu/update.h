@@ -11,6 +11,11 @@ void update(const Arguments& call, void* t);
 // a = g U;  g0 = g + (a M) U^T;  dv_i = <P'_i, a^T t>.  g0 [N, D] contiguous or null; dv: Acc [K, u] or null.
 void update_backward(const Arguments& call, void* g0, void* dv);
 
+// The same for every part of a fused projection, in one parallel region.  t: Acc [k, N, r], out;
+// dv: Acc [G, K, u] or null, summed over the parts of a tie group;  g0 [N, D] contiguous or null.
+void update_parts(const std::vector<Part>& parts, void* t);
+void update_parts_backward(const std::vector<Part>& parts, int64_t features, void* g0, int64_t groups, void* dv);
+
 // Around the product of a frozen linear layer.
 // t = x B;  y = b + (t M^T) U^T, to which x W^T is to be added.
 void low_rank(const Arguments& call, const OtherSide& y, void* t);

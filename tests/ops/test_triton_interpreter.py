@@ -17,7 +17,7 @@ def test_case_grid():
     command = [sys.executable, "-m", "tests.ops.test_triton_interpreter"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[-1]) >= 2 * 20 - len(ONE_TYPE)
+    assert int(done.stdout.split()[-1]) >= 2 * 20 - len(ONE_TYPE) + 10
 
 
 def _run() -> None:
@@ -28,6 +28,7 @@ def _run() -> None:
     import torch
 
     from tests.cases import CASES, assert_within_budget, make_case, run_ops
+    from tests.part_cases import PART_CASES, assert_parts_within_budget, make_part_case, run_parts
     from tinylora_kernels.method.parts import SPECIALISED_RANKS
     from tinylora_kernels.ops.triton import launch
 
@@ -52,6 +53,10 @@ def _run() -> None:
                     if draws == 24 or max(case.adapters, 1) * case.numbers >= 8:
                         raise AssertionError(f"{case}, {dtype}: {error}") from None
             count += 1
+    for case in (c for c in PART_CASES if c.rank in SPECIALISED_RANKS and not c.inputs and c.rows < 100):
+        draws = [make_part_case(case, torch.float32, draw) for draw in range(3)]
+        assert_parts_within_budget([run_parts(launch, one) for one in draws], draws)
+        count += 1
     print(count)
 
 

@@ -32,6 +32,9 @@ _WRITTEN = {
     "update_kernel": {"y_ptr", "t_ptr"},
     "update_backward_kernel": {"g0_ptr", "scratch_ptr"},
     "reduce_dv_kernel": {"dv_ptr"},
+    "update_parts_kernel": {"y_ptr", "t_ptr"},
+    "update_parts_backward_kernel": {"g0_ptr", "scratch_ptr"},
+    "reduce_dv_parts_kernel": {"dv_ptr"},
 }
 
 
@@ -60,8 +63,9 @@ class SimulatedGPU:
         name = source.fn.__name__
         passed = [
             self._argument(name, parameter.name, value)
-            for n, (parameter, value) in enumerate(zip(source.fn.params, arguments, strict=True))
-            if (n,) not in source.constants
+            for n, (parameter, given) in enumerate(zip(source.fn.params, arguments, strict=True))
+            for path, value in _leaves((n,), given)
+            if path not in source.constants
         ]
         traffic = None
         if self.execute:
@@ -77,6 +81,13 @@ class SimulatedGPU:
         written = parameter in _WRITTEN[kernel]
         initialised = value.data_ptr() not in self.fresh
         return Buffer.of(parameter.removesuffix("_ptr"), value, read_only=not written, initialised=initialised)
+
+
+def _leaves(path: tuple[int, ...], value):
+    """(path, value) of an argument; a tuple's numbers one by one, as the compiler numbers and passes them."""
+    if not isinstance(value, tuple):
+        return [(path, value)]
+    return [leaf for n, inner in enumerate(value) for leaf in _leaves((*path, n), inner)]
 
 
 @contextlib.contextmanager

@@ -37,8 +37,9 @@ def one_thread_each() -> Iterator[Run]:
     The calling thread's torch.set_num_threads is put back on leaving. Threads started inside inherit one.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    if pool is not None:
+        torch.set_num_threads(1)
 
     def run(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
         if pool is None or len(arguments) < 2:
@@ -50,4 +51,4 @@ def one_thread_each() -> Iterator[Run]:
     finally:
         if pool is not None:
             pool.shutdown()
-        torch.set_num_threads(threads)
+            torch.set_num_threads(threads)

@@ -17,6 +17,7 @@ from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
 from ..model.targets import output_head
 from .peft_model import AdaptedModel
+from .vllm.rollouts import use_native_rollouts
 
 
 def as_peft_model(model: PreTrainedModel) -> PeftModel:
@@ -27,8 +28,8 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
 
     Returns:
         A PeftModel over the same layers and vectors. Checkpoints hold the adapter file alone, a KL reference is the
-        adapter as it was on entering the trainer, rollout engines get merged weights. ``get_base_model()`` gives the
-        adapted model back.
+        adapter as it was on entering the trainer. TRL's vLLM engines get the numbers alone (vllm/rollouts.py), other
+        rollout engines merged weights. ``get_base_model()`` gives the adapted model back.
 
     Raises:
         ValueError: no adapter; a model that something stands around already (torch.compile, DDP, a PeftModel); an
@@ -48,4 +49,5 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
             f"model: {head.name} is adapted, and TRL computes log-probabilities from its weight without calling it; "
             "leave it out of target_modules"
         )
+    use_native_rollouts()
     return AdaptedModel(model)

@@ -1,8 +1,8 @@
 """The ops, their backends and the choice between them."""
-from .autograd import TinyLoRAUpdate, TracedUpdate, refuse_second_derivatives, run_update
+from .autograd import TinyLoRAPartsUpdate, TinyLoRAUpdate, TracedUpdate, refuse_second_derivatives, run_update
 from .dispatch import BACKENDS, Backend, choose, requested_backend, set_backend, table
 
 __all__ = [
-    "BACKENDS", "Backend", "TinyLoRAUpdate", "TracedUpdate", "choose", "refuse_second_derivatives", "requested_backend",
-    "run_update", "set_backend", "table",
+    "BACKENDS", "Backend", "TinyLoRAPartsUpdate", "TinyLoRAUpdate", "TracedUpdate", "choose",
+    "refuse_second_derivatives", "requested_backend", "run_update", "set_backend", "table",
 ]  # fmt: skip

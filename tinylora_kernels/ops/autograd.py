@@ -8,6 +8,7 @@ to be differentiated again (create_graph=True) is made of plain operations on te
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,20 +16,25 @@ from torch import Tensor
 
 from ..common import modes
 from . import reference
-from .checks import check_arguments, check_input_grad, check_low_rank
+from .checks import check_arguments, check_input_grad, check_low_rank, check_parts
 from .dispatch import BACKENDS, Backend
 from .native import library as native
 from .schema import accumulation_dtype, library
 from .triton import launch as triton
 
-# The library fills the CPU key and, if built for it, the CUDA key. Whatever is left falls to Triton or the reference.
-if not native.load().has_cuda and triton.is_installed():
-    library.impl("update", triton.update, "CUDA")
-    library.impl("update_backward", triton.update_backward, "CUDA")
+# The library fills the CPU key and, if built for it, the CUDA key of the ops it has kernels for. Whatever is left falls
+# to Triton or the reference.
+native.load()
+for _name in ("update", "update_backward", "update_parts", "update_parts_backward"):
+    _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"tinylora::{_name}", "CUDA")
+    if triton.is_installed() and not _has_kernel:
+        library.impl(_name, getattr(triton, _name), "CUDA")
 library.impl("update", reference.update, "CompositeExplicitAutograd")
 library.impl("update_backward", reference.update_backward, "CompositeExplicitAutograd")
 library.impl("low_rank", reference.low_rank, "CompositeExplicitAutograd")
 library.impl("update_input_grad", reference.update_input_grad, "CompositeExplicitAutograd")
+library.impl("update_parts", reference.update_parts, "CompositeExplicitAutograd")
+library.impl("update_parts_backward", reference.update_parts_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tinylora::update")
@@ -86,6 +92,27 @@ def _(
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
     return v.new_empty(v.shape if t is not None else (0,))
+
+
+@torch.library.register_fake("tinylora::update_parts")
+def _(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
+    x: Tensor | None, right: Tensor | None, adapter_ids: Tensor | None, ends: Sequence[int], groups: Sequence[int],
+) -> Tensor:  # fmt: skip
+    check_parts(
+        "y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, x=x, right=right, adapter_ids=adapter_ids
+    )
+    return y.new_empty((len(ends), _rows(y), basis.shape[0]), dtype=accumulation_dtype(y.dtype))
+
+
+@torch.library.register_fake("tinylora::update_parts_backward")
+def _(
+    g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None, adapter_ids: Tensor | None,
+    ends: Sequence[int], groups: Sequence[int], need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_parts("g", g, basis, v, projection, ends, groups, t=t, adapter_ids=adapter_ids)
+    g0 = g.new_empty(g.shape) if need_input_grad else g.new_empty(0)
+    return g0, v.new_empty(v.shape if t is not None else (0,))
 
 
 def _rows(y: Tensor) -> int:
@@ -211,3 +238,41 @@ def refuse_second_derivatives(of: str) -> None:
 def bias_gradient(g: Tensor) -> Tensor:
     """db [D] = the sum of g [..., D] over its rows."""
     return g.reshape(-1, g.shape[-1]).sum(0)
+
+
+if TYPE_CHECKING:
+
+    class PartsContext(torch.autograd.function.FunctionCtx):
+        """What the forward pass of update_parts leaves for the backward pass."""
+
+        needs_input_grad: tuple[bool, ...]
+        saved_tensors: tuple[Tensor | None, Tensor]  # t, where v wants a gradient, and v
+        frozen: tuple[Tensor, Tensor, Tensor | None, list[int], list[int], Backend]
+
+        def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class TinyLoRAPartsUpdate(torch.autograd.Function):
+    """The update of each part of a fused projection in place, with gradients into y, b and v. Saves t."""
+
+    @staticmethod
+    def forward(
+        ctx: PartsContext, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
+        bias: Tensor | None, adapter_ids: Tensor | None, ends: list[int], groups: list[int], backend: str,
+    ) -> Tensor:  # fmt: skip
+        t = BACKENDS[backend].update_parts(y, basis, v, projection, offset, bias, None, None, adapter_ids, ends, groups)
+        ctx.mark_dirty(y)
+        ctx.frozen = basis, projection, adapter_ids, ends, groups, BACKENDS[backend]
+        ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, v)
+        return y
+
+    @staticmethod
+    def backward(ctx: PartsContext, g: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("the update of a fused projection's parts")
+        t, v = ctx.saved_tensors
+        basis, projection, adapter_ids, ends, groups, backend = ctx.frozen
+        needs_y, db = ctx.needs_input_grad[0], bias_gradient(g) if ctx.needs_input_grad[5] else None
+        g0, dv = backend.update_parts_backward(
+            g.contiguous(), basis, v, projection, t, adapter_ids, ends, groups, needs_y
+        )
+        return (g0 if needs_y else None, None, None if t is None else dv, None, None, db, *(None,) * 4)

@@ -1,6 +1,8 @@
 """Argument checks shared by the backends written in Python (the C++ ones make the same checks before any launch)."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,6 +89,53 @@ def _check_bias(bias: Tensor, activation_name: str, activation: Tensor, features
         found = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
         kind = f"contiguous {activation.dtype} ({features},) on {activation.device} as {activation_name}"
         raise ValueError(f"bias: expected {kind}, found {found}")
+
+
+def check_parts(
+    name: str,
+    activation: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    *,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    x: Tensor | None = None,
+    right: Tensor | None = None,
+    t: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
+) -> None:
+    """The same for update_parts and update_parts_backward: every part is an update of its own columns."""
+    parts, width = len(ends), activation.shape[-1] if activation.dim() else 0
+    if not parts or list(ends) != sorted(set(ends)) or ends[0] < 1 or ends[-1] != width:
+        wanted = f"ascending columns up to {width}, the last dimension of {name}"
+        raise ValueError(f"ends: expected {wanted}, found {list(ends)}")
+    if v.dim() < 2 or len(groups) != parts or not all(0 <= group < len(v) for group in groups):
+        held = len(v) if v.dim() else 0
+        raise ValueError(f"groups: expected {parts} numbers below {held}, the groups of v, found {list(groups)}")
+    if projection.dim() not in (3, 4) or len(projection) != parts:
+        raise ValueError(f"projection: expected [{parts}, u, r, r] or [{parts}, r, r], found {tuple(projection.shape)}")
+    check_arguments(name, activation, basis, v[0], projection[0], bias=bias, adapter_ids=adapter_ids)
+    rank, rows = len(basis), activation.numel() // width
+    if (x is None) != (right is None) or (x is not None and offset is not None):
+        raise ValueError("x and right: expected both or neither, and no offset beside them")
+    expected = {"offset": (offset, (parts, rank)), "t": (t, (parts, rows, rank))}
+    if x is not None:
+        if x.dtype != activation.dtype or x.device != activation.device or x.numel() != rows * x.shape[-1]:
+            found = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            wanted = f"{activation.dtype} rows as of {name} {tuple(activation.shape)}"
+            raise ValueError(f"x: expected {wanted}, found {found}")
+        expected["right"] = right, (parts, rank, x.shape[-1])
+    for argument, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{argument}: expected shape {shape}, found {tuple(tensor.shape)}")
+        if tensor.dtype != basis.dtype or tensor.device != basis.device:
+            found = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{argument}: expected {basis.dtype} on {basis.device} as basis, found {found}")
 
 
 def _check_projection(v: Tensor, projection: Tensor, rank: int, adapter_ids: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .native import library as native
-from .schema import LowRank, Update, UpdateBackward, UpdateInputGrad
+from .schema import LowRank, Update, UpdateBackward, UpdateInputGrad, UpdateParts, UpdatePartsBackward
 from .triton import launch as triton
 
 
@@ -32,6 +32,8 @@ class Backend(NamedTuple):
     name: str
     update: Update
     update_backward: UpdateBackward
+    update_parts: UpdateParts
+    update_parts_backward: UpdatePartsBackward
     why_not: Callable[[str, torch.dtype, int], str | None]
     low_rank: LowRank | None = None
     update_input_grad: UpdateInputGrad | None = None
@@ -47,14 +49,27 @@ def _update_cuda(
     return t
 
 
+# fmt: off
 BACKENDS: dict[str, Backend] = {  # in order of preference
-    "cuda": Backend("cuda", _update_cuda, native.update_backward, native.why_not_cuda),
-    "triton": Backend("triton", triton.update, triton.update_backward, triton.why_not),
-    "cpu": Backend(
-        "cpu", native.update, native.update_backward, native.why_not_cpu, native.low_rank, native.update_input_grad
+    # The parts by whatever the library or, without a kernel there, ops/autograd.py has registered for CUDA tensors.
+    "cuda": Backend(
+        "cuda", _update_cuda, native.update_backward, native.update_parts, native.update_parts_backward,
+        native.why_not_cuda,
     ),
-    "reference": Backend("reference", reference.update, reference.update_backward, reference.why_not),
+    "triton": Backend(
+        "triton", triton.update, triton.update_backward, triton.update_parts, triton.update_parts_backward,
+        triton.why_not,
+    ),
+    "cpu": Backend(
+        "cpu", native.update, native.update_backward, native.update_parts, native.update_parts_backward,
+        native.why_not_cpu, native.low_rank, native.update_input_grad,
+    ),
+    "reference": Backend(
+        "reference", reference.update, reference.update_backward, reference.update_parts,
+        reference.update_parts_backward, reference.why_not,
+    ),
 }
+# fmt: on
 ON_GPU = ("cuda", "triton")  # passed over in silence for tensors that live elsewhere
 
 requested: str | None = os.environ.get("TINYLORA_BACKEND") or None  # set by set_backend alone

@@ -4,10 +4,12 @@ Run it in float64 for the truth; it accumulates in float32 for lower activations
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .checks import check_arguments, check_input_grad, check_low_rank
+from .checks import check_arguments, check_input_grad, check_low_rank, check_parts
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -179,6 +181,74 @@ def update_input_grad(
     delta = product(gains(a, v, projection, adapter_ids, transposed=True), right).view(dx.shape)
     dx.copy_(dx.to(delta.dtype) + delta if add else delta)
     return vector_gradient(a, t, v, projection, adapter_ids)
+
+
+def update_parts(
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor | None,
+    right: Tensor | None,
+    adapter_ids: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+) -> Tensor:
+    """update of each part's columns of y in place; returns t [k, N, r]."""
+    check_parts(
+        "y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, x=x, right=right, adapter_ids=adapter_ids
+    )
+    coefficients = []
+    for part, columns in enumerate(_columns(ends)):
+        piece, own_v, own_projection = y[..., columns], v[groups[part]], projection[part]
+        own_bias = None if bias is None else bias[columns]
+        if x is None or right is None:
+            own_offset = None if offset is None else offset[part]
+            changed, t = updated(piece, basis[:, columns], own_v, own_projection, own_offset, own_bias, adapter_ids)
+        else:
+            # t_p = x B_p;  y_p = y0_p + b_p + (t_p M_p^T) U_p^T
+            t = project(x, right[part])  # [N, r]
+            delta = product(gains(t, own_v, own_projection, adapter_ids), basis[:, columns]).view(piece.shape)
+            wide = piece.to(delta.dtype) if own_bias is None else piece.to(delta.dtype) + own_bias.to(delta.dtype)
+            changed = (wide + delta).to(y.dtype)
+        piece.copy_(changed)
+        coefficients.append(t)
+    return torch.stack(coefficients)
+
+
+def update_parts_backward(
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(g0, dv) of update_parts, dv summed over the parts of a tie group; what is not asked for comes back empty."""
+    check_parts("g", g, basis, v, projection, ends, groups, t=t, adapter_ids=adapter_ids)
+    g0 = g.new_empty(g.shape if need_input_grad else 0)
+    dv = torch.zeros_like(v) if t is not None else v.new_empty(0)
+    for part, columns in enumerate(_columns(ends)):
+        piece, own_basis, own_v = g[..., columns], basis[:, columns], v[groups[part]]
+        a = project(piece, own_basis)  # [N, r]
+        if need_input_grad:
+            # g0_p = g_p + (a_p M_p) U_p^T
+            delta = product(gains(a, own_v, projection[part], adapter_ids, transposed=True), own_basis)
+            g0[..., columns] = (piece.to(delta.dtype) + delta.view(piece.shape)).to(g.dtype)
+        if t is not None:
+            # dv_i = sum_p <P'_{p,i}, a_p^T t_p>
+            dv[groups[part]] += vector_gradient(a, t[part], own_v, projection[part], adapter_ids)
+    return g0, dv
+
+
+def _columns(ends: Sequence[int]) -> list[slice]:
+    """The columns of each part."""
+    return [slice(begin, end) for begin, end in zip([0, *ends][:-1], ends, strict=True)]
 
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:

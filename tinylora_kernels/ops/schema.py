@@ -19,6 +19,15 @@ linear/rules.py says when that pays, and when the product had better come first 
 
     updated             (y, t) of `update`, y0 left as it is: where a dispatch mode may hand y0 out again
 
+A fused projection, W = [W_1; ...; W_k] by output rows, has k updates of one y, each over its own columns with its own
+U_p, P'_p, c_p and the v of its tie group. One op makes all of them on the whole y, so that nothing slices it:
+
+    update_parts        t_p = y0_p U_p - c_p  y_p = y0_p + b_p + (t_p M_p^T) U_p^T
+    update_parts_backward  a_p = g_p U_p      g0_p = g_p + (a_p M_p) U_p^T  dv_i = sum_p <P'_{p,i}, a_p^T t_p>
+
+Where y0 is a column shard of the output its y0_p U_p is a part of a sum; then t_p = x B_p from the whole input, with
+B_p^T = U_p^T W_p of the whole weight, and `basis` holds the shard's columns of U^T.
+
 Shapes: N rows, D output and E input features, r the frozen rank, u trained numbers, K adapters.
 
     y, g         [..., D]   float32, bfloat16, float16 or float64; last stride 1, leading dimensions one row stride
@@ -33,12 +42,23 @@ Shapes: N rows, D output and E input features, r the frozen rank, u trained numb
                             -1 leaves the row alone, any other id outside [0, K) is an error
     t, a         [N, r]
 
+Of a fused projection with k parts and G tie groups:
+
+    ends         k ints     the column after the last of each part, ascending, ends[-1] = D
+    groups       k ints     the tie group of each part, in [0, G)
+    basis        [r, D]     U_1^T, ..., U_k^T side by side; of a part of lower rank the last rows are zero
+    v            [G, u], or [G, K, u] with adapter_ids
+    projection   [k, u, r, r], or [k, r, r] (LoRA-XS)
+    offset       [k, r]     not beside x, nor beside a bias
+    x, right     [..., E], [k, r, E]  both or neither
+    t            [k, N, r]
+
 basis, right, v, projection, offset and t have the accumulation dtype: float64 where y is float64, float32 otherwise.
 
 The words for all of it, here and in C++, CUDA and Triton: N, D, E, r, u, K as above; basis, right, offset, bias,
 projection; mixing M; coefficients t or a [N, r]; gains t M^T or a M [N, r], what multiplies U^T or B^T.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +83,14 @@ UPDATE_INPUT_GRAD = (
     "update_input_grad(Tensor(a!) dx, Tensor right, Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, "
     "Tensor? adapter_ids, bool add) -> Tensor"
 )
+UPDATE_PARTS = (
+    "update_parts(Tensor(a!) y, Tensor basis, Tensor v, Tensor projection, Tensor? offset, Tensor? bias, Tensor? x, "
+    "Tensor? right, Tensor? adapter_ids, int[] ends, int[] groups) -> Tensor"
+)
+UPDATE_PARTS_BACKWARD = (
+    "update_parts_backward(Tensor g, Tensor basis, Tensor v, Tensor projection, Tensor? t, Tensor? adapter_ids, "
+    "int[] ends, int[] groups, bool need_input_grad) -> (Tensor, Tensor)"
+)
 
 # The same for Python's types, argument by argument.
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
@@ -76,6 +104,15 @@ UpdateInputGrad = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor
 ]  # fmt: skip
 
+UpdateParts = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+     Sequence[int], Sequence[int]], Tensor
+]  # fmt: skip
+UpdatePartsBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Sequence[int], Sequence[int], bool],
+    tuple[Tensor, Tensor]
+]  # fmt: skip
+
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 library = torch.library.Library("tinylora", "DEF")
@@ -84,6 +121,8 @@ library.define(UPDATED)
 library.define(UPDATE_BACKWARD)
 library.define(LOW_RANK)
 library.define(UPDATE_INPUT_GRAD)
+library.define(UPDATE_PARTS)
+library.define(UPDATE_PARTS_BACKWARD)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

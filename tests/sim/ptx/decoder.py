@@ -226,6 +226,8 @@ def _load(kernel: Kernel, i: Instruction) -> Callable:
 def _load_parameter(kernel: Kernel, i: Instruction) -> Callable:
     kind = i.types[-1]
     match = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", i.operands[1])
+    if i.operands[1].startswith("[%"):
+        return _load_chosen_parameter(kernel, i)
     if not match or match[1] not in kernel.parameters:
         raise UnsupportedInstruction(f"{i.where}: {i.opcode} {i.operands[1]}")
     writes = [destination(kernel, i, name, kind) for name in _elements(i.operands[0])]
@@ -234,6 +236,20 @@ def _load_parameter(kernel: Kernel, i: Instruction) -> Callable:
     def load(m):
         for n, write in enumerate(writes):
             write(m, np.frombuffer(m.parameters[match[1]], dtype, 1, start + n * dtype.itemsize)[0])
+
+    return load
+
+
+def _load_chosen_parameter(kernel: Kernel, i: Instruction) -> Callable:
+    """By address: what a selection of two parameters becomes."""
+    dtype, address = np.dtype(NUMPY[i.types[-1]]), _address(kernel, i, i.operands[1])
+    write = destination(kernel, i, i.operands[0], i.types[-1])
+
+    def load(m):
+        held = b"".join(m.parameters.values())
+        values = np.zeros(len(m.active), dtype)
+        values[m.threads()] = [np.frombuffer(held, dtype, 1, at)[0] for at in address(m)]
+        write(m, values)
 
     return load
 

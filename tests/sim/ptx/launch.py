@@ -61,6 +61,7 @@ def launch(
     for (name, size), value in zip(kernel.parameters.items(), arguments, strict=True):
         if callable(value):
             value = value(lambda pointer: address[id(pointed_to[pointer])])
+        symbols[name] = sum(map(len, parameters.values()))  # an address in the space of parameters
         parameters[name] = _bytes(name, size, address.get(id(value), value))
 
     traffic = Traffic()

@@ -158,6 +158,8 @@ def _functions() -> ctypes.CDLL:
 # The overloads, not the packets: no overload resolution on every call.
 update = torch.ops.tinylora.update.default
 update_backward = torch.ops.tinylora.update_backward.default
+update_parts = torch.ops.tinylora.update_parts.default
+update_parts_backward = torch.ops.tinylora.update_parts_backward.default
 low_rank = torch.ops.tinylora.low_rank.default
 update_input_grad = torch.ops.tinylora.update_input_grad.default
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...common.words import one_line
 from ...method.parts import SPECIALISED_RANKS
-from ..checks import check_arguments
+from ..checks import check_arguments, check_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PROGRAMS = 2048  # bounds the first stage's partial sums and the number of times M is contracted
@@ -184,6 +185,132 @@ def _launch_backward(
         )  # fmt: skip
 
 
+def update_parts(
+    y: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor | None,
+    right: Tensor | None,
+    adapter_ids: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+) -> Tensor:
+    """update of each part's columns of y in place; returns t [k, N, r]."""
+    check_parts(
+        "y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, x=x, right=right, adapter_ids=adapter_ids
+    )
+    _check_supported("y", y, basis, v, projection, offset, bias, right, adapter_ids)
+    flat = _as_rows("y", y)  # [N, D]
+    if len(flat) > 1 and flat.stride(0) < flat.shape[1]:
+        raise ValueError(f"y: rows overlap in memory (row stride {flat.stride(0)} < {flat.shape[1]}): clone it first")
+    t = v.new_empty(len(ends), len(flat), len(basis))
+    if len(flat) == 0:
+        return t
+    inputs = None if x is None else _as_rows("x", x)  # [N, E]
+    x_stride, x_features = (0, 0) if inputs is None else (inputs.stride(0), inputs.shape[1])
+    launch = _part_parameters(ends, len(basis))
+    tiles_per_program, programs = _split(len(flat), launch.rows)
+    with torch.cuda.device_of(y):
+        _part_code().update_parts_kernel[(programs, len(ends))](
+            flat, basis, v, projection, offset, bias, inputs, right, adapter_ids, t,
+            (0, *ends[:-1]), tuple(ends), tuple(groups),
+            flat.stride(0), x_stride, len(flat), flat.shape[1], x_features, v.shape[-1], tiles_per_program,
+            _rows_per_id(len(flat), adapter_ids), _adapters(v, adapter_ids),
+            **_part_constants(launch, ends, projection, adapter_ids),
+            HAS_OFFSET=offset is not None, HAS_BIAS=bias is not None, HAS_X=x is not None,
+            **_options(launch.threads, adapter_ids),
+        )  # fmt: skip
+    return t
+
+
+def update_parts_backward(
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(g0, dv) of update_parts, dv summed over the parts of a tie group; what is not asked for comes back empty."""
+    check_parts("g", g, basis, v, projection, ends, groups, t=t, adapter_ids=adapter_ids)
+    _check_supported("g", g, basis, v, projection, t, adapter_ids)
+    flat = _as_rows("g", g)  # [N, D]
+    g0 = torch.empty(g.shape, dtype=g.dtype, device=g.device) if need_input_grad else g.new_empty(0)
+    dv = torch.empty_like(v) if t is not None else v.new_empty(0)
+    if len(flat) == 0:
+        dv.zero_()
+    elif need_input_grad or t is not None:
+        _launch_parts_backward(flat, basis, v, projection, t, adapter_ids, ends, groups, g0, dv)
+    return g0, dv
+
+
+def _launch_parts_backward(
+    g: Tensor,
+    basis: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    g0: Tensor,
+    dv: Tensor,
+) -> None:
+    rank, parts = len(basis), len(ends)
+    launch = _part_parameters(ends, rank)
+    tiles_per_program, programs = _split(len(g), launch.rows)
+    stages = programs if adapter_ids is None else len(g)
+    width = rank * rank if adapter_ids is None else rank
+    scratch = v.new_empty(parts, stages, width) if t is not None else None
+    rows_per_id, adapters = _rows_per_id(len(g), adapter_ids), _adapters(v, adapter_ids)
+    with torch.cuda.device_of(g):
+        _part_code().update_parts_backward_kernel[(programs, parts)](
+            g, g0, basis, v, projection, t, adapter_ids, scratch,
+            (0, *ends[:-1]), tuple(ends), tuple(groups),
+            g.stride(0), len(g), g.shape[1], v.shape[-1], tiles_per_program, rows_per_id, adapters,
+            **_part_constants(launch, ends, projection, adapter_ids),
+            NEED_G0=g0.numel() > 0, NEED_DV=t is not None,
+            **_options(launch.threads, adapter_ids),
+        )  # fmt: skip
+        if t is None:
+            return
+        block_u = _block_u(v.shape[-1], rank)
+        blocks = -(-v.shape[-1] // block_u) if projection.dim() == 4 else 1
+        _part_code().reduce_dv_parts_kernel[(blocks, adapters, len(v))](
+            scratch, t, adapter_ids, projection, dv, tuple(groups),
+            stages, v.shape[-1], rows_per_id, adapters,
+            PARTS=parts, R=rank, BLOCK_N=1024 // rank**2, BLOCK_U=block_u,
+            LORA_XS=projection.dim() == 3, HAS_IDS=adapter_ids is not None,
+            **_options(128, adapter_ids),
+        )  # fmt: skip
+
+
+def _widest(ends: Sequence[int]) -> int:
+    return max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+
+
+def _part_parameters(ends: Sequence[int], rank: int) -> LaunchParameters:
+    """The tile for the widest part."""
+    return launch_parameters(_widest(ends), rank)
+
+
+def _part_constants(
+    launch: LaunchParameters, ends: Sequence[int], projection: Tensor, adapter_ids: Tensor | None
+) -> dict[str, Any]:
+    constants = _tile_constants(launch, _widest(ends), projection.shape[-1], projection[0], adapter_ids)
+    return {**constants, "PARTS": len(ends)}
+
+
+def _adapters(v: Tensor, adapter_ids: Tensor | None) -> int:
+    return 1 if adapter_ids is None else v.shape[1]
+
+
 def _split(rows: int, rows_per_tile: int) -> tuple[int, int]:
     """(tiles per program, programs): every tile once, at most MAX_PROGRAMS programs."""
     tiles = -(-rows // rows_per_tile)
@@ -263,6 +390,13 @@ def _device_code() -> ModuleType:
     from . import kernels
 
     return kernels
+
+
+@functools.cache
+def _part_code() -> ModuleType:
+    from . import part_kernels
+
+    return part_kernels
 
 
 def _device_types() -> tuple[str, ...]:

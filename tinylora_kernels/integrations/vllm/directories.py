@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..base.names import left_in
+from ...base.names import left_in
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SMALLEST_RANK_OF_OLDER_ENGINES = 8
