@@ -5,8 +5,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import ctypes
 import gc
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests.cases import error
 from tests.guarantees.whole import dense_model
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import AdapterBank, GRPOTrainer, TinyLoRAConfig, apply_tiny_lora, trainable_vectors
+from tinylora_kernels.common import scope
 from tinylora_kernels.linear import plan
 from tinylora_kernels.model.adapted import adapter_disabled
 
@@ -404,3 +408,26 @@ def test_activations_recomputed_in_autograds_threads(trainable, depth):
     if trainable:
         with pytest.raises(RuntimeError, match="recomputed outside the block that made them"):
             out.sum().backward()
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["torch", "torch up to 2.11"])
+def test_a_block_lives_as_long_as_somebody_holds_it(counts, monkeypatch):
+    """Autograd's store of a thread gave back references that it had not taken: a crash of later garbage collection."""
+    stash = torch._C._stash_obj_in_tls
+
+    def steal(key, value):
+        stash(key, value)
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
+
+    monkeypatch.setattr(torch._C, "_stash_obj_in_tls", stash if counts else steal)
+    monkeypatch.setattr(scope, "_STORE_COUNTS", scope._store_counts())
+    assert scope._STORE_COUNTS is counts
+    blocks = scope.Scope("test")
+    block = scope.Block()
+    alone, ended = sys.getrefcount(block), weakref.ref(block)
+    for _ in range(3):
+        with blocks.holding(block):
+            assert sys.getrefcount(block) > alone
+        assert sys.getrefcount(block) == alone
+    del block
+    assert ended() is None

@@ -7,6 +7,7 @@ without it. Here the first is an error, the second ends what it began, and the t
 """
 from __future__ import annotations
 
+import ctypes
 import inspect
 import sys
 import threading
@@ -98,8 +99,7 @@ class Scope:
 
     def _put(self, block: Block | None) -> None:
         self.innermost.set(block)
-        # Autograd gives its threads what the thread that called backward() has here.
-        torch._C._stash_obj_in_tls(self._key, block)
+        _stash(self._key, block)  # autograd gives its threads what the thread that called backward() has here
 
     def _of_backward_pass(self) -> Block | None:
         if not torch._C._is_key_in_tls(self._key):
@@ -135,6 +135,27 @@ class Scope:
                 f"{self.name}: a generator opened the block that is in force here, and this code is not its own; close "
                 "the block before each yield, or open it around the whole loop"
             )
+
+
+def _stash(key: str, value: object) -> None:
+    """torch._C._stash_obj_in_tls with a reference of its own: up to torch 2.11 it gives back one that it never took."""
+    if not _STORE_COUNTS:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(key, value)
+
+
+def _store_counts() -> bool:
+    """Whether the store takes a reference to what it holds."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls("tinylora probe", probe)
+    if sys.getrefcount(probe) > before:
+        return True
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return False
+
+
+_STORE_COUNTS = _store_counts()
 
 
 def _within(block: Block | None, other: Block) -> bool:
