@@ -22,7 +22,7 @@ from .base.weights import is_sharded
 from .common.atomic import write_atomically
 from .factors.modules import factorize_matrix
 from .factors.svd import Factors, RankError
-from .files.adapter import describe_model
+from .files.adapter import describe_model, warn_of_what_is_left_out
 from .files.format import encode
 from .method.config import LoRAXSConfig, TinyLoRAConfig
 from .model.adapted import trainable_vectors
@@ -168,3 +168,5 @@ def save_adapter_once(
     dist.broadcast_object_list(outcome, group_src=0, group=group)
     if outcome[0] is not None:
         raise outcome[0]
+    if dist.get_rank(group) == 0:
+        warn_of_what_is_left_out(model, os.fspath(path))

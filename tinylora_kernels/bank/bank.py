@@ -20,7 +20,7 @@ from ..common import modes
 from ..common.atomic import write_atomically
 from ..common.finite import as_finite
 from ..common.scope import Block, Scope
-from ..files.adapter import check_fits, describe_model
+from ..files.adapter import check_fits, describe_model, warn_of_what_is_left_out
 from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
@@ -231,6 +231,7 @@ class AdapterBank:
         if seed is not None:
             described = dataclasses.replace(described, config=dataclasses.replace(described.config, seed=seed))
         write_atomically(path, encode(described))
+        warn_of_what_is_left_out(self.model, os.fspath(path))
 
     @torch.no_grad()
     def _write(self, name: Hashable, slot: int, vectors: Tensor, seed: int | None) -> None:

@@ -18,7 +18,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -45,6 +45,19 @@ class Order(NamedTuple):
         return (ids.transpose(0, 1) if self.turned else ids).flatten()
 
 
+class Adapted(Protocol):
+    """What is asked here of a TinyLoRALayer, or of an accelerated layer of PEFT's."""
+
+    samples_first: bool  # rows are samples: the features are channels
+
+    @property
+    def name(self) -> str:
+        """Of the module, for messages."""
+
+    def __hash__(self) -> int:
+        """Layers are told apart as objects."""
+
+
 class Call(NamedTuple):
     """What the model was called with, or the first layer where a part of it was called by itself."""
 
@@ -60,20 +73,26 @@ class Layouts:
         listed: layers inside a ModuleList or ModuleDict: its owner may choose rows for each of its members.
         turned: layer -> whether it was seen to have the model's first two dimensions turned over.
         entries_first: the model was seen to have as many rows as there were entries, and other dimensions had not.
+        way_out: what to do about a layer whose rows may be any, for messages; {name} is its last component.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, TinyLoRALayer], in_order: Sequence[str] | bool):
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, Adapted], in_order: Sequence[str] | bool,
+        way_out: str = "if they are the model's in their order, say AdapterBank(..., in_order=[{name!r}])",
+    ):  # fmt: skip
         names = [in_order] if isinstance(in_order, str) else list(in_order) if not isinstance(in_order, bool) else []
         unknown = next((name for name in names if not any(names_match(layer, name) for layer in layers)), None)
         if unknown is not None:
             raise ValueError(f"in_order: expected names of adapted modules, found {unknown!r}, which names none")
-        self.in_order = {
+        self.in_order: set[Adapted] = {
             layer for full, layer in layers.items() if in_order is True or any(names_match(full, n) for n in names)
         }
         lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.ModuleDict)))
-        self.listed = {layer for holder in lists for layer in _layers_of(holder)}
-        self.turned: dict[TinyLoRALayer, bool] = {}
+        every = set(layers.values())
+        self.listed = {layer for holder in lists for layer in every.intersection(cast(Any, holder.modules()))}
+        self.turned: dict[Adapted, bool] = {}
         self.entries_first = False
+        self.way_out = way_out
 
 
 class Rows:
@@ -82,14 +101,15 @@ class Rows:
     Args:
         ids: [n], or of two dimensions or more.
         layouts: of the bank.
+        beams: rows of a call that is known to have beams.
     """
 
-    def __init__(self, ids: Tensor, layouts: Layouts):
+    def __init__(self, ids: Tensor, layouts: Layouts, beams: int = 0):
         self.shape: Shape = tuple(ids.shape)
         self.uniform = bool((ids == ids.flatten()[0]).all())  # then every order is the same
         self._layouts = layouts
         self._calls: dict[Shape, Call] = {}
-        self._beams = 0  # rows of a call that was shown to have beams
+        self._beams = beams  # rows of a call that was shown to have beams
 
     def see(self, rows: Shape, what: str, content: Tensor | None) -> None:
         """Take note of a call.
@@ -139,7 +159,7 @@ class Rows:
             f"{rows[0]}; name one entry a row, or give ids by token {list(rows)}, or [1, {n}] where time is first"
         )
 
-    def order(self, layer: TinyLoRALayer, rows: Shape, flattened: bool = False) -> Order:
+    def order(self, layer: Adapted, rows: Shape, flattened: bool = False) -> Order:
         """How the ids become those of a layer's rows.
 
         Args:
@@ -163,12 +183,12 @@ class Rows:
         last = next(reversed(self._calls))
         raise ValueError(
             f"{layer.name}: expected an input [{last[0]}, ..., E], as the model was called with {list(last)}, found "
-            f"{_shown(rows)}: its rows may be any (experts gather them); if they are the model's in their order, say "
-            f"AdapterBank(..., in_order=[{layer.name.rpartition('.')[2]!r}])"
+            f"{_shown(rows)}: its rows may be any (experts gather them); "
+            + self._layouts.way_out.format(name=layer.name.rpartition(".")[2])
         )
 
     def _flat(
-        self, call: Call, latest: bool, layer: TinyLoRALayer, rows: Shape, flattened: bool, trusted: bool
+        self, call: Call, latest: bool, layer: Adapted, rows: Shape, flattened: bool, trusted: bool
     ) -> Order | None:
         """Of rows [m] that are the call's; of rows of more dimensions where the user says so."""
         count = math.prod(rows)
@@ -178,7 +198,7 @@ class Rows:
             return Order(holds_for=None if flattened else (len(rows) + 1, rows[0]))
         return Order(call.rows) if own or same else None
 
-    def _in_shape(self, call: Call, layer: TinyLoRALayer, rows: Shape, trusted: bool) -> Order | None:
+    def _in_shape(self, call: Call, layer: Adapted, rows: Shape, trusted: bool) -> Order | None:
         """Of an input that has the call's first two dimensions, as they are or turned over."""
         if layer.samples_first:
             return Order(holds_for=(len(rows) + 1, rows[0])) if call.by_first and rows[0] == call.rows[0] else None
@@ -233,15 +253,15 @@ class _Watch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bank = self.bank()
         rows: Rows | None = None if bank is None else getattr(bank.blocks.innermost.get(), "rows", None)
-        if rows is not None and not rows.uniform and (found := next(_inputs(module, args, kwargs), None)) is not None:
+        if rows is not None and not rows.uniform and (found := next(inputs_of(module, args, kwargs), None)) is not None:
             name, content = found
-            rows.see(_rows_of(content), f"{type(module).__name__}: {name}", content)
+            rows.see(rows_of(content), f"{type(module).__name__}: {name}", content)
 
     def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
         return _Watch, ()
 
 
-def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a module is called with, what transformers calls the main one first."""
     named = [*(("its input", value) for value in args), *kwargs.items()]
     main = getattr(module, "main_input_name", None)
@@ -250,7 +270,7 @@ def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         yield from ((str(key), tensor) for key, tensor in nested if isinstance(tensor, Tensor) and tensor.dim())
 
 
-def _rows_of(content: Tensor) -> Shape:
+def rows_of(content: Tensor) -> Shape:
     """Shape of the rows of an input: ids [b, T]; features [b, E] or [b, T, E]; images and the like [b, ...]."""
     if not content.is_floating_point():
         return tuple(content.shape)

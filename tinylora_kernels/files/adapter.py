@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ..base.attributes import weight_of
 from ..base.kinds import weight_matrix
 from ..common import modes
 from ..common.atomic import write_atomically
@@ -24,7 +26,7 @@ from ..factors.svd import SKETCH_TOLERANCE, Factors, basis_sketch, compare_sketc
 from ..layers.layer import TinyLoRALayer
 from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig, by_names, is_literal
 from ..method.tying import assign_groups
-from ..model.adapted import adapted_layers
+from ..model.adapted import adapted_layers, trained_beside
 from ..model.attach import attach
 from ..model.merging import is_merged, original_weight
 from ..model.targets import base_module, fused_parts, selected_names
@@ -43,8 +45,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: 
     Raises:
         AdapterError: the model has no adapter, is only a part of the adapted model, or its v holds NaN.
         OSError: the file cannot be written.
+
+    Warns:
+        UserWarning: something trains beside the vectors (a head, a bias, statistics): it is not in the file.
     """
     write_atomically(path, encode(describe_model(model, include_basis)))
+    warn_of_what_is_left_out(model, os.fspath(path))
 
 
 @modes.outside_inference_mode
@@ -82,6 +88,21 @@ def load_adapter(
     return model
 
 
+def warn_of_what_is_left_out(model: nn.Module, written: object, stacklevel: int = 3) -> None:
+    """Say what was trained beside the vectors: an adapter has no place for it.
+
+    Args:
+        written: the file or directory, for the message.
+    """
+    beside = trained_beside(model)
+    if beside:
+        warnings.warn(
+            f"{written}: it holds the vectors v alone, and {listed(beside)} train beside them; save those too, with "
+            "torch.save or in a whole model (integrations.transformers.save_pretrained), or freeze them",
+            stacklevel=stacklevel,
+        )
+
+
 def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | None = None) -> AdapterFile:
     """What save_adapter writes: the model's own vectors, or v [groups, u] in their place."""
     layers = adapted_layers(model)
@@ -97,7 +118,9 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)
-        store, basis = include_basis or layer.degenerate, layer.singular_basis()
+        # U of a weight that trains is of the weight as it was
+        store = include_basis or layer.degenerate or weight_of(layer.base).requires_grad
+        basis = layer.singular_basis()
         modules.append(
             AdaptedModule(
                 name, (weight.shape[0], weight.shape[1]), layer.group, weight_fingerprint(weight), basis_sketch(basis),

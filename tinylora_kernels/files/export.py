@@ -30,6 +30,7 @@ from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
 from ..model.merging import delta_factors
 from ..model.targets import shortest_targets
+from .adapter import load_adapter, warn_of_what_is_left_out
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Names that PEFT (0.21, with transformers 5) takes for the experts of a stack, in models that have such stacks
@@ -85,6 +86,7 @@ def export_lora(
         tensors |= {f"base_model.model.{name}.{key}": tensor for key, tensor in _as_peft(layer, lora_a, lora_b).items()}
     config = json.dumps(_peft_config(model, layers, rank), indent=2, sort_keys=True) + "\n"
     write_directory(target, dict(zip(FILES, (config.encode(), save(tensors, metadata={"format": "pt"})), strict=True)))
+    warn_of_what_is_left_out(model, target)
 
 
 @torch.no_grad()
@@ -132,8 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("export: loading the base model needs transformers; pip install transformers", file=sys.stderr)
         return 1
-    from .adapter import load_adapter
-
     try:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
         load_adapter(model, arguments.adapter)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, KeysView, Sequence
+from collections.abc import Callable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from peft.tuners.psoft import layer as psoft
@@ -21,14 +22,20 @@ from peft.tuners.psoft.model import PsoftModel
 from peft.tuners.tinylora import layer as tinylora
 from peft.tuners.tinylora.model import TinyLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..bank.rows import Layouts, Rows, inputs_of, rows_of
 from ..base.attributes import bias_of
-from ..base.kinds import is_linear_like, weight_matrix
-from ..base.weights import bias_offset
+from ..base.kinds import is_linear_like, kind_of, weight_matrix
+from ..base.weights import PLAIN, bias_offset
+from ..base.witness import Witness, witness
+from ..common import modes
+from ..common.scope import Block, Scope
 from ..functional import tiny_lora_update
-from ..linear.plan import has_hooks
+from ..linear.plan import has_hooks, is_bare_product
+from ..ops.native import library as native
 from .peft_adapters import from_peft, to_peft
 from .peft_factors import FitError, output_side
 
@@ -37,7 +44,7 @@ __all__ = ["accelerate_peft", "acceleration_report", "deaccelerate_peft", "from_
 TRAINED_BASE = FitError("its base is trained (a bias, by bias='all'), and the update on the output would follow it")
 BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
-Seen = tuple[Tensor, int | None]  # a tensor and its version when it was read
+MIXED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules_to_save that work row by row, as in PEFT
 
 # What the mixins below stand before. For types alone: with a base of PEFT's an object could not change its class.
 if TYPE_CHECKING:
@@ -47,64 +54,144 @@ else:
     Tuner = TunerLayer = object
 
 
+class _Seen(NamedTuple):
+    """A tensor as it was when something was computed from it."""
+
+    tensor: Tensor
+    witness: Witness | None  # None of tensors that are not plain: their own count of writes must do
+    same_numbers: Callable[[int], bool] | None  # whether the witness knows what is at an address of the CPU
+
+    def is_still(self, tensor: Tensor) -> bool:
+        if self.tensor is not tensor:
+            return False
+        if self.witness is None:
+            return True
+        if (0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) != self.witness[:2]:
+            return False
+        return self.same_numbers(tensor.data_ptr()) if self.same_numbers is not None else self.witness.knows(tensor)
+
+
+def _seen(tensor: Tensor) -> _Seen:
+    if type(tensor) not in PLAIN or tensor.is_meta:
+        return _Seen(tensor, None, None)
+    known = witness(tensor)
+    on_cpu = tensor.device.type == "cpu" and not native.load().error
+    return _Seen(tensor, known, native.same_numbers(known.offsets, known.bits) if on_cpu else None)
+
+
 @dataclass(frozen=True)
 class _Update:
-    """One adapter, or several side by side: basis [r, D], projection [u, r, r] or [r, r], offset [r]."""
+    """One adapter, or several side by side: basis [r, D], projection [u, r, r] or [r, r]."""
 
     basis: Tensor
     projection: Tensor
-    offset: Tensor | None
 
 
 @dataclass
 class _State:
-    """What an accelerated layer remembers; all of it can be computed again."""
+    """What an accelerated layer remembers; all but its name can be computed again."""
 
-    factors: dict[str, tuple[list[Seen], _Update | FitError]] = field(default_factory=dict)
+    name: str = "layer"
+    factors: dict[str, tuple[list[_Seen], _Update | FitError]] = field(default_factory=dict)
     stacks: dict[tuple[str, ...], tuple[list[_Update], _Update]] = field(default_factory=dict)
-    sample_names: tuple[str, ...] | None = None  # the adapters of this batch
-    sample_ids: Tensor | None = None  # [B] index into sample_names, -1 for none
     hook: RemovableHandle | None = None  # of _refresh
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles have other tensors, at other addresses."""
+        return {**vars(self), "factors": {}, "stacks": {}}
+
+
+class _Samples(Block):
+    """One call with adapter_names.
+
+    Attributes:
+        adapters: the names, one a sample.
+        rows: which sample a row belongs to.
+        copies: rows of each sample, side by side, where generate has expanded them.
+        known: the modules that the names are for.
+    """
+
+    def __init__(self, adapters: list[str], rows: Rows, copies: int, known: set[nn.Module]):
+        self.adapters, self.rows, self.copies, self.known = adapters, rows, copies, known
+        self._ids: dict[tuple[str, ...], Tensor] = {}
+
+    def ids(self, names: tuple[str, ...]) -> Tensor:
+        """[B] index into names, -1 for none; [1] where all samples have one adapter."""
+        if names not in self._ids:
+            samples = self.adapters[:1] if self.rows.uniform else self.adapters
+            ids = [names.index(name) if name in names else -1 for name in samples]
+            with modes.out_of_sight():
+                self._ids[names] = torch.tensor(ids, device="cpu")
+        return self._ids[names]
+
+
+mixed_batches = Scope("adapter_names")
+
+
+def _samples_of(module: nn.Module) -> _Samples | None:
+    """The call with adapter_names that a module of an accelerated model runs in."""
+    block = mixed_batches.now() if mixed_batches.is_open else None
+    while block is not None and (block.ended or module not in cast(_Samples, block).known):
+        block = block.outer
+    return cast("_Samples | None", block)
 
 
 class _Accelerated(TunerLayer):
     """The forward shared by all kinds of layer; what differs between them is in the methods below it."""
 
+    samples_first = False
+
+    @property
+    def name(self) -> str:
+        """Of the module, for messages."""
+        return self._tinylora.name
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        state = self._tinylora
-        names = state.sample_names
-        if names is None:
-            names = tuple(name for name in self.active_adapters if name in self._adapters())
+        samples = _samples_of(self)
+        wanted = self.active_adapters if samples is None else dict.fromkeys(samples.adapters)
+        names = tuple(name for name in wanted if name in self._adapters())
         parts: list[_Update] = []
         for name in names:
             part = self._factors(name)
             if isinstance(part, FitError):
-                if state.sample_names is not None:
+                if samples is not None:
                     raise ValueError(f"adapter_names: {part}")
                 return super().forward(x, *args, **kwargs)
             parts.append(part)
-        y = self.base_layer(x, *args, **kwargs)
-        if names:
-            y = self._update(y, x, names, self._stack(names, parts))
-        return self._finish(y, x)
-
-    def _update(self, y: Tensor, x: Tensor, names: tuple[str, ...], stacked: _Update) -> Tensor:
-        vectors = [self._vector(name).to(y.device) for name in names]  # each [u_k]
-        ids = self._tinylora.sample_ids
-        if ids is None:
-            v = vectors[0] if len(vectors) == 1 else torch.cat(vectors)  # deltas of several active adapters add up
+        if not names:
+            return self._finish(self.base_layer(x, *args, **kwargs), x)
+        vectors = [self._vector(name) for name in names]  # each [u_k]
+        if samples is None:
+            v, ids = vectors[0] if len(vectors) == 1 else torch.cat(vectors), None  # several active ones add up
         else:
-            if x.shape[0] % len(ids):
-                raise ValueError(
-                    f"adapter_names: {len(ids)} names for an input of shape {tuple(x.shape)}; a layer whose rows are "
-                    "not whole samples in order (routed tokens, for instance) cannot mix adapters in a batch"
-                )
             # [K, sum u], row k holds v_k in its own columns: P' of the others meets zeros
-            v, ids = torch.block_diag(*vectors), ids.to(y.device)
-        inplace = not has_hooks(self.base_layer)  # its output is fresh: _why_not_layer lets no other kind through
-        return tiny_lora_update(y, stacked.basis, v, stacked.projection, stacked.offset, ids, inplace=inplace)
+            v, ids = torch.block_diag(*vectors), samples.ids(names)
+            ids = samples.rows.order(self, self._rows_of(x)).of(ids)
+        return self._finish(self._output(x, args, kwargs, self._stack(names, parts), v, ids), x)
+
+    def _output(
+        self, x: Tensor, args: tuple, kwargs: dict, stacked: _Update, v: Tensor, ids: Tensor | None
+    ) -> Tensor:
+        """The frozen layer's output and its update, by the bias that the layer holds now."""
+        base, fresh = self.base_layer, not has_hooks(self.base_layer)
+        kind, bias, offset = kind_of(base), bias_of(base), None
+        product = kind.product if kind.is_product(base) and is_bare_product(base, x) else None
+        if product is not None and fresh and not (args or kwargs):
+            y = product(base, x, base.weight)
+            bias = None if bias is None else bias.to(y.dtype)
+        else:
+            y, offset, bias = base(x, *args, **kwargs), bias_offset(stacked.basis, bias), None
+        ids = None if ids is None else ids.to(y.device)
+        # y is nobody else's: _why_not_layer lets no other kind through
+        return tiny_lora_update(
+            y, stacked.basis, v.to(y.device), stacked.projection, offset, ids, bias=bias, inplace=fresh
+        )
+
+    def _rows_of(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of the rows of an input: all but its features."""
+        return tuple(x.shape[:-1])
 
     def _why_not(self, name: str) -> str | None:
         factors = self._factors(name)
@@ -120,18 +207,21 @@ class _Accelerated(TunerLayer):
             if parameter is not None and parameter.requires_grad:
                 return TRAINED_BASE
         watched = (*self._sources(name), frozen["weight"])
-        if name in stored and _unchanged(stored[name][0], watched):
-            return stored[name][1]
-        factors: _Update | FitError
-        try:
-            dropout = self._dropout(name)
-            if isinstance(dropout, nn.Dropout) and dropout.p > 0:
-                raise FitError(f"dropout {dropout.p} on the adapter's input has no equivalent on the layer's output")
-            factors = self._fit(name)
-        except FitError as error:
-            factors = error
-        stored[name] = ([(tensor, _version(tensor)) for tensor in watched], factors)
-        return factors
+        with modes.out_of_sight():
+            if name in stored and all(seen.is_still(now) for seen, now in zip(stored[name][0], watched, strict=True)):
+                return stored[name][1]
+            factors: _Update | FitError
+            try:
+                dropout = self._dropout(name)
+                if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+                    raise FitError(
+                        f"dropout {dropout.p} on the adapter's input has no equivalent on the layer's output"
+                    )
+                factors = self._fit(name)
+            except FitError as error:
+                factors = error
+            stored[name] = ([_seen(tensor) for tensor in watched], factors)
+            return factors
 
     def _stack(self, names: tuple[str, ...], parts: list[_Update]) -> _Update:
         if len(parts) == 1:
@@ -166,8 +256,7 @@ class AcceleratedLinear(_OfTinyLora, tinylora.Linear):
     def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer))
-        offset = bias_offset(side.basis, bias_of(self.base_layer))
-        return _Update(side.basis, side.projection(fixed).contiguous(), offset)
+        return _Update(side.basis, side.projection(fixed).contiguous())
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         return y.to(x.dtype)
@@ -182,7 +271,10 @@ class AcceleratedEmbedding(_OfTinyLora, tinylora.Embedding):
     def _fit(self, name: str) -> _Update:
         right, left, fixed = self._sources(name)
         side = output_side(right.T, left.T, self.base_layer.weight.detach().T)
-        return _Update(side.basis, side.projection(fixed.transpose(1, 2)).contiguous(), None)
+        return _Update(side.basis, side.projection(fixed.transpose(1, 2)).contiguous())
+
+    def _rows_of(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape)
 
 
 class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
@@ -205,9 +297,32 @@ class AcceleratedPsoftLinear(_Accelerated, psoft.Linear):
     def _fit(self, name: str) -> _Update:
         right, left = self._sources(name)
         side = output_side(left, right, weight_matrix(self.base_layer), diagonal=True)
-        offset = bias_offset(side.basis, bias_of(self.base_layer))
         # M = (s n g^T) * (R - I)
-        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous(), offset)
+        return _Update(side.basis, (self.scaling[name] * side.ratios()).contiguous())
+
+
+class AcceleratedModulesToSave(ModulesToSaveWrapper):
+    """PEFT's modules_to_save with the module of each sample's adapter, or the base's where that adapter has none."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        samples = _samples_of(self)
+        if samples is None or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        adapters = samples.adapters
+        count, left = divmod(len(x), len(adapters))  # beams lie side by side
+        if left or count not in (1, samples.copies):
+            raise ValueError(
+                f"adapter_names: expected one for each row of modules_to_save's input, found {len(adapters)} for "
+                f"{len(x)} rows"
+            )
+        owners = [name if name in self.modules_to_save else BARE for name in adapters for _ in range(count)]
+        outputs, order = [], []
+        for owner in dict.fromkeys(owners):
+            own = [row for row, name in enumerate(owners) if name == owner]
+            module = self.original_module if owner == BARE else self.modules_to_save[owner]
+            outputs.append(module(x[own], *args, **kwargs))
+            order += own
+        return torch.cat(outputs)[torch.tensor(order, device=x.device).argsort()]
 
 
 class _MixedBatches(Tuner):
@@ -218,23 +333,54 @@ class _MixedBatches(Tuner):
         if adapter_names is None:
             yield
             return
-        layers = self._layers_for(list(adapter_names))
-        names = tuple(dict.fromkeys(name for name in adapter_names if name != BARE))
-        try:
-            for layer in layers:
-                present = tuple(name for name in names if name in layer._adapters())
-                ids = [present.index(name) if name in present else -1 for name in adapter_names]
-                layer._tinylora.sample_names, layer._tinylora.sample_ids = present, torch.tensor(ids, device="cpu")
-            yield
-        finally:
-            for layer in layers:
-                layer._tinylora.sample_names = layer._tinylora.sample_ids = None
+        names = _checked_names(adapter_names)
+        layers, saved = self._layers_for(names)
+        copies = _copies(self.model, kwargs)
+        layouts = Layouts(self.model, layers, False, "call the model with one adapter at a time")
+        layouts.in_order.update(set(layers.values()) - layouts.listed)  # heads and poolers: PEFT's own rule for rows
+        layouts.turned, layouts.entries_first = dict.fromkeys(layers.values(), False), True
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        ids = torch.tensor([numbers[name] for name in names], device="cpu")
+        rows = Rows(ids, layouts, len(names) * copies)
+        samples = _Samples(names, rows, copies, {*layers.values(), *saved})
+        for what, content in islice(inputs_of(self.model, args, kwargs), 1):
+            if len(content) != len(names):
+                raise ValueError(
+                    f"adapter_names: expected one for each row of {what} {list(content.shape)}, found {len(names)}"
+                )
+            rows.see(rows_of(content), what, content)
 
-    def _layers_for(self, adapter_names: list[str]) -> list[_Accelerated]:
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            """What generate calls the model with, in this call's own context."""
+            if mixed_batches.innermost.get() is samples:
+                for what, content in islice(inputs_of(module, args, kwargs), 1):
+                    rows.see(rows_of(content), what, content)
+
+        hook = self.model.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            with mixed_batches.holding(samples):
+                yield
+        finally:
+            hook.remove()
+
+    def _layers_for(self, adapter_names: list[str]) -> tuple[dict[str, _Accelerated], list[nn.Module]]:
+        """The adapted layers by name, and the modules_to_save; raises where the names cannot be honoured."""
         layers = dict(_peft_layers(self.model))
         left = [name for name, layer in layers.items() if not isinstance(layer, _Accelerated)]
         if left:
             raise ValueError(f"adapter_names: {left[0]} runs on PEFT's own path, which would ignore them")
+        merged = [name for name, layer in layers.items() if layer.merged]
+        if merged:
+            raise ValueError(f"adapter_names: {merged[0]} is merged, for all rows alike; call unmerge_adapter() first")
+        wrapped = {name: m for name, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+        for name, module in wrapped.items():
+            mixes = isinstance(module, AcceleratedModulesToSave) and isinstance(module.original_module, MIXED)
+            if not mixes:
+                raise ValueError(
+                    f"adapter_names: {name} is a {type(module).__name__} of a {type(module.original_module).__name__}, "
+                    "which cannot run rows of different adapters; call accelerate_peft again if it is new, or call the "
+                    "model with one adapter at a time"
+                )
         known = {name for layer in layers.values() for name in layer._adapters()} | {BARE}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
@@ -244,7 +390,21 @@ class _MixedBatches(Tuner):
                 "adapter_names: gradient checkpointing runs layers again after the batch's names are gone; "
                 "call gradient_checkpointing_disable() to train a mixed batch"
             )
-        return list(layers.values())
+        return cast("dict[str, _Accelerated]", layers), list(wrapped.values())
+
+
+def _checked_names(names: Sequence[str]) -> list[str]:
+    listed = [] if isinstance(names, str) else list(names)
+    if not listed or not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"adapter_names: expected a list of names, one for each row of the input, found {names!r}")
+    return listed
+
+
+def _copies(model: nn.Module, kwargs: dict) -> int:
+    """Rows of each sample in what generate calls the model with: beams, or sequences to return."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    asked = (kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in asked)
 
 
 class AcceleratedTinyLoraModel(_MixedBatches, TinyLoraModel):
@@ -260,7 +420,11 @@ LAYERS = {
     tinylora.Embedding: AcceleratedEmbedding,
     psoft.Linear: AcceleratedPsoftLinear,
 }
-MODELS = {TinyLoraModel: AcceleratedTinyLoraModel, PsoftModel: AcceleratedPsoftModel}
+MODELS: dict[type, type] = {
+    TinyLoraModel: AcceleratedTinyLoraModel,
+    PsoftModel: AcceleratedPsoftModel,
+    ModulesToSaveWrapper: AcceleratedModulesToSave,
+}
 ORIGINALS: dict[type, type] = {ours: theirs for theirs, ours in (LAYERS | MODELS).items()}
 
 
@@ -287,10 +451,10 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge_adapter() first")
-    for layer in layers.values():
+    for name, layer in layers.items():
         if type(layer) in LAYERS and _why_not_layer(layer) is None:
             layer.__class__ = LAYERS[type(layer)]
-            layer._tinylora = _State(hook=layer.register_load_state_dict_post_hook(_refresh))
+            layer._tinylora = _State(name, hook=layer.register_load_state_dict_post_hook(_refresh))
             if all(layer._why_not(name) for name in layer._adapters()):
                 _restore(layer)
     for module in list(model.modules()):
@@ -373,23 +537,12 @@ def _refresh(layer: _Accelerated, incompatible_keys) -> None:
             layer._factors(name)
 
 
-def _unchanged(seen: list[Seen], now: tuple[Tensor, ...]) -> bool:
-    for n, (old, version) in enumerate(seen):  # on every forward: no generator, no call that can be spared
-        if old is not now[n] or (version is not None and version != old._version):
-            return False
-    return True
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
 def _joined(parts: list[_Update]) -> _Update:
     """Several adapters as one, their vectors concatenated: P' gets rows for each, and a block for each other basis."""
     projections = [_matrices(part.projection) for part in parts]  # each [u_k, r_k, r_k]
     first = parts[0]
     if all(part.basis.shape == first.basis.shape and torch.equal(part.basis, first.basis) for part in parts):
-        return _Update(first.basis, torch.cat(projections), first.offset)
+        return _Update(first.basis, torch.cat(projections))
     rank, numbers = (sum(p.shape[axis] for p in projections) for axis in (1, 0))
     blocks = first.projection.new_zeros(numbers, rank, rank)
     row = column = 0
@@ -397,9 +550,7 @@ def _joined(parts: list[_Update]) -> _Update:
         u, r, _ = projection.shape
         blocks[row : row + u, column : column + r, column : column + r] = projection
         row, column = row + u, column + r
-    offsets = [part.offset for part in parts if part.offset is not None]  # of one base: all of them or none
-    offset = torch.cat(offsets) if offsets else None
-    return _Update(torch.cat([part.basis for part in parts]), blocks, offset)
+    return _Update(torch.cat([part.basis for part in parts]), blocks)
 
 
 def _matrices(projection: Tensor) -> Tensor:

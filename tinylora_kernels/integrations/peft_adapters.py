@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..base.kinds import is_linear_like, kind_of, weight_matrix
 from ..base.names import inside, named_modules, submodule
 from ..factors.svd import Factors
+from ..files.adapter import warn_of_what_is_left_out
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
 from ..model.attach import attach
@@ -159,6 +160,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     )  # fmt: skip
     config.save_pretrained(str(directory))
     save_file(tensors, str(Path(directory) / WEIGHTS), metadata={"format": "pt"})
+    warn_of_what_is_left_out(model, os.fspath(directory))
 
 
 def is_from_peft(model: nn.Module) -> bool:

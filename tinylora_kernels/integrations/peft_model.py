@@ -22,7 +22,7 @@ from ..base.names import inside
 from ..base.weights import is_sharded
 from ..common.atomic import write_atomically
 from ..common.words import listed
-from ..files.adapter import describe_model, load_adapter
+from ..files.adapter import describe_model, load_adapter, warn_of_what_is_left_out
 from ..files.format import encode
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers, adapter_disabled, original_names
@@ -372,6 +372,8 @@ class AdaptedModel(PeftModel):
             if is_main_process:
                 directory.mkdir(parents=True, exist_ok=True)
                 write_atomically(directory / ADAPTER_FILE, data)
+        if is_main_process and not is_from_peft(model):  # to_peft has said it
+            warn_of_what_is_left_out(model, os.fspath(save_directory))
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str = DEFAULT, is_trainable: bool = False, *args, **kwargs

@@ -15,7 +15,9 @@ from typing import cast
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..base.names import inside
-from ..files.adapter import load_adapter, save_adapter
+from ..common.atomic import write_atomically
+from ..files.adapter import describe_model, load_adapter
+from ..files.format import encode
 from ..model.adapted import adapted_layers, base_state_dict
 from ..model.merging import is_merged, merged_weights
 
@@ -48,7 +50,8 @@ def save_pretrained(
     if any(is_merged(layer) for layer in layers.values()):
         raise ValueError("model: it is merged; call unmerge(model) first, or save it with merged=True")
     model.save_pretrained(directory, state_dict=base_state_dict(model), **kwargs)
-    save_adapter(model, Path(directory) / ADAPTER_FILE)
+    # Not save_adapter: what trains beside the vectors is in the base's own files.
+    write_atomically(Path(directory) / ADAPTER_FILE, encode(describe_model(model)))
 
 
 def from_pretrained(

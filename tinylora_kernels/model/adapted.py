@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..base.experts import ExpertSlice
 from ..base.names import bare_name, inside, named_modules
@@ -43,6 +44,21 @@ def count_trainable_params(model: nn.Module) -> dict[str, int]:
         "modules": len(adapted_layers(model)),
         "groups": len(trainable_vectors(model)),
     }
+
+
+def trained_beside(model: nn.Module) -> list[str]:
+    """The bare model's names of what trains beside the vectors, and so is in no adapter: parameters that require a
+    gradient, and statistics that a normalisation layer in training mode takes of its inputs.
+    """
+    vectors, original_name = {id(v) for v in trainable_vectors(model)}, original_names(model)
+    trained = [
+        original_name(key) or key for key, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in vectors
+    ]  # fmt: skip
+    for name, module in named_modules(model):
+        if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+            trained.append(f"{name}.running_mean")
+    return trained
 
 
 def wrappers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, TinyLoRALayer | AdaptedExperts]:
