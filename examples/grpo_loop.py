@@ -23,13 +23,15 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def load(directory: str):
     """Tokenizer and frozen model, from a directory or a hub."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    return tokenizer, AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(device)
+    # few CPUs multiply bfloat16 as fast as float32
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto" if on_gpu else torch.float32)
+    return tokenizer, model.to("cuda" if on_gpu else "cpu")
 
 
 def additions(largest: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Questions and answers to train on, and as many again, a quarter of all, that are never trained on."""
+    """Questions with their answers: three quarters to train on, the others to be judged by."""
     sums = [(a, b) for a in range(1, largest + 1) for b in range(1, largest + 1)]
     random.Random(0).shuffle(sums)
     problems = [(f"What is {a} + {b}? Answer with only the number.", str(a + b)) for a, b in sums]
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         logits = model(tokens, attention_mask=seen, logits_to_keep=length + 1).logits[:, :-1]  # [B, T, vocabulary]
         log_probs = token_log_probs(logits, tokens[:, -length:], temperature)  # [B, T]
         trainer.training_step(log_probs, None, rewards, mask=mask)
-        print(f"step {step}: {sum(rewards) / len(rewards):.0%} of {len(rewards)} answers right")
+        print(f"step {step}: {sum(rewards) / len(rewards):.0%} of {len(rewards)} answers right", flush=True)
 
     print(f"greedy accuracy on {len(held_out)} sums held out: {accuracy(model, tokenizer, held_out):.0%}")
     save_adapter(model, args.out)

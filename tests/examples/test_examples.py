@@ -168,24 +168,16 @@ def test_serve_bank_answers_each_request_by_its_adapter(run, adder, adapters, mo
     assert wanted["alice"] != wanted[None] != wanted["bob"] != wanted["alice"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_export_and_merge_compares_what_it_writes(run, adder, tmp_path, dtype):
+def test_export_and_merge_compares_what_it_writes(run, adder, adapters, tmp_path):
     pytest.importorskip("peft", minversion="0.21")
-    grpo = importlib.import_module("grpo_loop")
-    words, _ = grpo.load(adder)
-    base, file, out = tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out"
-    bare(adder, dtype).save_pretrained(base)
-    words.save_pretrained(base)
-    make_adapter(base, file)
-    printed = run("export_and_merge", file, "--model", base, "--out", out)
+    printed = run("export_and_merge", adapters["alice"], "--out", tmp_path / "out")
     off = shares("".join(line for line in printed.splitlines() if "off by" in line))  # through PEFT, merged, in place
-    assert len(off) == 3 and max(off) < (0.001 if dtype == torch.float32 else 0.05)
-    tokens = words("What is 3 + 4? Answer with only the number.", return_tensors="pt").input_ids
-    adapted, again = load_adapter(bare(base, "auto"), file, cache=False), bare(out / "merged", "auto")
-    plain = bare(base, "auto")(tokens).logits
-    wanted = adapted(tokens).logits
-    lost = (again(tokens).logits - wanted).abs().max() / (wanted - plain).abs().max()
-    assert float(lost) == pytest.approx(off[1], abs=6e-4)
+    assert len(off) == 3 and max(off) < 0.001
+    assert re.search(r"down_proj +bfloat16 .*\n(.*\n)*all modules: [\d.]+% of the update survives", printed)
+    tokens = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    adapted, again = load_adapter(bare(adder), adapters["alice"], cache=False), bare(tmp_path / "out" / "merged")
+    assert torch.allclose(again(tokens).logits, adapted(tokens).logits, atol=1e-3)
+    assert (bare(adder)(tokens).logits - adapted(tokens).logits).abs().max() > 0.1
 
 
 def test_accelerate_peft_trains_what_peft_saves(run, adder, tmp_path):
