@@ -23,7 +23,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_heading_anchors = 3  # as GitHub makes them
 suppress_warnings = ["myst.header"]  # a page may begin with a picture
 highlight_language = "none"  # what is in a fence without a language is a terminal's, or a formula
-smartquotes = False
+smartquotes_action = "D"  # dashes alone: quotes and dots are code's
 default_role = "code"  # docstrings write `v` as Markdown does
 
 autodoc_mock_imports = ["peft", "transformers"]  # for the signatures of the integrations
