@@ -2,6 +2,7 @@
 #   make test                 build, install, run every test
 #   make test-vllm            the vLLM plugin with the real engine, in an environment of its own (3.5 GB)
 #   make lint                 ruff, mypy and the import contract; nothing is built
+#   make docs                 the site, into build/site/index.html: every page and the docstrings, strict, no network
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
 #   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
@@ -15,7 +16,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/node.cpp tinylora_kernels/linear/plan.inl) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-vllm lint demo bench study gpu wheels matrix clean
+.PHONY: help build test test-vllm lint docs demo bench study gpu wheels matrix clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,6 +49,11 @@ $(VENV)/.lint: $(VENV)/.torch
 	$(PIP) ruff mypy import-linter safetensors
 	@touch $@
 
+# The extra `docs`; the package is imported for its docstrings and need not be built either.
+$(VENV)/.docs: $(VENV)/.torch
+	$(PIP) sphinx furo myst-parser sphinx-copybutton safetensors tqdm
+	@touch $@
+
 build: $(VENV)/.package
 
 # Two processes of one thread each: threads cost a scheduling quantum a region on a busy machine, and the tests are about
@@ -71,6 +77,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -E -c docs . build/site
 
 # Threads that wait in the kernel, not in a loop: on a machine with other work, looping ones make two threads many times
 # slower than one.

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinylora_kernels"
 ROOMS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 MODULES = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py", "_version.py"}
-BESIDE = {"bench", "demo", "release"}  # folders beside the package whose code is tested too
+BESIDE = {"bench", "demo", "docs", "examples", "release"}  # folders beside the package whose code is tested too
 LINT_IMPORTS = "import sys, importlinter.cli as cli; sys.exit(cli.lint_imports(no_cache=True, no_logo=True))"
 
 
