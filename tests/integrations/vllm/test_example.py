@@ -27,6 +27,7 @@ def test_every_request_is_answered_by_its_adapter(base, adapters, texts):
     assert [{**line, "reply": 0} for line in lines] == [{**request, "reply": 0} for request in requests]
     for n in names:
         found = [line["reply"] for line in lines if line.get("adapter") == n]
-        ended = [ids[: ids.index(words.eos_token_id)] if words.eos_token_id in ids else ids for ids in texts[n or "base"]]
+        end = words.eos_token_id
+        ended = [ids[: ids.index(end)] if end in ids else ids for ids in texts[n or "base"]]
         wanted = [words.decode(ids, skip_special_tokens=True) for ids in ended]
         assert found == wanted, n
