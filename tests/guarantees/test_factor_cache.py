@@ -68,6 +68,7 @@ SPECTRA = {
     "tight": torch.cat([torch.tensor([2.0, 1.5, 1.5 - 1e-4]), INDEX[3:] ** -0.5]),
     "equal": torch.cat([torch.tensor([2.0, 2.0]), INDEX[2:] ** -0.5]),
 }  # fmt: skip
+SMALL = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (5, 3), (8, 8), (40, 7), (7, 40), (16, 14), (15, 17), (3, 400)]
 SHAPES = [(40, 30), (300, 260), (400, 1100), (1500, 230)]  # in full, by the solver, wide, tall
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -84,6 +85,21 @@ def test_what_was_stored_is_proven_and_read(computed, spectrum, shape, dtype):
     assert len(computed) == 1
     assert torch.equal(cold.basis, warm.basis) and torch.equal(cold.sigma, warm.sigma)
     assert (cold.degenerate, cold.residual) == (warm.degenerate, warm.residual)
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_small_ones_too(computed, rank, shape, cache):
+    weight = with_spectrum(*shape, SPECTRA["slow"]).float()
+    rank = min(rank, *shape)
+    cold, warm = truncated_svd(weight, rank), truncated_svd(weight, rank)
+    assert len(computed) == 1 and torch.equal(cold.basis, warm.basis)
+    if rank < min(shape):  # the last is left out for the one after it
+        (path,) = cache.iterdir()
+        residual = torch.tensor(1e-7, dtype=torch.float64)
+        last = triplets(weight, *range(rank - 1), rank)
+        factor_cache.store(path.stem, last | {"degenerate": torch.tensor(False), "residual": residual})
+        assert torch.equal(truncated_svd(weight, rank).basis, cold.basis) and len(computed) == 2
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])

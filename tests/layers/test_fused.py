@@ -25,7 +25,7 @@ from tinylora_kernels import (
 )
 from tinylora_kernels.factors.svd import Factors
 from tinylora_kernels.files.format import read
-from tinylora_kernels.method.parts import block_basis, block_projection, compact_basis, padded_rank, part_sizes
+from tinylora_kernels.method.parts import block_basis, block_projection, compact_basis, padded_rank
 
 SIZES = (16, 8, 8)
 X = torch.randn(2, 5, 12)
@@ -218,9 +218,9 @@ def test_factors_from_elsewhere_must_be_those_of_the_parts():
 
 def test_the_first_entry_that_names_a_module_decides():
     config = TinyLoRAConfig(fused={"0.attn.qkv_proj": 2, "qkv_proj": SIZES})
-    assert part_sizes(config.fused, "layers.0.attn.qkv_proj", 32) == (16, 16)
-    assert part_sizes(config.fused, "layers.1.attn.qkv_proj", 32) == SIZES
-    assert part_sizes(config.fused, "layers.1.attn.o_proj", 32) is None
+    assert config.parts("layers.0.attn.qkv_proj", 32) == (16, 16)
+    assert config.parts("layers.1.attn.qkv_proj", 32) == SIZES
+    assert config.parts("layers.1.attn.o_proj", 32) is None
 
 
 def phi3():

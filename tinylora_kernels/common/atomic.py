@@ -91,12 +91,15 @@ def write_directory(target: str, files: dict[str, bytes]) -> None:
                 _write(file.fileno(), data)
                 os.fsync(file.fileno())
         os.fsync(descriptor)
-        if not os.path.lexists(target):
+        try:
             os.rename(fresh, target)
-        elif not _exchanged(fresh, target):
-            for name in reversed(files):
-                os.replace(os.path.join(fresh, name), os.path.join(target, name))
-            sync_directory(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if not _exchanged(fresh, target):
+                for name in reversed(files):
+                    os.replace(os.path.join(fresh, name), os.path.join(target, name))
+                sync_directory(target)
         sync_directory(parent)
 
 
@@ -131,13 +134,14 @@ def _beside(directory: str, is_directory: bool = False) -> Iterator[tuple[str, i
         path = os.path.join(directory, f".tinylora-{secrets.token_hex(8)}")
         descriptor = -1
         try:
+            # Until it is locked, another writer may take it for a leftover.
             if is_directory:
                 os.mkdir(path)
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                with contextlib.suppress(FileNotFoundError):
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             else:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            # Between the two, another writer may have taken it for a leftover.
-            if _lock(descriptor) is not False and _is_at(path, descriptor):
+            if descriptor >= 0 and _lock(descriptor) is not False and _is_at(path, descriptor):
                 yield path, descriptor
                 return
         finally:

@@ -19,7 +19,8 @@ def described(tensor: Tensor) -> str:
 
 def listed(names: Sequence[object], limit: int = 5) -> str:
     """ "a, b, c and 7 more"."""
-    shown = ", ".join(str(name) for name in names[:limit])
+    texts = (str(name) for name in names[:limit])
+    shown = ", ".join(text if len(text) <= 200 else f"{text[:200]}..." for text in texts)
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

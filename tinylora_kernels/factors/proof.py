@@ -79,9 +79,10 @@ def _passed(
 
 def _largest_beside(weight: Tensor, q: Tensor, s: Tensor, seed: int, run: Run) -> float:
     """The largest singular value that a few steps from chance find at right angles to the rows of q."""
-    count = min(COMPANY, weight.shape[1] - len(q))
-    if count < 1:
+    room = weight.shape[1] - len(q)
+    if room == 0:
         return 0.0
+    count = room if room <= LOOKS * COMPANY else COMPANY  # of a small matrix all there is
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     scale = scale_for(float(s[0]), weight.dtype)
     space = Space(weight, count, scale, run)
@@ -98,7 +99,7 @@ def _largest_beside(weight: Tensor, q: Tensor, s: Tensor, seed: int, run: Run) -
         ritz = space.ritz()
         largest = float(ritz.theta[0].sqrt()) / scale
         fresh = space.next_directions(ritz, count)
-        if not len(fresh):
+        if not len(fresh) or space.size + len(fresh) > room:
             break
         fresh = beside(fresh)
     return largest

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base.attributes import weight_of
 from ..base.kinds import weight_matrix
+from ..base.weights import right_factor, slabs
 from ..common import modes
 from ..common.atomic import write_atomically
 from ..common.finite import as_finite
@@ -25,12 +26,15 @@ from ..factors.modules import factorize_modules
 from ..factors.svd import SKETCH_TOLERANCE, Factors, basis_sketch, compare_sketch
 from ..layers.layer import TinyLoRALayer
 from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig, by_names, is_literal
+from ..method.parts import row_slices
 from ..method.tying import assign_groups
 from ..model.adapted import adapted_layers, trained_beside
 from ..model.attach import attach
 from ..model.merging import is_merged, original_weight
 from ..model.targets import base_module, fused_parts, selected_names
 from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
+
+SIGMA_TOLERANCE, APPROXIMATE = 1e-4, 0.1  # relative, of stored singular values: exact ones, and approximate ones
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: bool = False) -> None:
@@ -244,10 +248,37 @@ def _check_weights(matrix_of: Callable[[str], Tensor], adapter: AdapterFile) -> 
             raise AdapterError(f"{module.name}: its weight is on the meta device; load the weights first")
         if weight_fingerprint(weight) != module.fingerprint:
             wrong.append(module.name)
+        elif not _sigma_is_of(weight, module, adapter.config):
+            raise AdapterError(
+                f"{module.name}: its stored singular values are not those of its stored basis and the weight; save it "
+                "again where it was trained"
+            )
     if wrong:
         raise AdapterError(
             f"it was trained on other base weights: {len(wrong)} of {len(adapter.modules)} differ, {listed(wrong, 3)}"
         )
+
+
+def _sigma_is_of(weight: Tensor, module: AdaptedModule, config: TinyLoRAConfig | LoRAXSConfig) -> bool:
+    """Whether sigma_i = ||W^T u_i|| of what the file carries, part by part; True where it carries nothing.
+
+    As exactly as u_i is a singular vector: an approximate basis, which is as good, has approximate singular values.
+    """
+    if module.stored is None:
+        return True
+    basis, sigma = (stored.to(weight.device, torch.float64) for stored in module.stored)  # [r, out], [r] or [k, r]
+    sizes = config.parts(module.name, module.shape[0]) or module.shape[:1]
+    for rows, s in zip(row_slices(sizes), sigma.view(-1, config.rank), strict=True):
+        u, matrix = basis[:, rows], weight[rows]
+        v = right_factor(u, matrix) / s.unsqueeze(1)  # [r, in], of length 1
+        lengths = v.norm(dim=1, keepdim=True)
+        back = torch.cat([matrix[slab].double() @ (v / lengths).T for slab in slabs(len(matrix))]).T  # sigma u [r, out]
+        inexact = (back / (s.unsqueeze(1) * lengths) - u).norm(dim=1)
+        if not bool(((lengths.squeeze(1) - 1).abs() <= SIGMA_TOLERANCE + inexact.clamp(max=APPROXIMATE)).all()):
+            return False
+        if not bool(((u @ u.T).fill_diagonal_(0).abs() <= SIGMA_TOLERANCE).all()):
+            return False
+    return True
 
 
 def _check_bases(bases: dict[str, Tensor], adapter: AdapterFile) -> None:

@@ -14,8 +14,9 @@ fingerprint of the frozen weight, 32 hex digits) and sketches[i] (base64 of the 
 describe adapted module i, in named_modules order.  The config has a field "fused" only where it is used.
 sha256 is the digest of the whole file with its own 64 digits read as zeros, so a flipped bit anywhere is seen.
 
-Nothing in a file is trusted: every length, count, type and key is checked before it is used, nothing is allocated by a
-number that the file merely claims, no name is used as a path, and whatever is wrong is one AdapterError.
+Nothing in a file is trusted: the digest is checked before anything is parsed, every length, count, type and key before
+it is used, nothing is allocated by a number that the file merely claims, no work grows faster than the file, no name is
+used as a path, and whatever is wrong is one AdapterError.
 """
 from __future__ import annotations
 
@@ -23,16 +24,18 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..common.atomic import open_regular
 from ..common.words import dtype_name, one_line
 from ..factors.svd import SKETCH_COLUMNS
 from ..method.config import LoRAXSConfig, TinyLoRAConfig
@@ -49,10 +52,12 @@ RUNTIME_FIELDS = {"backend", "cache", "exclude_modules", "layers_to_transform", 
 OPTIONAL_FIELDS = {"fused"}  # of a config: written only where they are not None
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 64 << 20  # a hundred thousand modules fit
-MAX_NAME = 512
+MAX_NAME = 4096
 MAX_PARTS = 4096
 MAX_DIMENSION = 1 << 31
+MAX_FOREIGN_HEADER = 1 << 20  # bytes looked at to say what a file is that is none of ours
 NO_DIGEST = "0" * 64
+_DIGEST = re.compile(rb'sha256\\*"\s*:\s*\\*"([0-9a-f]{64})')  # in JSON in a JSON string: the quotes are escaped
 
 
 class AdapterError(ValueError):
@@ -95,7 +100,11 @@ class AdapterFile:
 
 
 def encode(adapter: AdapterFile) -> bytes:
-    """The file's bytes; equal adapters give equal bytes."""
+    """The file's bytes; equal adapters give equal bytes.
+
+    Raises:
+        AdapterError: the bytes could not be read again: a module's name is not printable, or too long, for instance.
+    """
     modules = adapter.modules
     tensors = {"v": adapter.v}
     for i, module in enumerate(modules):
@@ -124,7 +133,12 @@ def encode(adapter: AdapterFile) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # safetensors aligns the payload to 8 bytes
     data = len(text).to_bytes(8, "little") + text + bytes(payload)
-    return data.replace(NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    data = data.replace(NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+    try:
+        _read(io.BytesIO(data), len(data))
+    except AdapterError as error:
+        raise AdapterError(f"{error}; no file could be loaded again, and nothing was written") from None
+    return data
 
 
 def read(path: str | os.PathLike[str]) -> AdapterFile:
@@ -132,26 +146,33 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
 
     Raises:
         AdapterError: it is not an intact adapter file of this format; the message starts with the path.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or is no regular file.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_regular(path) as file:
         try:
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(MAX_HEADER, size - 8):
-                raise AdapterError(f"not a safetensors file, or truncated: a header of {length} bytes in {size}")
-            text = file.read(length)
-            header = _json_object(text, "header")
-            metadata = _metadata(header)
-            extents = _tensor_extents(header, size - 8 - length)
-            payload = file.read(size - 8 - length + 1)
-            if len(text) < length or len(payload) != size - 8 - length:
-                raise AdapterError("truncated: the file ends before its tensors do")
-            _check_digest(head + text, payload, metadata["sha256"])
-            return _decode(metadata, extents, payload, size)
+            return _read(file, os.fstat(file.fileno()).st_size)
         except AdapterError as error:
             raise AdapterError(f"{os.fspath(path)}: {error}") from None
+
+
+def _read(file: BinaryIO, size: int) -> AdapterFile:
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(MAX_HEADER, size - 8):
+        raise AdapterError(f"not a safetensors file, or truncated: a header of {length} bytes in {size}")
+    text = file.read(length)
+    payload = file.read(size - 8 - length + 1)
+    if len(text) < length or len(payload) != size - 8 - length:
+        raise AdapterError("truncated: the file ends before its tensors do")
+    intact = _expect_digest(head + text, payload)
+    if not intact and length > MAX_FOREIGN_HEADER:
+        raise AdapterError(f"not an adapter: a header of {length} bytes without the entry 'tinylora' and its sha256")
+    header = _json_object(text, "header")
+    metadata = _metadata(header)
+    extents = _tensor_extents(header, len(payload))
+    if not intact:
+        raise AdapterError("metadata: the sha256 digest is not written plainly once")
+    return _decode(metadata, extents, payload, size)
 
 
 def encode_config(config: TinyLoRAConfig | LoRAXSConfig) -> Json:
@@ -216,12 +237,16 @@ def _tensor_extents(header: Json, payload_size: int) -> Extents:
     return extents
 
 
-def _check_digest(head: bytes, payload: bytes, digest: str) -> None:
-    if head.count(digest.encode()) != 1:
-        raise AdapterError("metadata: the sha256 digest is not written plainly once")
-    blank = head.replace(digest.encode(), NO_DIGEST.encode())
-    if hashlib.sha256(blank + payload).hexdigest() != digest:
+def _expect_digest(head: bytes, payload: bytes) -> bool:
+    """Whether the digest is there, once; raises where it does not match. Nothing is parsed before that."""
+    found = _DIGEST.findall(head)
+    if len(found) != 1 or head.count(found[0]) != 1:
+        return False
+    digest = hashlib.sha256(head.replace(found[0], NO_DIGEST.encode()))
+    digest.update(payload)
+    if digest.hexdigest().encode() != found[0]:
         raise AdapterError("damaged: the SHA-256 digest does not match the contents")
+    return True
 
 
 def _decode(metadata: Json, extents: Extents, payload: bytes, size: int) -> AdapterFile:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..common.finite import finite_number
-from .parts import part_sizes
+from .parts import padded_rank, part_sizes
 from .projection import normal_vector, random_projection, ratio_projection, uniform_vector
 from .selection import checked_expression, checked_names, checked_numbers, entries, is_expression
 
 SCALINGS = ("left", "sqrt")
 TINY_LORA_INITS = ("zeros", "uniform")
 LORA_XS_INITS = ("zeros", "normal")
+MAX_PROJECTION = 1 << 22  # numbers of P' [u, r, r] of one module: 1,024 for a rank of 64
 V_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -109,6 +110,9 @@ class TinyLoRAConfig:
         check_positive_int("trainable_dim", self.trainable_dim)
         check_common_fields(self, TINY_LORA_INITS)
         self.fused = checked_fused(self.fused)
+        self._fused_order = {pattern: position for position, pattern in enumerate(self.fused or ())}
+        parts = (entry if isinstance(entry, int) else len(entry) for entry in (self.fused or {}).values())
+        check_projection_size(self.trainable_dim, self.frozen_rank, max(parts, default=1))
 
     @property
     def rank(self) -> int:
@@ -119,7 +123,7 @@ class TinyLoRAConfig:
         return self.trainable_dim
 
     def parts(self, name: str, out_features: int) -> tuple[int, ...] | None:
-        return part_sizes(self.fused or {}, name, out_features)
+        return part_sizes(self.fused or {}, self._fused_order, name, out_features)
 
     def projection(self, index: int, sigma: Tensor, lookup: bool = False) -> Tensor:
         return random_projection(self.seed, index, self.numbers, sigma, self.alpha, self.scaling, lookup)
@@ -236,6 +240,16 @@ def check_common_fields(config: TinyLoRAConfig | LoRAXSConfig, inits: Sequence[s
 def check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, found {value!r}")
+
+
+def check_projection_size(numbers: int, rank: int, parts: int) -> None:
+    """A file of a few kB may ask for any u, r and number of parts: P' of a module stays within MAX_PROJECTION."""
+    wide = padded_rank(parts * rank) if parts > 1 else rank
+    if numbers * wide**2 > MAX_PROJECTION:
+        raise ValueError(
+            f"trainable_dim, frozen_rank: expected at most {MAX_PROJECTION} numbers in the projections of one module, "
+            f"found {numbers} of {wide} x {wide}"
+        )
 
 
 def check_seed(value: object) -> None:

@@ -18,33 +18,38 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from .selection import names_match
+from .selection import suffixes
 
 SPECIALISED_RANKS = (1, 2, 4, 8)  # that kernels exist for
 
 
 def part_sizes(
-    fused: Mapping[str, int | Sequence[int]], name: str, out_features: int
+    fused: Mapping[str, int | Sequence[int]], order: Mapping[str, int], name: str, out_features: int
 ) -> tuple[int, ...] | None:
     """The output rows of each part of a module by the first entry that names it; None where none does.
 
     An entry names a module as target_modules does, and every expert of a stack by the stack's name. It gives the number
     of equal parts, or the size of each.
 
+    Args:
+        order: where each entry stands, so that none is looked at but those that match.
+
     Raises:
         ValueError: the sizes do not add up to the module's output features.
     """
     stack, _, number = name.rpartition(".")
     names = (name, stack) if number.isdigit() else (name,)
-    for pattern, entry in fused.items():
-        if not any(names_match(known, pattern) for known in names):
-            continue
-        sizes = (out_features // entry,) * entry if isinstance(entry, int) else tuple(entry)
-        if sum(sizes) != out_features:
-            found = f"{entry} equal parts" if isinstance(entry, int) else f"parts of {list(entry)}, in all {sum(entry)}"
-            raise ValueError(f"fused: {name} has {out_features} output features, which cannot be {found}")
-        return sizes
-    return None
+    if not fused:
+        return None
+    matching = [suffix for known in names for suffix in suffixes(known) if suffix in fused]
+    if not matching:
+        return None
+    entry = fused[min(matching, key=order.__getitem__)]
+    sizes = (out_features // entry,) * entry if isinstance(entry, int) else tuple(entry)
+    if sum(sizes) != out_features:
+        found = f"{entry} equal parts" if isinstance(entry, int) else f"parts of {list(entry)}, in all {sum(entry)}"
+        raise ValueError(f"fused: {name} has {out_features} output features, which cannot be {found}")
+    return sizes
 
 
 def row_slices(sizes: Sequence[int]) -> list[slice]:

@@ -43,6 +43,7 @@ STREAM_PROJECTION, STREAM_VECTOR, STREAM_SOLVER, STREAM_SKETCH = range(4)
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = 0x9E3779B9, 0xBB67AE85
+_WORDS_AT_ONCE = 1 << 17  # of P; each takes some hundred bytes on its way to a number
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -84,8 +85,13 @@ def philox_projection(seed: int, index: int, u: int, r: int) -> Tensor:
     """
     _check_range("trainable_dim u", u, 1, 2**32)
     _check_range("rank r", r, 1, 2**16)
-    normals = normal_from_words(_random_words(seed, index, u, r * r, STREAM_PROJECTION))  # [u, r*r]
-    return torch.from_numpy((normals / np.sqrt(np.float64(r))).astype(np.float32)).view(u, r, r)
+    projection = np.empty((u, r * r), dtype=np.float32)
+    step = max(1, _WORDS_AT_ONCE // (r * r))
+    for first in range(0, u, step):
+        rows = slice(first, min(first + step, u))
+        normals = normal_from_words(_random_words(seed, index, rows.stop - first, r * r, STREAM_PROJECTION, first))
+        projection[rows] = normals / np.sqrt(np.float64(r))
+    return torch.from_numpy(projection).view(u, r, r)
 
 
 def philox_uniform(seed: int, index: int, count: int, bound: float) -> Tensor:
@@ -133,13 +139,13 @@ def normal_from_words(words: Words) -> Doubles:
     return z
 
 
-def _random_words(seed: int, index: int, rows: int, columns: int, stream: int) -> Words:
+def _random_words(seed: int, index: int, rows: int, columns: int, stream: int, first_row: int = 0) -> Words:
     _check_range("seed", seed, 0, 2**64)
     _check_range("module index", index, 0, 2**32)
     blocks = -(-columns // 4)
     counter = np.empty((rows, blocks, 4), dtype=np.uint32)
     counter[..., 0] = np.arange(blocks, dtype=np.uint32)
-    counter[..., 1] = np.arange(rows, dtype=np.uint32)[:, None]
+    counter[..., 1] = np.arange(first_row, first_row + rows, dtype=np.uint32)[:, None]
     counter[..., 2] = index
     counter[..., 3] = stream
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))

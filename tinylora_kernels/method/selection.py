@@ -6,7 +6,7 @@ string may be one such name, or a regular expression that the whole name has to 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 ALL_LINEAR = "all-linear"
@@ -31,13 +31,20 @@ def entries(wanted: Wanted) -> list[str]:
     return [wanted] if isinstance(wanted, str) else list(wanted)
 
 
-def matched_by(wanted: Wanted, names: Iterable[str]) -> set[str]:
-    """The entries that match a module which goes by these names."""
-    if is_expression(wanted):
-        expression = str(wanted)
-        return {expression} if any(re.fullmatch(expression, name) for name in names) else set()
-    suffixes = (name.split(".", n)[n] for name in names for n in range(name.count(".") + 1))
-    return set(entries(wanted)).intersection(suffixes)
+def matched_by(asked: str | AbstractSet[str], names: Iterable[str]) -> set[str]:
+    """What matches a module which goes by these names: of a set of names those that do, or the expression."""
+    if isinstance(asked, str):
+        return {asked} if any(re.fullmatch(asked, name) for name in names) else set()
+    return {suffix for name in names for suffix in suffixes(name) if suffix in asked}
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """All that names_match takes for the name: "a.b.c", "b.c" and "c"."""
+    yield name
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
 
 
 def layer_number(name: str, patterns: Wanted | None = None) -> int | None:

@@ -21,6 +21,7 @@ from ..method.selection import (
     layer_number,
     matched_by,
     names_match,
+    suffixes,
 )
 from .adapted import adapted_layers
 
@@ -116,8 +117,10 @@ def _candidates(model: nn.Module) -> list[Candidate]:
 
 def _matching(model: nn.Module, field: str, wanted: Wanted, candidates: list[Candidate]) -> list[Candidate]:
     """The candidates that an entry of the field matches; raises where an entry matches none."""
-    matches = [(each, matched_by(wanted, each[2])) for each in candidates]
-    unmatched = [entry for entry in entries(wanted) if not any(entry in by for _, by in matches)]
+    asked = str(wanted) if is_expression(wanted) else set(entries(wanted))
+    matches = [(each, matched_by(asked, each[2])) for each in candidates]
+    matched = {entry for _, by in matches for entry in by}
+    unmatched = [entry for entry in entries(wanted) if entry not in matched]
     if unmatched:
         hint = _what_it_may_be(model, wanted, unmatched[0], candidates)
         raise ValueError(
@@ -222,9 +225,9 @@ def fused_parts(config: Method, bases: Mapping[str, nn.Module]) -> dict[str, tup
             raise ValueError(f"fused: {name} is an embedding, which holds no projections; leave it out of fused")
         if isinstance(base, ExpertSlice) and base.experts.has_gate and not base.experts.is_concatenated:
             raise ValueError(f"fused: {name} interleaves its gate and up rows, which are not parts one after the other")
+    known = {suffix for name in parts for own in (name, name.rpartition(".")[0]) for suffix in suffixes(own)}
     for pattern in patterns:
-        names = [known for name in parts for known in (name, name.rpartition(".")[0])]
-        if not any(names_match(name, pattern) for name in names):
+        if pattern not in known:
             raise ValueError(f"fused: no adapted module matches {pattern}; it names modules as target_modules does")
     return parts
 
