@@ -6,7 +6,7 @@
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
 #   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
-#   make gpu                  on a machine with a GPU: all tests on the card, then its benchmark grid
+#   make gpu                  on a machine with a GPU: layers and ops tested on the card, then timed, in SECONDS=290
 #   make wheels               sdist, CPU wheel and, with nvcc, CUDA wheel into dist/, checked (WHEELS="cpu cu130")
 #   make matrix               those wheels in fresh environments, Python 3.10 to 3.13 x several torches: 10 GB, an hour
 PYTHON ?= python3
@@ -87,19 +87,14 @@ demo: $(VENV)/.demo
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} \
 	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m demo
 
-# On a machine with a GPU and nvcc: everything that runs elsewhere in simulation, on the card itself; then the grid.
-# The virtual environment sees the system's packages, so that a CUDA torch that is there already is the one tested.
+# On a machine with a GPU, with no network and nothing installed: this python's own torch, and the library that lies in
+# tinylora_kernels/ (built elsewhere for the card, or here where there is none). BEFORE= another checkout to compare with.
+SECONDS ?= 290
 gpu:
-	test -d $(VENV) || $(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available()" || \
-	  { echo "make gpu: this python's torch sees no GPU: $(BIN)/python -m pip install torch, then again"; exit 1; }
-	$(BIN)/python -m pip install -q setuptools wheel ninja "cmake<4" pybind11 numpy
-	TINYLORA_CUDA_ARCHITECTURES=native $(BIN)/python -m pip install -q --no-build-isolation -e .[test,bench]
-	$(BIN)/python -m tinylora_kernels info
-	TINYLORA_REPEATS=1000 $(BIN)/python -m pytest tests/ops tests/layers tests/model tests/bank
-	! command -v compute-sanitizer || TINYLORA_REPEATS=1 compute-sanitizer --error-exitcode 1 \
-	  $(BIN)/python -m pytest -q tests/ops/test_backends.py -k "budget or autograd"
-	$(BIN)/python -m bench.grid.gpu $(if $(QUICK),--quick)
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
+	  { echo "make gpu: $(PYTHON)'s torch sees no GPU: see nvidia-smi, or name another with PYTHON="; exit 1; }
+	test -f tinylora_kernels/libtinylora.so || TINYLORA_CUDA_ARCHITECTURES=native $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m bench.gpu --seconds $(SECONDS) $(if $(OUT),--out "$(OUT)") $(if $(BEFORE),--before "$(BEFORE)")
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.grid $(if $(QUICK),--quick)

@@ -147,6 +147,7 @@ def tiny_lora_linear(
     adapter_ids: Tensor | None = None,
     *,
     right: Tensor | None = None,
+    samples: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A frozen linear layer and its update, tiny_lora_update(x W^T, ..., bias=b), as one node of autograd.
@@ -157,8 +158,10 @@ def tiny_lora_linear(
         bias: [out] b, frozen, or None.
         basis, v, projection, adapter_ids, backend: as in tiny_lora_update, with D = out.
         offset: not needed, and not read: the bias is added after the update.
-        right: [r, in] B^T = U^T W, dtype of the basis. With it the CPU's backward pass updates dx in place of a copy of
-            the incoming gradient: the same function, faster unless in is much larger than out.
+        right: [r, in] B^T = U^T W, dtype of the basis. With it the product may be added to a term made of x, and dx be
+            updated in place of a copy of the incoming gradient, where that is faster: the same function.
+        samples: on a GPU, of the weight that right is of, as torch.ops.tinylora.refresh_right keeps both: right is made
+            again where the weight is another by now.
 
     Returns:
         [..., out]. Gradients flow into x and v only, to any order, in forward mode and through torch.func as well.
@@ -174,7 +177,7 @@ def tiny_lora_linear(
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
     bias = None if bias is None else bias.contiguous()
     order = 0 if right is None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
-    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, order, chosen))
+    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, chosen))
 
 
 def _differentiated_by_torch() -> bool:

@@ -419,6 +419,40 @@ std::vector<Part> check_update_parts_backward(const Tensor& g, const Tensor& bas
   return out;
 }
 
+KeptRight check_refresh_right(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
+                              int64_t columns_of_a_block, int64_t samples_of_a_block) {
+  KeptRight out;
+  out.dtype = activation_dtype("weight", weight);
+  if (weight.dim() != 2) fail("weight", "expected [D, E], found ", shape_text(weight));
+  out.rows = weight.size(0);
+  out.columns = weight.size(1);
+  out.row_stride = weight.stride(0);
+  out.column_stride = weight.stride(1);
+  out.weight = weight.const_data_ptr();
+  check_factor("basis", basis, weight, "weight");
+  if (basis.dim() != 2 || basis.size(0) < 1 || basis.size(1) != out.rows) {
+    fail("basis", "expected [r, ", out.rows, "], found ", shape_text(basis));
+  }
+  out.rank = basis.size(0);
+  out.basis = basis.const_data_ptr();
+  check_factor("right", right, weight, "weight");
+  if (right.dim() != 2 || right.size(0) != out.rank || right.size(1) != out.columns) {
+    fail("right", "expected shape (", out.rank, ", ", out.columns, "), found ", shape_text(right));
+  }
+  out.right = right.mutable_data_ptr();
+  const int64_t blocks = (out.columns + columns_of_a_block - 1) / columns_of_a_block;
+  if (dtype_code(samples) != codes().int32 || samples.dim() != 2 || samples.size(0) != blocks ||
+      samples.size(1) != samples_of_a_block || !samples.is_contiguous()) {
+    fail("samples", "expected contiguous int32 (", blocks, ", ", samples_of_a_block, "), found ",
+         dtype_name(dtype_code(samples)), " ", shape_text(samples));
+  }
+  if (samples.is_cuda() != weight.is_cuda() || samples.get_device_index() != weight.get_device_index()) {
+    fail("samples", "expected the device of weight, found another");
+  }
+  out.samples = samples.mutable_data_ptr();
+  return out;
+}
+
 Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   return empty_strided(like, accumulate ? accumulation_code(like) : dtype_code(like), 2, sizes, strides);

@@ -90,6 +90,19 @@ std::vector<Part> check_update_parts_backward(const Tensor& g, const Tensor& bas
                                               const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
                                               const std::vector<int64_t>& groups);
 
+// W [D, E] of any strides, whose B^T = U^T W is kept; dtype and features (D) in the arguments.
+struct KeptRight {
+  const void* weight = nullptr;
+  int64_t row_stride = 0, column_stride = 0;
+  const void* basis = nullptr;  // Acc [r, D]
+  void* right = nullptr;        // Acc [r, E]
+  void* samples = nullptr;      // int32 [blocks, samples of a block]
+  Dtype dtype = Dtype::float32;  // of the weight
+  int64_t rank = 0, rows = 0, columns = 0;  // r, D, E
+};
+KeptRight check_refresh_right(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
+                              int64_t columns_of_a_block, int64_t samples_of_a_block);
+
 // New uninitialised tensors on the device of `like`; `accumulate` picks the dtype Acc instead of that of `like`.
 Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns);
 Tensor empty_coefficients(const Tensor& like, int64_t parts, int64_t rows, int64_t rank);  // Acc [k, N, r]

@@ -1,6 +1,7 @@
 // The three element types, and packets of them as they travel between memory and registers.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "port.h"
 
@@ -13,6 +14,8 @@ __device__ __forceinline__ To bits_as(const From& from) {
   memcpy(static_cast<void*>(&to), &from, sizeof(To));
   return to;
 }
+
+__device__ __forceinline__ bool is_finite(float x) { return (bits_as<unsigned>(x) & 0x7f800000u) != 0x7f800000u; }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -28,7 +31,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { re
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
-// One 32-bit register of a 16-byte packet: a single float, or a pair of 16-bit elements, low half first.
+// One 32-bit register of a packet: a single float, or a pair of 16-bit elements, low half first.
 template <class T>
 struct Word;
 template <>
@@ -61,24 +64,34 @@ struct Word<__half> {
   }
 };
 
-// W consecutive elements of a row. Rows are read once, so they pass by L1 (.cg) and leave it to the basis.
+// W consecutive elements of a row. Rows are read once, so they pass by L1 (.cg) and leave it to the factors.
 template <class T, int W>
 struct Packet {
-  static_assert(W * sizeof(T) == 16, "a packet is 16 bytes or one element");
-  uint4 bits;
+  static constexpr int kWords = W * sizeof(T) / 4;
+  using Bits = std::conditional_t<kWords == 4, uint4, uint2>;
+  static_assert(kWords == 4 || kWords == 2, "a packet is 16 bytes, 8 bytes or one element");
+  Bits bits;
 
-  static __device__ __forceinline__ Packet zero() { return {make_uint4(0, 0, 0, 0)}; }
-  static __device__ __forceinline__ Packet load(const T* p) { return {__ldcg(reinterpret_cast<const uint4*>(p))}; }
-  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = bits; }
+  static __device__ __forceinline__ Packet zero() { return {Bits{}}; }
+  static __device__ __forceinline__ Packet load(const T* p) { return {__ldcg(reinterpret_cast<const Bits*>(p))}; }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Bits*>(p) = bits; }
 
   __device__ __forceinline__ void unpack(float (&x)[W]) const {
-    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) Word<T>::unpack(words[i], x + i * Word<T>::count);
+    constexpr int n = Word<T>::count;
+    Word<T>::unpack(bits.x, x);
+    Word<T>::unpack(bits.y, x + n);
+    if constexpr (kWords == 4) {
+      Word<T>::unpack(bits.z, x + 2 * n);
+      Word<T>::unpack(bits.w, x + 3 * n);
+    }
   }
   static __device__ __forceinline__ Packet pack(const float (&x)[W]) {
     constexpr int n = Word<T>::count;
-    return {make_uint4(Word<T>::pack(x), Word<T>::pack(x + n), Word<T>::pack(x + 2 * n), Word<T>::pack(x + 3 * n))};
+    if constexpr (kWords == 4) {
+      return {{Word<T>::pack(x), Word<T>::pack(x + n), Word<T>::pack(x + 2 * n), Word<T>::pack(x + 3 * n)}};
+    } else {
+      return {{Word<T>::pack(x), Word<T>::pack(x + n)}};
+    }
   }
 };
 
@@ -93,20 +106,18 @@ struct Packet<T, 1> {
   static __device__ __forceinline__ Packet pack(const float (&x)[1]) { return {from_float<T>(x[0])}; }
 };
 
-// W consecutive floats of the basis, through the read-only cache: neighbouring rows use the same ones.
+// W consecutive floats of a factor, through the read-only cache: neighbouring rows use the same ones. Zeros past the end.
 template <int W>
-__device__ __forceinline__ void load_basis(const float* p, float (&x)[W]) {
+__device__ __forceinline__ void load_factor(const float* p, bool inside, float (&x)[W]) {
   if constexpr (W == 1) {
-    x[0] = __ldg(p);
+    x[0] = inside ? __ldg(p) : 0.0f;
   } else {
-#pragma unroll
-    for (int i = 0; i < W; i += 4) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(p + i));
-      x[i] = four.x;
-      x[i + 1] = four.y;
-      x[i + 2] = four.z;
-      x[i + 3] = four.w;
-    }
+    static_assert(W == 4, "a whole line for a warp");
+    const float4 four = inside ? __ldg(reinterpret_cast<const float4*>(p)) : float4{};
+    x[0] = four.x;
+    x[1] = four.y;
+    x[2] = four.z;
+    x[3] = four.w;
   }
 }
 

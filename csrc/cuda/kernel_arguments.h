@@ -16,32 +16,55 @@ struct Mixing {
   bool wide_ids;            // int64
 };
 
-struct RowsArguments {
-  const void* source;       // [N, D]
-  void* target;             // [N, D]: the source itself, or null to leave the rows alone and only compute coefficients
-  int64_t source_stride;    // from row to row, in elements
-  int64_t target_stride;
-  int32_t rows;             // N
-  int32_t columns;          // D
-  int32_t tiles_per_block;
-  int32_t ticket_count;
-  const float* basis;       // [R, D]
-  const float* offset;      // [R], or null
-  float* coefficients;      // t or a  [N, R], or null
-  uint32_t* tickets;        // [ticket_count], set to zero on the way for the kernel that follows
-  Mixing mixing;
-  bool transposed;          // gain = coefficients M instead of coefficients M^T
+// Rows on one side of the frozen layer, and the singular factor of that side.
+struct Side {
+  void* rows;           // [N, features]
+  int64_t stride;       // from row to row, in elements
+  const float* factor;  // [R, features]: U^T or B^T
+  int32_t features;     // D or E
 };
 
-struct VectorGradArguments {
-  const float* a;           // [N, R]
-  const float* t;           // [N, R]
-  float* partial;           // [K, chunks, R * R]
-  uint32_t* tickets;        // [K], zero
-  float* dv;                // [u] or [K, u]
-  int32_t rows;             // N
-  int32_t chunks;
-  Mixing mixing;            // v is not used
+// What the term of rank r is added to.
+enum class Onto : int32_t { Source, Target, Nothing };
+
+struct RowsArguments {
+  Side source;          // multiplied with its factor: the coefficients
+  Side target;          // is given the gains times its factor; rows null: nothing is written
+  Onto onto;            // Source: both sides have the same factor
+  int32_t rows;         // N
+  int32_t share;        // rows of a block, and one more for each of the first `longer` blocks
+  int32_t longer;
+  const void* bias;     // [features of the target], or null
+  const float* offset;  // [R], or null
+  float* coefficients;  // t or a [N, R], written; or null
+  const float* t;       // [N, R], for dM = a^T t; or null
+  float* partial;       // dM of each team [blocks, teams, R * R], where t is given
+  uint32_t* ticket;     // zero before the launch and after it, where t is given
+  float* dv;            // [u], written where t is given
+  float* cleared;       // [cleared_count] set to zero on the way for the kernel that follows; or null
+  int64_t cleared_count;
+  Mixing mixing;
+  bool transposed;      // gains = a M instead of t M^T
+  bool only_finite;     // elements that are not finite count as zero in the coefficients
+};
+
+struct BankGradArguments {
+  const float* a;   // [N, R]
+  const float* t;   // [N, R]
+  float* dv;        // [K, u]; zero where there are more adapters than ids
+  int32_t rows;     // N
+  int32_t ids;      // B
+  Mixing mixing;    // v is not used
+};
+
+struct RightArguments {
+  const void* weight;     // W [D, E], any strides
+  int64_t row_stride, column_stride;
+  const float* basis;     // U^T [R, D]
+  float* right;           // B^T [R, E], as it was computed last
+  uint32_t* samples;      // [blocks, 256] of the W that it was computed from
+  int32_t rows, columns;  // D, E
+  bool force;             // it was never computed
 };
 
 }  // namespace tinylora

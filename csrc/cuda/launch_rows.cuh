@@ -5,27 +5,27 @@
 
 namespace tinylora {
 
-template <class T, int R>
-void launch_rank(const Plan& plan, const RowsArguments& arguments, cudaStream_t stream) {
-  const dim3 grid(plan.blocks), block(plan.team, plan.teams);
-  switch (plan.tile) {
-    case Tile::Short: TL_LAUNCH((rows_kernel<T, R, Tile::Short>), grid, block, stream, arguments); break;
-    case Tile::Medium: TL_LAUNCH((rows_kernel<T, R, Tile::Medium>), grid, block, stream, arguments); break;
-    case Tile::Long: TL_LAUNCH((rows_kernel<T, R, Tile::Long>), grid, block, stream, arguments); break;
-    case Tile::Scalar: TL_LAUNCH((rows_kernel<T, R, Tile::Scalar>), grid, block, stream, arguments); break;
-    case Tile::Stream: TL_LAUNCH((rows_kernel<T, R, Tile::Stream>), grid, block, stream, arguments); break;
-    case Tile::StreamScalar: TL_LAUNCH((rows_kernel<T, R, Tile::StreamScalar>), grid, block, stream, arguments); break;
+template <class T, int R, bool IDS>
+RowsKernel kernel_of_rank(Tile tile) {
+  switch (tile) {
+    case Tile::Few: return rows_kernel<T, R, Tile::Few, IDS>;
+    case Tile::Short: return rows_kernel<T, R, Tile::Short, IDS>;
+    case Tile::Medium: return rows_kernel<T, R, Tile::Medium, IDS>;
+    case Tile::Long: return rows_kernel<T, R, Tile::Long, IDS>;
+    case Tile::Stream: return rows_kernel<T, R, Tile::Stream, IDS>;
+    default: return rows_kernel<T, R, Tile::Scalar, IDS>;
   }
 }
 
 template <class T>
-void launch_rows(int rank, const Plan& plan, const RowsArguments& arguments, cudaStream_t stream) {
+RowsKernel rows_kernel_of(int rank, Tile tile, bool ids) {
   switch (rank) {
-    case 1: return launch_rank<T, 1>(plan, arguments, stream);
-    case 2: return launch_rank<T, 2>(plan, arguments, stream);
-    case 4: return launch_rank<T, 4>(plan, arguments, stream);
-    case 8: return launch_rank<T, 8>(plan, arguments, stream);
+    case 1: return ids ? kernel_of_rank<T, 1, true>(tile) : kernel_of_rank<T, 1, false>(tile);
+    case 2: return ids ? kernel_of_rank<T, 2, true>(tile) : kernel_of_rank<T, 2, false>(tile);
+    case 4: return ids ? kernel_of_rank<T, 4, true>(tile) : kernel_of_rank<T, 4, false>(tile);
+    case 8: return ids ? kernel_of_rank<T, 8, true>(tile) : kernel_of_rank<T, 8, false>(tile);
   }
+  return nullptr;
 }
 
 }  // namespace tinylora

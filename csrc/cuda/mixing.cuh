@@ -1,4 +1,4 @@
-// The mixing matrix M = sum_i v_i P'_i  [R, R], or M = v * P' for LoRA-XS, and which adapter a row belongs to.
+// The mixing matrix M = sum_i v_i P'_i  [R, R], or M = v * P' for LoRA-XS, its gradient, and whose v a row uses.
 #pragma once
 #include "kernel_arguments.h"
 #include "reduce.cuh"
@@ -7,18 +7,10 @@ namespace tinylora {
 
 constexpr int kBare = -1;  // the id of a row without an adapter
 
-__device__ __forceinline__ int64_t adapter_of(const Mixing& m, int row) {
-  const int i = row / m.rows_per_id;
+__device__ __forceinline__ int64_t id_at(const Mixing& m, int i) {
   return m.wide_ids ? static_cast<const int64_t*>(m.ids)[i] : static_cast<const int*>(m.ids)[i];
 }
-
-// The entries of M [R, R] that a lane holds: lane l those numbered l + 32 q; where M is smaller than a warp, every
-// R * R lanes repeat them.
-template <int R>
-struct Entries {
-  static constexpr int count = (R * R + kWarp - 1) / kWarp;
-  float value[count];
-};
+__device__ __forceinline__ int64_t adapter_of(const Mixing& m, int row) { return id_at(m, row / m.rows_per_id); }
 
 // One of `warps` warps sums its share of M = sum_i v_i P'_i. The flat projection [u * R * R] is read once, in order;
 // since R * R divides 32, or 32 divides it, a lane always meets the same entries.
@@ -37,29 +29,23 @@ __device__ __forceinline__ Entries<R> contract(const Mixing& m, const float* v, 
       if (i < total) sum.value[q] = fmaf(__ldg(v + number), __ldg(m.projection + i), sum.value[q]);
     }
   }
-#pragma unroll
-  for (int step = R * R; step < kWarp; step *= 2) sum.value[0] += __shfl_xor_sync(kAllLanes, sum.value[0], step);
+  if constexpr (R * R < kWarp) sum.value[0] = sum_lanes_apart<R * R>(sum.value[0]);
   return sum;
 }
 
-// Writes the entries of one matrix, [R, R] row by row.
+// dv_i = <P'_i, dM>, or for LoRA-XS dv = P' * dM, by all threads of the block.
 template <int R>
-__device__ __forceinline__ void store_entries(const Entries<R>& entries, float* matrix) {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ void contract_gradient(const Mixing& m, const float* dM, float* dv, int thread, int threads) {
+  for (int i = thread; i < m.numbers; i += threads) {
+    float total = 0.0f;
+    if (m.elementwise) {
+      total = m.projection[i] * dM[i];
+    } else {
 #pragma unroll
-  for (int q = 0; q < Entries<R>::count; ++q)
-    if (q * kWarp + lane < R * R) matrix[q * kWarp + lane] = entries.value[q];
-}
-
-// All warps of the block together: matrix [R, R] in shared memory, scratch [warps, R * R]. The caller's next
-// barrier makes it visible.
-template <int R>
-__device__ __forceinline__ void contract_block(const Mixing& m, float* scratch, float* matrix) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const int warp = thread / kWarp, warps = blockDim.x * blockDim.y / kWarp;
-  store_entries<R>(contract<R, 4>(m, m.v, warp, warps), scratch + warp * R * R);
-  __syncthreads();
-  if (thread < R * R) matrix[thread] = column_sum(scratch + thread, warps, R * R);
+      for (int e = 0; e < R * R; ++e) total = fmaf(m.projection[int64_t(i) * R * R + e], dM[e], total);
+    }
+    dv[i] = total;
+  }
 }
 
 }  // namespace tinylora

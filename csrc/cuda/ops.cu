@@ -1,4 +1,5 @@
-// The CUDA entry points of the two ops: arguments checked, results allocated by torch, kernels on the caller's stream.
+// The CUDA entry points of the ops: arguments checked, results allocated by torch, kernels on the caller's stream.
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -29,8 +30,8 @@ cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-Element element_of(const Arguments& call) {
-  switch (call.dtype) {
+Element element_of(Dtype dtype) {
+  switch (dtype) {
     case Dtype::float32: return Element::Float32;
     case Dtype::bfloat16: return Element::BFloat16;
     case Dtype::float16: return Element::Float16;
@@ -46,24 +47,24 @@ void at_most(const char* what, int64_t count, int64_t limit, const char* fix) {
                               ", found " + std::to_string(count) + "; " + fix);
 }
 
-// What the two ops have in common; refuses what the kernels cannot count in 32 bits.
-RowsArguments rows_arguments(const Arguments& call) {
-  if (!supported_rank(call.rank)) {
-    throw std::invalid_argument("basis: the CUDA kernels take ranks 1, 2, 4 and 8, found " +
-                                std::to_string(call.rank) + "; use the triton or the reference backend");
+int rank_of(int64_t rank) {
+  if (!supported_rank(rank)) {
+    throw std::invalid_argument("basis: the CUDA kernels take ranks 1, 2, 4 and 8, found " + std::to_string(rank) +
+                                "; use the triton or the reference backend");
   }
-  constexpr int64_t most = INT32_MAX;
-  at_most("columns", call.features, kMaxExtent, "use the reference backend");
+  return static_cast<int>(rank);
+}
+
+// What the ops have in common: the rows that are read. Refuses what the kernels cannot count in 32 bits.
+RowsArguments rows_arguments(const Arguments& call) {
+  rank_of(call.rank);
+  at_most("features", call.features, kMaxExtent, "use the reference backend");
   at_most("rows", call.rows, kMaxExtent, "split the batch");
-  at_most("numbers of the projection", call.numbers * call.rank * call.rank, most, "use the reference backend");
-  at_most("adapters times chunks of 4096 rows", call.adapters * ceil_div(call.rows + 1, kRowsPerChunk), most,
-          "split the batch");
+  at_most("numbers of the projection", call.numbers * call.rank * call.rank, INT32_MAX, "use the reference backend");
+  at_most("adapters", call.adapters, INT32_MAX, "use the reference backend");
   RowsArguments p{};
-  p.source = call.activation;
-  p.source_stride = call.stride;
+  p.source = {call.activation, call.stride, static_cast<const float*>(call.basis), static_cast<int32_t>(call.features)};
   p.rows = static_cast<int32_t>(call.rows);
-  p.columns = static_cast<int32_t>(call.features);
-  p.basis = static_cast<const float*>(call.basis);
   p.offset = static_cast<const float*>(call.offset);
   p.mixing.v = static_cast<const float*>(call.v);
   p.mixing.projection = static_cast<const float*>(call.projection);
@@ -76,6 +77,11 @@ RowsArguments rows_arguments(const Arguments& call) {
   return p;
 }
 
+Side side_of(const OtherSide& out) {
+  at_most("features", out.features, kMaxExtent, "use the reference backend");
+  return {out.activation, out.stride, static_cast<const float*>(out.factor), static_cast<int32_t>(out.features)};
+}
+
 void check_launch() {
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
@@ -83,41 +89,101 @@ void check_launch() {
   }
 }
 
+// Coefficients [N, R] of the rows of `p`, and its target written.
+Tensor run_forward(const Tensor& like, const Arguments& call, RowsArguments p) {
+  const Element element = element_of(call.dtype);
+  const int rank = static_cast<int>(call.rank);
+  Tensor t = empty_matrix(like, /*accumulate=*/true, call.rows, rank);
+  p.coefficients = static_cast<float*>(t.mutable_data_ptr());
+  run_rows(element, rank, plan_rows(element, rank, p), p, current_stream(like));
+  check_launch();
+  return t;
+}
+
+// dv like v where it is wanted, and the target of `p` written.
+Tensor run_backward(const Tensor& g, const Arguments& call, const Tensor& v, bool need_v_grad, RowsArguments p) {
+  const Element element = element_of(call.dtype);
+  const int rank = static_cast<int>(call.rank);
+  const LaunchPlan plan = plan_rows(element, rank, p);
+  p.transposed = true;
+  if (!need_v_grad) {
+    if (p.target.rows) run_rows(element, rank, plan, p, current_stream(g));
+    check_launch();
+    return empty_vector(v);
+  }
+  Tensor dv = empty_contiguous_like(v);
+  Tensor scratch = empty_matrix(g, /*accumulate=*/true, 1, scratch_words(rank, plan, p));
+  run_rows_and_gradient(element, rank, plan, p, static_cast<const float*>(call.t),
+                        static_cast<float*>(dv.mutable_data_ptr()), static_cast<float*>(scratch.mutable_data_ptr()),
+                        current_stream(g));
+  check_launch();
+  return dv;
+}
+
 Tensor update_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
                    const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& adapter_ids) {
   const Arguments call = check_update(y, basis, v, projection, offset, bias, adapter_ids);
-  if (call.bias) throw std::invalid_argument("bias: the CUDA kernels do not add it; ops/dispatch.py does");
-  const Element element = element_of(call);
-  RowsArguments p = rows_arguments(call);
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
-  Tensor t = empty_matrix(y, /*accumulate=*/true, call.rows, call.rank);
-  p.target = call.activation;
-  p.target_stride = call.stride;
-  p.coefficients = static_cast<float*>(t.mutable_data_ptr());
-  run_update(element, static_cast<int>(call.rank), p, current_stream(y));
-  check_launch();
-  return t;
+  RowsArguments p = rows_arguments(call);
+  p.target = p.source;
+  p.onto = Onto::Source;
+  p.bias = call.bias;
+  p.only_finite = true;
+  return run_forward(y, call, p);
 }
 
 std::tuple<Tensor, Tensor> update_backward_cuda(const Tensor& g, const Tensor& basis, const Tensor& v,
                                                 const Tensor& projection, const std::optional<Tensor>& t,
                                                 const std::optional<Tensor>& adapter_ids, bool need_input_grad) {
   const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
-  const Element element = element_of(call);
-  RowsArguments p = rows_arguments(call);
-  const int rank = static_cast<int>(call.rank);
   const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
-  Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
-  Tensor workspace = empty_matrix(g, /*accumulate=*/true, 1, t ? workspace_words(rank, call.rows, call.adapters) : 0);
-  p.target = need_input_grad ? g0.mutable_data_ptr() : nullptr;
-  p.target_stride = call.features;
-  run_update_backward(element, rank, p, static_cast<const float*>(call.t),
-                      t ? static_cast<float*>(dv.mutable_data_ptr()) : nullptr, workspace.mutable_data_ptr(),
-                      current_stream(g));
+  RowsArguments p = rows_arguments(call);
+  p.target = {need_input_grad ? g0.mutable_data_ptr() : nullptr, call.features, p.source.factor, p.source.features};
+  p.onto = Onto::Source;
+  return {g0, run_backward(g, call, v, t.has_value(), p)};
+}
+
+std::tuple<Tensor, Tensor> low_rank_cuda(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
+                                         const Tensor& projection, const std::optional<Tensor>& bias,
+                                         const std::optional<Tensor>& adapter_ids) {
+  OtherSide out;
+  const Arguments call = check_low_rank(x, right, basis, v, projection, bias, adapter_ids, out);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor y = empty_rows_like(x, out.features);
+  out.activation = y.mutable_data_ptr();
+  out.stride = out.features;
+  RowsArguments p = rows_arguments(call);
+  p.target = side_of(out);
+  p.onto = Onto::Nothing;
+  p.bias = out.bias;
+  return {y, run_forward(x, call, p)};
+}
+
+Tensor update_input_grad_cuda(const Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis,
+                              const Tensor& v, const Tensor& projection, const std::optional<Tensor>& t,
+                              const std::optional<Tensor>& adapter_ids, bool add) {
+  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
+  const OtherSide out = check_input_grad(dx, right, call);
+  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
+  RowsArguments p = rows_arguments(call);
+  p.target = side_of(out);
+  p.onto = add ? Onto::Target : Onto::Nothing;
+  return run_backward(g, call, v, t.has_value(), p);
+}
+
+void refresh_right_cuda(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
+                        bool force) {
+  const KeptRight kept = check_refresh_right(right, samples, weight, basis, kRightColumns, kRightThreads);
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  const Element element = element_of(kept.dtype);
+  at_most("features", std::max(kept.rows, kept.columns), kMaxExtent, "use the reference backend");
+  const RightArguments p = {kept.weight, kept.row_stride, kept.column_stride, static_cast<const float*>(kept.basis),
+                            static_cast<float*>(kept.right), static_cast<uint32_t*>(kept.samples),
+                            static_cast<int32_t>(kept.rows), static_cast<int32_t>(kept.columns), force};
+  run_refresh_right(element, rank_of(kept.rank), p, current_stream(weight));
   check_launch();
-  return {g0, dv};
 }
 
 }  // namespace
@@ -126,4 +192,7 @@ std::tuple<Tensor, Tensor> update_backward_cuda(const Tensor& g, const Tensor& b
 STABLE_TORCH_LIBRARY_IMPL(tinylora, CUDA, m) {
   m.impl("update", TORCH_BOX(&tinylora::update_cuda));
   m.impl("update_backward", TORCH_BOX(&tinylora::update_backward_cuda));
+  m.impl("low_rank", TORCH_BOX(&tinylora::low_rank_cuda));
+  m.impl("update_input_grad", TORCH_BOX(&tinylora::update_input_grad_cuda));
+  m.impl("refresh_right", TORCH_BOX(&tinylora::refresh_right_cuda));
 }

@@ -1,30 +1,27 @@
-// The rows of one team: loaded, multiplied with the basis, updated and stored, a packet at a time.
+// The rows of one team: loaded, multiplied with a factor, updated and stored, a packet at a time.
 #pragma once
-#include "kernel_arguments.h"
 #include "element.cuh"
+#include "kernel_arguments.h"
 #include "launch_plan.h"
 
 namespace tinylora {
 
-// The rows from a team's first one to the end, in memory.
+// A team's rows of one side, in memory.
 template <class T>
 struct RowBlock {
-  const T* source;
-  T* target;                             // null: not written
-  int64_t source_stride, target_stride;  // in elements
-  int rows;                              // fewer than the tile's, or none, at the end
-  int columns;                           // D
+  T* first;      // null: not written
+  int64_t stride;
+  int rows;      // fewer than the tile's, or none, at the end
+  int features;
+  const float* factor;
+
+  __device__ __forceinline__ RowBlock(Side side, int row, int rows)
+      : first(side.rows ? static_cast<T*>(side.rows) + row * side.stride : nullptr),
+        stride(side.stride), rows(rows), features(side.features), factor(side.factor) {}
 };
 
-template <class T>
-__device__ __forceinline__ RowBlock<T> row_block(const RowsArguments& p, int row) {
-  T* const target = static_cast<T*>(p.target);
-  return {static_cast<const T*>(p.source) + row * p.source_stride, target ? target + row * p.target_stride : nullptr,
-          p.source_stride, p.target_stride, p.rows - row, p.columns};
-}
-
-// The stride of the basis, hidden from the compiler at each use: otherwise it keeps the addresses of all R rows of the
-// basis from one packet to the next, and for R = 8 spills some.
+// The stride of a factor, hidden from the compiler at each use: otherwise it keeps the addresses of all R rows of the
+// factor from one packet to the next, and for R = 8 spills some.
 __device__ __forceinline__ int hidden(int stride) {
   asm volatile("" : "+r"(stride));
   return stride;
@@ -35,80 +32,105 @@ __device__ __forceinline__ int hidden(int stride) {
 template <class T, int R, Tile TILE>
 struct RowTile {
   static constexpr TileShape shape = kTileShape<TILE, sizeof(T)>;
-  static constexpr int ROWS = shape.rows, W = shape.width, kStep = kWarp * W;
-  Packet<T, W> packet[ROWS][shape.vectors];
+  static constexpr int ROWS = shape.rows, V = shape.vectors, W = shape.width, kStep = kWarp * W;
+  static constexpr bool kHeld = TILE == Tile::Few && R <= 2;  // the factor's packets are in registers too, read once
+  static constexpr int kGroup = kHeld ? V : TILE == Tile::Few && R == 4 ? 2 : 1;  // packets whose factors are asked for at once
+  Packet<T, W> packet[ROWS][V];
+  float held[kHeld ? V : 1][R][W];
 
-  static __device__ __forceinline__ int span() { return blockDim.x * shape.vectors * W; }
+  static __device__ __forceinline__ int span() { return blockDim.x * V * W; }
   static __device__ __forceinline__ int first_column(int start) {
-    return start + (threadIdx.x / kWarp * shape.vectors * kWarp + threadIdx.x % kWarp) * W;
+    return start + (threadIdx.x / kWarp * V * kWarp + threadIdx.x % kWarp) * W;
   }
 
   __device__ __forceinline__ void load(const RowBlock<T>& block, int start) {
-    const int first = first_column(start), left = block.columns - first;
-    const T* const source = block.source + first;
+    const int first = first_column(start), left = block.features - first;
+    const T* const source = block.first + first;
 #pragma unroll
-    for (int v = 0; v < shape.vectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       const bool inside = v * kStep < left;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
-        packet[r][v] = inside && r < block.rows ? Packet<T, W>::load(source + r * block.source_stride + v * kStep)
+        packet[r][v] = inside && r < block.rows ? Packet<T, W>::load(source + r * block.stride + v * kStep)
                                                 : Packet<T, W>::zero();
     }
+    if constexpr (kHeld) load_factors<V>(block.factor + first, left, block.features, held);
   }
 
-  // dot[r, j] += sum_c x[r, c] basis[j, c]
-  __device__ __forceinline__ void dot(const float* basis, int columns, int start, float* dot) const {
-    const int first = first_column(start), left = columns - first;
-    basis += first;
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int v = 0; v < shape.vectors; ++v) {
-      if (v * kStep < left) {
-        const int stride = hidden(columns);
-        float x[ROWS][W];
+    for (int v = 0; v < V; ++v)
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) packet[r][v].unpack(x[r]);
+      for (int r = 0; r < ROWS; ++r) packet[r][v] = Packet<T, W>::zero();
+  }
+
+  // dot[r, j] += sum_c x[r, c] factor[j, c]
+  __device__ __forceinline__ void dot(const RowBlock<T>& block, int start, float* dot) const {
+    for_packets(block, start, [&](int v, const float(&u)[R][W]) {
 #pragma unroll
-        for (int j = 0; j < R; ++j) {
-          float u[W];
-          load_basis(basis + int64_t(j) * stride + v * kStep, u);
+      for (int r = 0; r < ROWS; ++r) {
+        float x[W];
+        packet[r][v].unpack(x);
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < R; ++j)
 #pragma unroll
-            for (int w = 0; w < W; ++w) dot[r * R + j] = fmaf(x[r][w], u[w], dot[r * R + j]);
-        }
+          for (int w = 0; w < W; ++w) dot[r * R + j] = fmaf(x[w], u[j][w], dot[r * R + j]);
+      }
+    });
+  }
+
+  // x[r, c] + bias[c] + sum_j gains[r, j] factor[j, c], rounded once, and stored. Bit r R of `bare`: row r has no adapter,
+  // and without a bias keeps its bits.
+  __device__ __forceinline__ void add_and_store(const RowBlock<T>& block, int start, const T* bias, const float* gains,
+                                                unsigned bare) const {
+    const int first = first_column(start), left = block.features - first;
+    T* const target = block.first + first;
+    for_packets(block, start, [&](int v, const float(&u)[R][W]) {
+      const bool inside = v * kStep < left;
+      float b[W] = {};
+      if (bias && inside) Packet<T, W>::load(bias + first + v * kStep).unpack(b);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float x[W];
+        packet[r][v].unpack(x);
+#pragma unroll
+        for (int w = 0; w < W; ++w) x[w] = bias ? x[w] + b[w] : x[w];
+#pragma unroll
+        for (int j = 0; j < R; ++j)
+#pragma unroll
+          for (int w = 0; w < W; ++w) x[w] = fmaf(gains[r * R + j], u[j][w], x[w]);
+        const Packet<T, W> out = (bare >> r * R & 1) && !bias ? packet[r][v] : Packet<T, W>::pack(x);
+        if (inside && r < block.rows) out.store(target + r * block.stride + v * kStep);
+      }
+    });
+  }
+
+ private:
+  // use(v, the factor's packet v), a group of packets at a time.
+  template <class Use>
+  __device__ __forceinline__ void for_packets(const RowBlock<T>& block, int start, const Use& use) const {
+    const int first = first_column(start), left = block.features - first;
+#pragma unroll
+    for (int g = 0; g < V; g += kGroup) {
+      if (g * kStep >= left) continue;
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) use(v, held[v]);
+      } else {
+        float u[kGroup][R][W];
+        load_factors<kGroup>(block.factor + first + g * kStep, left - g * kStep, hidden(block.features), u);
+#pragma unroll
+        for (int i = 0; i < kGroup && g + i < V; ++i) use(g + i, u[i]);
       }
     }
   }
 
-  // x[r, c] += sum_j gain[r, j] basis[j, c], rounded once, and stored. Bit r of `bare`: row r keeps its bits.
-  __device__ __forceinline__ void add_and_store(const RowBlock<T>& block, const float* basis, int start,
-                                                const float* gain, unsigned bare) const {
-    const int first = first_column(start), left = block.columns - first;
-    basis += first;
-    T* const target = block.target + first;
+  template <int COUNT>
+  static __device__ __forceinline__ void load_factors(const float* factor, int left, int stride, float (&u)[COUNT][R][W]) {
 #pragma unroll
-    for (int v = 0; v < shape.vectors; ++v) {
-      if (v * kStep < left) {
-        const int stride = hidden(block.columns);
-        float x[ROWS][W];
+    for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) packet[r][v].unpack(x[r]);
-#pragma unroll
-        for (int j = 0; j < R; ++j) {
-          float u[W];
-          load_basis(basis + int64_t(j) * stride + v * kStep, u);
-#pragma unroll
-          for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-            for (int w = 0; w < W; ++w) x[r][w] = fmaf(gain[r * R + j], u[w], x[r][w]);
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          const Packet<T, W> out = bare >> r & 1 ? packet[r][v] : Packet<T, W>::pack(x[r]);
-          if (r < block.rows) out.store(target + r * block.target_stride + v * kStep);
-        }
-      }
-    }
+      for (int j = 0; j < R; ++j) load_factor(factor + int64_t(j) * stride + i * kStep, i * kStep < left, u[i][j]);
   }
 };
 

@@ -1,114 +1,223 @@
-// The kernel of both directions: a small projection of every row, and the row updated by it.
+// The kernel of all four ops: the coefficients of every row on one side of the frozen layer, and a term of rank R made of
+// them for a row of the same or of the other side.
 //
-//     forward    t = y U - c     y  = y + (t M^T) U^T     in place
-//     backward   a = g U         g0 = g + (a M) U^T       into g0, or not at all
+//     update              t = y0 U - c    y  = y0 + b + (t M^T) U^T      in place
+//     update_backward     a = g U         g0 = g + (a M) U^T             into g0, or not at all
+//     low_rank            t = x B         y  = b + (t M^T) U^T
+//     update_input_grad   a = g U         dx (+)= (a M) B^T
 //
-// A block has blockDim.y teams of blockDim.x threads. A team holds the rows of a tile in registers between the dot
-// products and the update, so that a row is read from memory once and written once.
+// and, backward, dM = a^T t and dv_i = <P'_i, dM>.
+//
+// A block has blockDim.y teams of blockDim.x threads. A team takes the rows of a tile at a time; where it updates the rows
+// that it read, they stay in registers, read from memory once and written once. One barrier a tile: every warp finishes
+// the coefficients for itself.
 #pragma once
 #include "mixing.cuh"
 #include "row_tile.cuh"
 
 namespace tinylora {
 
-// What one team keeps in shared memory.
-struct Team {
-  float* sums;     // [warps, rows * R] dot products, a line for each warp
-  float* mixing;   // M [R, R], one for the block, or [rows, R, R] with adapter ids
-  float* gain;     // [rows, R]
-  int* held;       // [rows] whose M that is
-  unsigned* bare;  // one bit for each row without an adapter
-};
-
-// Adapter ids: the team's first warp writes the M of each row, unless `held` says it is there already from the last
-// tile. Returns the rows without an adapter, one bit each. An id out of range ends the launch.
+// Adapter ids: warp w of a team writes the M of its rows w, w + warps, ... into `mixing` [ROWS, R, R], unless `held` says
+// it is there already from two tiles ago. An id out of range ends the launch.
 template <int R, int ROWS>
-__device__ __forceinline__ unsigned mix_rows(const RowsArguments& p, int row, const Team& team) {
-  unsigned bare = 0;
+__device__ __forceinline__ void mix_rows(const RowsArguments& p, int row, int rows, float* mixing, int* held) {
+#pragma unroll 1
+  for (int r = threadIdx.x / kWarp; r < ROWS && r < rows; r += blockDim.x / kWarp) {
+    const int64_t id = adapter_of(p.mixing, row + r);
+    if (id < kBare || id >= p.mixing.adapters) __trap();
+    if (id == kBare || id == held[r] || !p.target.rows) continue;
+    contract<R, 1>(p.mixing, p.mixing.v + id * p.mixing.numbers, 0, 1).store(mixing + r * R * R);
+    __syncwarp();  // every lane has compared
+    if (threadIdx.x % kWarp == 0) held[r] = static_cast<int>(id);
+  }
+}
+
+// The coefficients over the elements that are finite, an element at a time: where one in a thousand launches comes by.
+// `sums` [warps, ROWS * R]; lane l returns coefficient l % R of row l / R.
+template <class T, int R, int ROWS>
+__device__ __forceinline__ float finite_coefficients(const RowBlock<T>& source, float* sums) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll 1
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t id = row + r < p.rows ? adapter_of(p.mixing, row + r) : kBare;
-    if (id < kBare || id >= p.mixing.adapters) __trap();
-    if (id == kBare) bare |= 1u << r;
-    if (id == kBare || id == team.held[r] || !p.target) continue;
-    store_entries<R>(contract<R, 1>(p.mixing, p.mixing.v + id * p.mixing.numbers, 0, 1), team.mixing + r * R * R);
-    __syncwarp();  // every lane has compared
-    if (threadIdx.x == 0) team.held[r] = int(id);
-  }
-  __syncwarp();
-  return bare;
-}
-
-// The team's first warp: lane l takes coefficient j = l % R of row r = l / R, writes it and turns it into a gain.
-template <int R, int ROWS>
-__device__ __forceinline__ void finish_rows(const RowsArguments& p, int row, const Team& team, unsigned bare) {
-  constexpr int C = ROWS * R;
-  const int lane = threadIdx.x % C, r = lane / R, j = lane % R;
-  // t_j = sum_c y_c U[c, j] - c_j
-  float t = column_sum(team.sums + lane, blockDim.x / kWarp, C);
-  if (p.offset) t -= p.offset[j];
-  if (p.coefficients && threadIdx.x < C && row + r < p.rows) p.coefficients[int64_t(row + r) * R + j] = t;
-  if (!p.target) return;
-  // forward: gain_j = sum_k M[j, k] t_k      backward: gain_j = sum_k M[k, j] a_k
-  const float* M = team.mixing + (p.mixing.ids ? r * R * R : 0);
-  float gain = 0.0f;
+    float dot[R] = {};
+#pragma unroll 1
+    for (int c = threadIdx.x; c < source.features && r < source.rows; c += blockDim.x) {
+      const float x = to_float(__ldcg(source.first + r * source.stride + c));
+      if (!is_finite(x)) continue;
 #pragma unroll
-  for (int k = 0; k < R; ++k) {
-    const float t_k = __shfl_sync(kAllLanes, t, r * R + k);
-    if (!(bare >> r & 1)) gain = fmaf(p.transposed ? M[k * R + j] : M[j * R + k], t_k, gain);
+      for (int j = 0; j < R; ++j) dot[j] = fmaf(x, __ldg(source.factor + int64_t(j) * source.features + c), dot[j]);
+    }
+    const float sum = warp_sums(dot);
+    if (lane < R) sums[(warp * ROWS + r) * R + summed_by<R>(lane)] = sum;
   }
-  if (threadIdx.x < C) team.gain[lane] = gain;
-  if (threadIdx.x == 0) *team.bare = bare;
+  __syncthreads();
+  return column_sum(sums + lane % (ROWS * R), blockDim.x / kWarp, ROWS * R);
 }
 
-template <class T, int R, Tile TILE>
-__global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, 1) rows_kernel(const RowsArguments p) {
-  constexpr TileShape shape = kTileShape<TILE, sizeof(T)>;
-  constexpr int ROWS = shape.rows, C = ROWS * R;
-  TL_SHARED(float, sums, kWarp * (C > R * R ? C : R * R));
-  TL_SHARED(float, mixing, kMaxTeams * ROWS * R * R);
-  TL_SHARED(float, gain, kMaxTeams * C);
-  TL_SHARED(int, held, kMaxTeams * ROWS);
-  TL_SHARED(unsigned, bare, kMaxTeams);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, index = threadIdx.y;
-  const Team team = {sums + index * (blockDim.x / kWarp) * C, mixing + (p.mixing.ids ? index * ROWS * R * R : 0),
-                     gain + index * C, held + index * ROWS, bare + index};
-
-  const int thread = (blockIdx.x * blockDim.y + index) * blockDim.x + threadIdx.x;
-  for (int i = thread; i < p.ticket_count; i += gridDim.x * blockDim.y * blockDim.x) p.tickets[i] = 0;
-  if (threadIdx.x < ROWS) team.held[threadIdx.x] = kBare;
-  if (p.target && !p.mixing.ids) contract_block<R>(p.mixing, sums, mixing);
-  __syncthreads();
-
-  for (int i = 0; i < p.tiles_per_block; ++i) {
-    const int first = (blockIdx.x * p.tiles_per_block + i) * blockDim.y * ROWS;  // row of the block's first team
-    if (first >= p.rows) break;
-    const int row = first + index * ROWS;
-    const RowBlock<T> block = row_block<T>(p, row);
-    RowTile<T, R, TILE> tile;
-    float dot[C] = {};
-    int start = 0;
-    do {
-      tile.load(block, start);
-      tile.dot(p.basis, p.columns, start, dot);
-      start += tile.span();
-    } while (!shape.resident && start < p.columns);
-
-    const float sum = warp_sums(dot);
-    if (lane < C) team.sums[warp * C + lane] = sum;
-    const unsigned bare_rows = p.mixing.ids && warp == 0 ? mix_rows<R, ROWS>(p, row, team) : 0;
-    __syncthreads();
-    if (warp == 0) finish_rows<R, ROWS>(p, row, team, bare_rows);
-    __syncthreads();
-    if (!p.target) continue;
-
-    start = 0;
-    do {
-      if (!shape.resident) tile.load(block, start);
-      tile.add_and_store(block, p.basis, start, team.gain, *team.bare);
-      start += tile.span();
-    } while (!shape.resident && start < p.columns);
+// dM[j, k] += sum_r a[r, j] t[r, k], from lanes that hold coefficient l % R of row l / R.
+template <int R, int ROWS>
+__device__ __forceinline__ void add_outer_products(float a, float t, Entries<R>& dM) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int q = 0; q < Entries<R>::count; ++q) {
+      const int e = (threadIdx.x % kWarp + q * kWarp) % (R * R);
+      const float a_j = __shfl_sync(kAllLanes, a, r * R + e / R);
+      dM.value[q] = fmaf(a_j, __shfl_sync(kAllLanes, t, r * R + e % R), dM.value[q]);
+    }
   }
+}
+
+// dv from the dM of every team of the grid, by the block that comes last: the same sums in the same order whichever it is.
+// `sums` [GROUPS, R * R] and `dM` [R, R] are scratch in shared memory.
+template <int R, int GROUPS>
+__device__ __forceinline__ void finish_gradient(const RowsArguments& p, float* sums, float* dM, bool* last) {
+  constexpr int RR = R * R;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int entry = thread % RR, group = thread / RR, groups = min(threads / RR, GROUPS);
+  __syncthreads();  // every team has written its dM
+  if (thread == 0) {
+    __threadfence();  // the block's dM is visible everywhere before its ticket is drawn
+    *last = gridDim.x == 1 || atomicInc(p.ticket, gridDim.x - 1) == gridDim.x - 1;  // the last one leaves it at zero
+    __threadfence();  // and those of the blocks that drew before are visible here
+  }
+  __syncthreads();
+  if (!*last) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = group; group < groups && i < int(gridDim.x * blockDim.y); i += groups) sum += __ldcg(p.partial + i * RR + entry);
+  if (group < groups) sums[thread] = sum;
+  __syncthreads();
+  if (thread < RR) {
+    float total = 0.0f;
+    for (int g = 0; g < groups; ++g) total += sums[g * RR + thread];
+    dM[thread] = total;
+  }
+  __syncthreads();
+  contract_gradient<R>(p.mixing, dM, p.dv, thread, threads);
+}
+
+// Blocks of a multiprocessor at once, at least, which bounds the registers of a thread: 80 for three of 256 threads.
+constexpr int blocks_at_once(Tile tile, int element_bytes, int rank, bool ids) {
+#ifdef __CUDA_ARCH__
+  constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+  constexpr int kArchitecture = 0;
+#endif
+  if (element_bytes == 4 || tile == Tile::Few || rank == 8) return 1;
+  if (tile == Tile::Long) return kArchitecture >= (ids ? 1000 : 900) && rank <= 2 ? 2 : 1;
+  return kArchitecture < 1000 && rank <= 2 ? 3 : 2;  // from sm_100 on two sums are one instruction on pairs of registers
+}
+
+template <class T, int R, Tile TILE, bool IDS>
+__global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at_once(TILE, sizeof(T), R, IDS))
+    rows_kernel(const RowsArguments p) {
+  constexpr TileShape shape = kTileShape<TILE, sizeof(T)>;
+  constexpr int ROWS = shape.rows, C = ROWS * R, RR = R * R;
+  static_assert(C <= kWarp, "a lane for every coefficient of a tile");
+  // Two tiles are under way at once: a warp may write for the next one what another still reads for this one.
+  TL_SHARED(float, sums, 3 * kMaxWarps * C);  // [2, warps of the block, C], and as many for finite_coefficients
+  TL_SHARED(float, mixing, IDS ? 2 * kMaxTeams * C * R : kMaxWarps * RR);  // [2, teams, ROWS] M; or a share of M each warp
+  TL_SHARED(int, held, IDS ? 2 * kMaxTeams * ROWS : 1);                    // [2, teams, ROWS] whose M that is
+  TL_SHARED(float, dM, RR);
+  TL_SHARED(bool, last, 1);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int team = threadIdx.y, place = team * warps + warp;  // in the block
+  const int r = lane % C / R, j = lane % R;                   // lane l has coefficient j of row r
+  const int block = blockIdx.x, begin = block * p.share + min(block, p.longer), end = begin + p.share + (block < p.longer);
+  float M[R] = {};  // row j of M; transposed: column j
+  Entries<R> team_dM{};
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.y + team) * blockDim.x + threadIdx.x; i < p.cleared_count;
+       i += int64_t(gridDim.x) * blockDim.y * blockDim.x)
+    p.cleared[i] = 0.0f;
+  if constexpr (IDS) {
+    for (int i = place * kWarp + lane; i < 2 * kMaxTeams * ROWS; i += blockDim.x * blockDim.y) held[i] = kBare;
+    __syncthreads();
+  }
+
+  for (int first = begin, half = 0; first < end; first += blockDim.y * ROWS, half ^= 1) {
+    const int row = first + team * ROWS, rows = min(max(end - row, 0), ROWS);
+    const RowBlock<T> source(p.source, row, rows);
+    RowTile<T, R, TILE> tile;
+    if constexpr (shape.resident) tile.load(source, 0);
+    const float t = !IDS && p.t && r < rows ? __ldg(p.t + int64_t(row + r) * R + j) : 0.0f;
+    // M = sum_i v_i P'_i, while the rows are on their way
+    float* const matrices = mixing + (half * kMaxTeams + team) * C * R;  // [ROWS, R, R]
+    if constexpr (IDS) {
+      mix_rows<R, ROWS>(p, row, rows, matrices, held + (half * kMaxTeams + team) * ROWS);
+    } else if (first == begin) {
+      contract<R, 4>(p.mixing, p.mixing.v, place, warps * blockDim.y).store(mixing + place * RR);
+    }
+
+    // t = y U - c
+    float dot[C] = {};
+    if constexpr (shape.resident) {
+      tile.dot(source, 0, dot);
+    } else {
+#pragma unroll 1
+      for (int start = 0; start < source.features; start += tile.span()) {
+        tile.load(source, start);
+        tile.dot(source, start, dot);
+      }
+    }
+    const float sum = warp_sums(dot), offset = p.offset ? __ldg(p.offset + j) : 0.0f;
+    float* const team_sums = sums + (half * kMaxWarps + team * warps) * C;  // [warps, C]
+    if (lane < C) team_sums[warp * C + summed_by<C>(lane)] = sum;
+    const bool unsound = __syncthreads_or(p.only_finite && !is_finite(sum));
+    float coefficient = column_sum(team_sums + lane % C, warps, C);
+    if (unsound) {
+      const float finite = finite_coefficients<T, R, ROWS>(source, sums + (2 * kMaxWarps + team * warps) * C);
+      const unsigned mask = __ballot_sync(kAllLanes, !is_finite(coefficient));
+      if (mask >> r * R & ((1u << R) - 1)) coefficient = finite;  // the other rows keep their bits
+    }
+    coefficient -= offset;
+    if (p.coefficients && warp == 0 && lane < C && r < rows) p.coefficients[int64_t(row + r) * R + j] = coefficient;
+    if constexpr (!IDS) {
+      if (p.t && warp == 0) add_outer_products<R, ROWS>(coefficient, t, team_dM);
+    }
+    if (!p.target.rows) continue;
+
+    // forward: gain_j = sum_k M[j, k] t_k      backward: gain_j = sum_k M[k, j] a_k
+    const int corner = p.transposed ? j : j * R, step = p.transposed ? R : 1;  // of the entries of M that the gain takes
+    bool bare = false;
+    if constexpr (IDS) {
+      bare = r >= rows || adapter_of(p.mixing, row + r) == kBare;
+#pragma unroll
+      for (int k = 0; k < R; ++k) M[k] = bare ? 0.0f : matrices[r * RR + corner + k * step];
+    } else if (first == begin) {
+#pragma unroll
+      for (int k = 0; k < R; ++k) M[k] = column_sum(mixing + corner + k * step, warps * blockDim.y, RR);
+    }
+    float gain = 0.0f, gains[C];
+#pragma unroll
+    for (int k = 0; k < R; ++k) gain = fmaf(M[k], __shfl_sync(kAllLanes, coefficient, r * R + k), gain);
+#pragma unroll
+    for (int i = 0; i < C; ++i) gains[i] = __shfl_sync(kAllLanes, bare ? 0.0f : gain, i);
+    const unsigned bare_lanes = IDS ? __ballot_sync(kAllLanes, bare) : 0;
+
+    // y = y0 + b + (t M^T) U^T
+    const RowBlock<T> target(p.target, row, rows);
+    const T* const bias = static_cast<const T*>(p.bias);
+    if constexpr (shape.resident) {
+      tile.add_and_store(target, 0, bias, gains, bare_lanes);
+    } else {
+      RowBlock<T> onto = target;
+      if (p.onto == Onto::Source) onto.first = source.first, onto.stride = source.stride;
+#pragma unroll 1
+      for (int start = 0; start < target.features; start += tile.span()) {
+        if (p.onto == Onto::Nothing) {
+          tile.clear();
+        } else {
+          tile.load(onto, start);
+        }
+        tile.add_and_store(target, start, bias, gains, bare_lanes);
+      }
+    }
+  }
+
+  if (IDS || !p.t) return;  // of a bank's rows, bank_grad_kernel
+  if (warp == 0) team_dM.store(p.partial + (int64_t(blockIdx.x) * blockDim.y + team) * RR);
+  finish_gradient<R, 3 * kMaxWarps * C / RR>(p, sums, dM, last);
 }
 
 }  // namespace tinylora

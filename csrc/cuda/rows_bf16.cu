@@ -1,5 +1,5 @@
 #include "launch_rows.cuh"
 
 namespace tinylora {
-template void launch_rows<__nv_bfloat16>(int, const Plan&, const RowsArguments&, cudaStream_t);
+template RowsKernel rows_kernel_of<__nv_bfloat16>(int, Tile, bool);
 }  // namespace tinylora

@@ -1,5 +1,5 @@
 #include "launch_rows.cuh"
 
 namespace tinylora {
-template void launch_rows<__half>(int, const Plan&, const RowsArguments&, cudaStream_t);
+template RowsKernel rows_kernel_of<__half>(int, Tile, bool);
 }  // namespace tinylora

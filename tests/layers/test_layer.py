@@ -17,6 +17,8 @@ from tinylora_kernels import ops
 from tinylora_kernels.functional import tiny_lora_linear
 from tinylora_kernels.layers.layer import TinyLoRALayer
 from tinylora_kernels.linear import node, plan
+from tinylora_kernels.ops import reference
+from tinylora_kernels.ops.native import library
 from tinylora_kernels.ops.reference import contract
 
 
@@ -220,6 +222,44 @@ def test_right_factor_is_kept_where_it_is_used(dtype, bias, training, out_featur
     assert (layer._right is not None) is (not wide and (forward or training))
     if layer._right is not None:
         torch.testing.assert_close(layer._right[-1], layer.right_factor().to(layer.basis.dtype))
+
+
+@pytest.mark.parametrize("rows", [600, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])  # the node in Python; in C++
+def test_a_right_factor_that_the_device_looks_after_follows_its_weight(backend, bias, rows, monkeypatch):
+    """By a GPU's rule, with its ops: B^T is made again, for calls of many rows, where W was written unseen."""
+    if ops.BACKENDS[backend].why_not("cpu", torch.float32, 2) is not None:
+        pytest.skip("no native library")
+    looks, names = [], ("low_rank", "update_input_grad", "refresh_right")
+    module = library if backend == "cpu" else reference
+    found = {name: getattr(module, name) for name in names}
+
+    def refresh_right(*arguments):
+        looks.append(arguments[-1])
+        found["refresh_right"](*arguments)
+
+    watched = found | {"refresh_right": refresh_right}
+    monkeypatch.setitem(ops.BACKENDS, backend, ops.BACKENDS[backend]._replace(**watched))
+    monkeypatch.setattr(node, "product_order", lambda weight, bias: 7)
+    layer, x = linear(bias, torch.float32, 48), torch.randn(rows, 16, requires_grad=True)
+    layer.backend, g = backend, torch.randn(rows, 48)
+
+    def results(by):
+        y = by(x)
+        return y, *torch.autograd.grad(y, (x, layer.v), g)
+
+    def plain(x):
+        y = x @ layer.base.weight.T
+        y = y + y @ layer.basis.T @ contract(layer.v, layer.projection).T @ layer.basis
+        return y if layer.base.bias is None else y + layer.base.bias
+
+    for change in (lambda: None, lambda: layer.base.weight.data.mul_(-3), lambda: None):
+        change()
+        for one, two in zip(results(layer), results(plain), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    looked = rows == 600 and backend == "reference"  # the node in C++ calls the op itself
+    assert looks == [True] + 3 * [False] * looked
 
 
 def write_weight(weight):

@@ -30,19 +30,32 @@ class Mixing(ctypes.Structure):  # csrc/cuda/kernel_arguments.h
     ]  # fmt: skip
 
 
+class Side(ctypes.Structure):
+    _fields_ = [("rows", c_void_p), ("stride", c_int64), ("factor", c_void_p), ("features", c_int32)]
+
+
+SOURCE, TARGET, NOTHING = range(3)  # enum class Onto
+
+
 class RowsArguments(ctypes.Structure):
     _fields_ = [
-        ("source", c_void_p), ("target", c_void_p), ("source_stride", c_int64), ("target_stride", c_int64),
-        ("rows", c_int32), ("columns", c_int32), ("tiles_per_block", c_int32), ("ticket_count", c_int32),
-        ("basis", c_void_p), ("offset", c_void_p), ("coefficients", c_void_p), ("tickets", c_void_p),
-        ("mixing", Mixing), ("transposed", c_bool),
+        ("source", Side), ("target", Side), ("onto", c_int32), ("rows", c_int32), ("share", c_int32),
+        ("longer", c_int32), ("bias", c_void_p), ("offset", c_void_p), ("coefficients", c_void_p), ("t", c_void_p),
+        ("partial", c_void_p), ("ticket", c_void_p), ("dv", c_void_p), ("cleared", c_void_p),
+        ("cleared_count", c_int64), ("mixing", Mixing), ("transposed", c_bool), ("only_finite", c_bool),
     ]  # fmt: skip
 
 
-class VectorGradArguments(ctypes.Structure):
+class BankGradArguments(ctypes.Structure):
     _fields_ = [
-        ("a", c_void_p), ("t", c_void_p), ("partial", c_void_p), ("tickets", c_void_p), ("dv", c_void_p),
-        ("rows", c_int32), ("chunks", c_int32), ("mixing", Mixing),
+        ("a", c_void_p), ("t", c_void_p), ("dv", c_void_p), ("rows", c_int32), ("ids", c_int32), ("mixing", Mixing),
+    ]  # fmt: skip
+
+
+class RightArguments(ctypes.Structure):
+    _fields_ = [
+        ("weight", c_void_p), ("row_stride", c_int64), ("column_stride", c_int64), ("basis", c_void_p),
+        ("right", c_void_p), ("samples", c_void_p), ("rows", c_int32), ("columns", c_int32), ("force", c_bool),
     ]  # fmt: skip
 
 
@@ -81,10 +94,10 @@ def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path, laun
         include=sources, keep=f"{STUB.stem}*.ptx",
     )  # fmt: skip
     library = ctypes.CDLL(str(folder / "out"))
-    library.simulate_workspace_words.restype = c_int64
-    library.simulate_workspace_words.argtypes = [c_int, c_int64, c_int64]
-    library.simulate_update.argtypes = [c_int, c_int, POINTER(RowsArguments)]
-    library.simulate_update_backward.argtypes = [c_int, c_int, POINTER(RowsArguments), c_void_p, c_void_p, c_void_p]
+    library.simulate_scratch_words.restype = c_int64
+    library.simulate_scratch_words.argtypes = [c_int, c_int, POINTER(RowsArguments)]
+    library.simulate_rows.argtypes = [c_int, c_int, POINTER(RowsArguments), c_void_p, c_void_p, c_void_p, c_int]
+    library.simulate_refresh_right.argtypes = [c_int, c_int, POINTER(RightArguments)]
     library.simulate_on_launch.argtypes = [_Callback]
     texts = {}
     for capability in capabilities:
@@ -109,56 +122,92 @@ class SimulatedCuda:
     launchers: Path | None = None  # sources with the same launchers, which are built already
     order: str = "forward"  # "reverse": atomics in descending thread order
     skew: int = 0  # elements by which rows miss 16-byte alignment
+    bias_skew: int = 0
+    card: tuple[int, int] = (2, 2)  # multiprocessors, and blocks that each of them runs at once
+    capturing: bool = False  # the stream is being captured into a graph
     launches: list[Launch] = field(default_factory=list)
 
     def update(
         self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
         adapter_ids: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        rows = self._skewed(y)
+        rows = _skewed(y, self.skew)
         p = _rows_arguments(rows, basis, v, projection, adapter_ids)
-        t = torch.empty(p.rows, len(basis))
-        p.offset = _pointer(offset)
-        p.target, p.target_stride, p.coefficients = rows.data_ptr(), p.source_stride, _pointer(t)
-        self._call(y.dtype, "simulate_update", len(basis), p)
+        p.target, p.onto, p.only_finite, p.offset = p.source, SOURCE, True, _pointer(offset)
+        t = self._forward(p, rows, len(basis), bias)
         if rows is not y:
             y.copy_(rows)
-        if bias is not None:  # as ops/dispatch.py
-            y.add_(bias)
         return t
 
     def update_backward(
         self, g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None, adapter_ids: Tensor | None,
         need_input_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        rows = self._skewed(g)
+        rows = _skewed(g, self.skew)
         p = _rows_arguments(rows, basis, v, projection, adapter_ids)
         g0 = torch.empty(g.shape, dtype=g.dtype) if need_input_grad else g.new_empty(0)
-        dv = torch.empty_like(v) if t is not None else v.new_empty(0)
-        library = self._build(g.dtype).library
-        words = library.simulate_workspace_words(len(basis), p.rows, p.mixing.adapters) if t is not None else 0
-        workspace = torch.empty(words)
-        p.target, p.target_stride = _pointer(g0), p.columns
-        pointers = _pointer(t), _pointer(dv), _pointer(workspace)
-        self._call(g.dtype, "simulate_update_backward", len(basis), p, *pointers)
-        return g0, dv
+        p.target, p.onto = Side(_pointer(g0), p.source.features, p.source.factor, p.source.features), SOURCE
+        return g0, self._backward(p, rows, len(basis), v, t)
 
-    def _skewed(self, x: Tensor) -> Tensor:
-        """The same rows, starting `skew` elements past a 16-byte boundary."""
-        if not self.skew:
-            return x
-        span = (len(x) - 1) * x.stride(0) + x.shape[1]
-        memory = torch.full([span + 16], float("nan"), dtype=x.dtype)
-        start = -(memory.data_ptr() // x.element_size()) % (16 // x.element_size()) + self.skew
-        return memory.as_strided(x.shape, x.stride(), start).copy_(x)
+    def low_rank(
+        self, x: Tensor, right: Tensor, basis: Tensor, v: Tensor, projection: Tensor, bias: Tensor | None,
+        adapter_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        p = _rows_arguments(x, right, v, projection, adapter_ids)
+        y = torch.empty(len(x), basis.shape[1], dtype=x.dtype)
+        p.target, p.onto = _side(y, basis), NOTHING
+        return y, self._forward(p, x, len(basis), bias)
+
+    def update_input_grad(
+        self, dx: Tensor, right: Tensor, g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None,
+        adapter_ids: Tensor | None, add: bool,
+    ) -> Tensor:  # fmt: skip
+        p = _rows_arguments(g, basis, v, projection, adapter_ids)
+        p.target, p.onto = _side(dx, right), TARGET if add else NOTHING
+        return self._backward(p, g, len(basis), v, t)
+
+    def refresh_right(self, right: Tensor, samples: Tensor, weight: Tensor, basis: Tensor, force: bool) -> None:
+        p = RightArguments(
+            weight.data_ptr(), *weight.stride(), basis.data_ptr(), right.data_ptr(), samples.data_ptr(),
+            *weight.shape, force,
+        )  # fmt: skip
+        written = set() if force else {right.data_ptr(), samples.data_ptr()}
+        self._run(weight.dtype, "simulate_refresh_right", len(basis), p, written=written)
+
+    def _forward(self, p: RowsArguments, rows: Tensor, rank: int, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else _skewed(bias.view(1, -1), self.bias_skew)
+        t = torch.empty(p.rows, rank)
+        p.bias, p.coefficients = _pointer(bias), _pointer(t)
+        self._call(rows.dtype, rank, p, None, None, None)
+        return t
+
+    def _backward(self, p: RowsArguments, rows: Tensor, rank: int, v: Tensor, t: Tensor | None) -> Tensor:
+        p.transposed = True
+        dv = torch.empty_like(v) if t is not None else v.new_empty(0)
+        scratch = torch.empty(0)
+        if t is not None:
+            self._describe_card(rows.dtype)
+            words = self._build(rows.dtype).library.simulate_scratch_words
+            scratch = torch.empty(words(ELEMENTS.index(rows.dtype), rank, ctypes.byref(p)))
+        elif not p.target.rows:
+            return dv
+        self._call(rows.dtype, rank, p, t, dv, scratch)
+        return dv
 
     def _build(self, dtype: torch.dtype) -> Build:
         return build(dtype, self.capabilities or (self.capability,), self.sources, self.launchers)
 
-    def _call(self, dtype: torch.dtype, function: str, rank: int, p: RowsArguments, *rest) -> None:
+    def _describe_card(self, dtype: torch.dtype) -> None:
+        self._build(dtype).library.simulate_card(*self.card)
+
+    def _call(self, dtype: torch.dtype, rank: int, p: RowsArguments, *tensors: Tensor | None) -> None:
+        self._describe_card(dtype)
+        self._run(dtype, "simulate_rows", rank, p, *map(_pointer, tensors), self.capturing, written=set())
+
+    def _run(self, dtype: torch.dtype, function: str, rank: int, p: ctypes.Structure, *rest, written: set[int]) -> None:
+        """written: addresses of what is initialised before the first launch."""
         built = self._build(dtype)
         finding = []
-        written: set[int] = set()
 
         def on_launch(name, grid, block, shared, arguments):
             if finding:
@@ -175,11 +224,16 @@ class SimulatedCuda:
             raise finding[0]
 
     def _launch(self, built, name, grid, block, shared, address, written: set[int]) -> None:
-        kind = RowsArguments if "rows_kernel" in name else VectorGradArguments
+        kind = next(kind for word, kind in _KINDS.items() if word in name)
         arguments = kind.from_buffer_copy((ctypes.c_char * ctypes.sizeof(kind)).from_address(address))
-        itemsize = 4 if "rows_kernelIf" in name else 2
+        itemsize = 4 if "_kernelIf" in name else 2
         rank = int(name.split("Li")[1].split("E")[0])
-        buffers = _rows_buffers(arguments, rank, itemsize) if kind is RowsArguments else _grad_buffers(arguments, rank)
+        if kind is RowsArguments:
+            buffers = _rows_buffers(arguments, rank, itemsize, teams=grid[0] * block[1])
+        elif kind is RightArguments:
+            buffers = _right_buffers(arguments, rank, itemsize, blocks=grid[0], samples=block[0])
+        else:
+            buffers = _bank_buffers(arguments, rank)
         for pointer, buffer in buffers.items():
             buffer.initialised = buffer.read_only or buffer.initialised or pointer in written
         kernel = built.kernel(self.capability, name)
@@ -195,25 +249,35 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr() or None if tensor is not None else None
 
 
+def _skewed(x: Tensor, skew: int) -> Tensor:
+    """The same rows, starting `skew` elements past a 16-byte boundary."""
+    if not skew:
+        return x
+    span = (len(x) - 1) * x.stride(0) + x.shape[1]
+    memory = torch.full([span + 16], float("nan"), dtype=x.dtype)
+    start = -(memory.data_ptr() // x.element_size()) % (16 // x.element_size()) + skew
+    return memory.as_strided(x.shape, x.stride(), start).copy_(x)
+
+
+def _side(x: Tensor, factor: Tensor) -> Side:
+    return Side(_pointer(x), x.stride(0), factor.data_ptr(), x.shape[1])
+
+
 def _rows_arguments(
-    x: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None
+    x: Tensor, factor: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None
 ) -> RowsArguments:
     """As rows_arguments in csrc/cuda/ops.cu."""
-    flat = x.view(x.numel() // x.shape[-1], x.shape[-1])
     mixing = Mixing(
         v=v.data_ptr(),
         projection=projection.data_ptr(),
         ids=_pointer(adapter_ids),
-        rows_per_id=1 if adapter_ids is None else len(flat) // max(len(adapter_ids), 1),
+        rows_per_id=1 if adapter_ids is None else len(x) // max(len(adapter_ids), 1),
         adapters=1 if adapter_ids is None else len(v),
         numbers=v.shape[-1],
         elementwise=projection.dim() == 2,
         wide_ids=adapter_ids is not None and adapter_ids.dtype is torch.int64,
     )
-    return RowsArguments(
-        source=flat.data_ptr(), source_stride=flat.stride(0), rows=len(flat), columns=flat.shape[1],
-        basis=basis.data_ptr(), mixing=mixing,
-    )  # fmt: skip
+    return RowsArguments(source=_side(x, factor), rows=len(x), mixing=mixing)
 
 
 def _memory(name: str, address: int, elements: int, itemsize: int, *, rows=None, **flags: bool) -> Buffer:
@@ -239,33 +303,58 @@ def _mixing_buffers(m: Mixing, rank: int, rows: int) -> dict[int, Buffer]:
     return found
 
 
-def _rows_buffers(p: RowsArguments, rank: int, itemsize: int) -> dict[int, Buffer]:
+def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, teams: int) -> dict[int, Buffer]:
+    """Everything a row kernel may touch, under the names of the ops: y, or g and g0, or x and y, or g and dx."""
     found = _mixing_buffers(p.mixing, rank, p.rows)
-    found[p.basis] = _memory("basis", p.basis, rank * p.columns, 4, read_only=True)
-    in_place = p.source == p.target
-    source = (p.rows, p.columns, p.source_stride)
-    found[p.source] = _memory("y" if in_place else "g", p.source, 0, itemsize, rows=source, read_only=not in_place)
-    if p.target and not in_place:
-        target = (p.rows, p.columns, p.target_stride)
-        found[p.target] = _memory("g0", p.target, 0, itemsize, rows=target, initialised=False)
-    if p.offset:
-        found[p.offset] = _memory("offset", p.offset, rank, 4, read_only=True)
-    if p.coefficients:
-        found[p.coefficients] = _memory("coefficients", p.coefficients, p.rows * rank, 4, initialised=False)
-    if p.tickets:
-        found[p.tickets] = _memory("tickets", p.tickets, p.ticket_count, 4, initialised=False)
+    in_place = p.source.rows == p.target.rows
+    names = ("y", "y") if in_place else ("g", "g0" if p.onto == SOURCE else "dx") if p.transposed else ("x", "y")
+    for name, side, written in zip(names, (p.source, p.target), (in_place, True), strict=True):
+        if side.rows and side.rows not in found:
+            shape = p.rows, side.features, side.stride
+            fresh = written and not in_place and p.onto != TARGET
+            found[side.rows] = _memory(
+                name, side.rows, 0, itemsize, rows=shape, read_only=not written, initialised=not fresh
+            )  # fmt: skip
+        if side.factor:
+            name = "right" if (side is p.source) == (names[0] == "x") else "basis"
+            found[side.factor] = _memory(name, side.factor, rank * side.features, 4, read_only=True)
+    for name, count, size in (
+        ("bias", p.target.features, itemsize), ("offset", rank, 4), ("t", p.rows * rank, 4),
+    ):  # fmt: skip
+        if pointer := getattr(p, name):
+            found[pointer] = _memory(name, pointer, count, size, read_only=True)
+    for name, count in (
+        ("coefficients", p.rows * rank), ("partial", teams * rank * rank), ("dv", p.mixing.numbers),
+        ("cleared", p.cleared_count),
+    ):  # fmt: skip
+        if pointer := getattr(p, name):
+            found[pointer] = _memory(name, pointer, count, 4, initialised=False)
+    if p.ticket:
+        found[p.ticket] = _memory("ticket", p.ticket, 1, 4)
     return found
 
 
-def _grad_buffers(p: VectorGradArguments, rank: int) -> dict[int, Buffer]:
+def _bank_buffers(p: BankGradArguments, rank: int) -> dict[int, Buffer]:
     found = _mixing_buffers(p.mixing, rank, p.rows)
-    chunks = p.mixing.adapters * p.chunks * rank * rank
     found[p.a] = _memory("a", p.a, p.rows * rank, 4, read_only=True)
     found[p.t] = _memory("t", p.t, p.rows * rank, 4, read_only=True)
-    found[p.partial] = _memory("partial", p.partial, chunks, 4, initialised=False)
-    found[p.tickets] = _memory("tickets", p.tickets, p.mixing.adapters, 4, initialised=False)
     found[p.dv] = _memory("dv", p.dv, p.mixing.adapters * p.mixing.numbers, 4, initialised=False)
     return found
+
+
+def _right_buffers(p: RightArguments, rank: int, itemsize: int, blocks: int, samples: int) -> dict[int, Buffer]:
+    count, width, stride = p.rows, p.columns, p.row_stride
+    if p.column_stride != 1:
+        count, width, stride = p.columns, p.rows, p.column_stride
+    return {
+        p.weight: _memory("weight", p.weight, 0, itemsize, rows=(count, width, stride), read_only=True),
+        p.basis: _memory("basis", p.basis, rank * p.rows, 4, read_only=True),
+        p.right: _memory("right", p.right, rank * p.columns, 4, initialised=False),
+        p.samples: _memory("samples", p.samples, blocks * samples, 4, initialised=False),
+    }
+
+
+_KINDS = {"rows_kernel": RowsArguments, "bank_grad": BankGradArguments, "refresh_right": RightArguments}
 
 
 def _translated(arguments: ctypes.Structure, address) -> bytes:

@@ -53,11 +53,11 @@ def compile_instances(element: str, ranks: tuple[int, ...], target: str, *flags:
 
 
 def kernel_name(mangled: str) -> str:
-    """rows_kernel<float, 2, Short> -> 'r2 Short'; vector_grad_kernel<2> -> 'r2 dv'."""
-    if found := re.search(r"rows_kernel.*Li(\d)ELNS_4TileE(\d)E", mangled):
-        return f"r{found[1]} {TILES[int(found[2])]}"
-    found = re.search(r"vector_grad_kernelILi(\d)E", mangled)
-    return f"r{found[1]} dv"
+    """rows_kernel<float, 2, Short, true> -> 'r2 Short ids'; bank_grad_kernel<2> -> 'r2 bank'."""
+    if found := re.search(r"rows_kernel.*Li(\d)ELNS_4TileE(\d)ELb(\d)E", mangled):
+        return f"r{found[1]} {TILES[int(found[2])]}{' ids' if found[3] == '1' else ''}"
+    found = re.search(r"bank_grad_kernelILi(\d)E", mangled)
+    return f"r{found[1]} bank"
 
 
 def inspect(element: str, ranks: tuple[int, ...], architecture: int) -> dict[str, Compiled]:
@@ -72,6 +72,16 @@ def inspect(element: str, ranks: tuple[int, ...], architecture: int) -> dict[str
     }
 
 
+def memory_order(element: str, rank: int, architecture: int, tile: str) -> list[str]:
+    """The memory, shuffle and barrier instructions of a kernel without ids, in the order of its code."""
+    cubin = compile_instances(element, (2, 8), f"sm_{architecture}", "-cubin", NO_SPILLS)
+    for part in re.split(r"\n\s*Function : ", _cuobjdump("-sass", cubin))[1:]:
+        name, body = part.split("\n", 1)
+        if kernel_name(name) == f"r{rank} {tile}":
+            return [_plain(op) for op in _opcodes(body) if op.startswith(("LDG", "STG", "LDS", "STS", "SHFL", "BAR"))]
+    raise ValueError(f"no kernel r{rank} {tile}")
+
+
 def _cuobjdump(*arguments) -> str:
     return subprocess.run([cuobjdump(), *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
@@ -80,11 +90,15 @@ def _sass_counts(sass: str) -> dict[str, Counter]:
     counts: dict[str, Counter] = {}
     for part in re.split(r"\n\s*Function : ", sass)[1:]:
         name, body = part.split("\n", 1)
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", body, re.M)
+        opcodes = _opcodes(body)
         kinds = ("LDG", "STG", "LDL", "STL", "LD.", "ST.", "ATOM", "RED")
         counts[name.strip()] = Counter(_plain(op) for op in opcodes if op.startswith(kinds))
         counts[name.strip()]["instructions"] = len(opcodes)
     return counts
+
+
+def _opcodes(body: str) -> list[str]:
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", body, re.M)
 
 
 def _plain(opcode: str) -> str:
@@ -103,11 +117,15 @@ def ptx_counts(element: str, ranks: tuple[int, ...], capability: int = 90) -> di
 
 
 def expected_packets(tile: str, size: int, rank: int) -> dict[str, int]:
-    """How many row loads, basis loads and row stores the code of a kernel must hold: each thread's packets, once each.
+    """How many row loads, factor loads and row stores the code of a kernel must hold: each thread's packets, once each.
 
-    A row that is streamed is loaded twice; the basis is read twice, 16 bytes at a time where rows are.
+    The bias counts as a row. A streamed row is loaded twice. A factor is read twice, but for few rows, at the ranks
+    where registers hold it.
     """
     s = shape(tile, size)
     packets = s.rows * s.vectors
-    basis = s.vectors * rank * max(s.width // 4, 1)
-    return {"row loads": packets * (1 if s.resident else 2), "basis loads": 2 * basis, "row stores": packets}
+    return {
+        "row loads": packets * (1 if s.resident else 2) + s.vectors,
+        "factor loads": s.vectors * rank * (1 if tile == "Few" and rank <= 2 else 2),
+        "row stores": packets,
+    }

@@ -10,7 +10,7 @@ from tests.cases import CASES, DTYPES, assert_within_budget, make_case, run_ops
 from .checks import CHECKS, MODE, assert_same_outputs, draws, look_for
 from .host import emulator
 from .host.emulator import Emulated, Fault
-from .mutants import MUTANTS, SMALL, edited_copy
+from .mutants import MUTANTS, Edit, edited_copy
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 
@@ -31,6 +31,11 @@ def test_within_the_error_budget(all_kernels, case, dtype):
     assert_same_outputs(forward[0], run_ops(Emulated(all_kernels, order="random", seed=7), inputs[0]))
 
 
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.rank != 2 and case.rows > 3], ids=str)
+def test_around_the_product_at_every_rank(all_kernels, case):
+    CHECKS["around"](lambda **options: Emulated(all_kernels, **options), cases=(case,))
+
+
 @pytest.mark.parametrize("mode", ["asan", "race"])
 @pytest.mark.parametrize("rank", [2, 8])
 def test_no_stray_access_and_no_race_on_the_case_grid(mode, rank):
@@ -41,35 +46,25 @@ def test_no_stray_access_and_no_race_on_the_case_grid(mode, rank):
 
 
 @pytest.fixture(scope="module")
-def small_kernels(tmp_path_factory):
-    """Kernels whose constants make few rows take several tiles and chunks, and the clean side of every mutant."""
-    sources = edited_copy(emulator.KERNELS, tmp_path_factory.mktemp("small"), SMALL)
-    return lambda mode: emulator.build(mode, kernels=sources, ranks=(2,), dtypes=(torch.float32, torch.bfloat16))
+def kernels():
+    """The clean side of every mutant."""
+    return lambda mode: emulator.build(mode, ranks=(2,), dtypes=(torch.float32, torch.bfloat16))
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_many_tiles_and_chunks(small_kernels, check):
-    executable = small_kernels(MODE.get(check, "plain"))
-    CHECKS[check](lambda order, skew: Emulated(executable, order=order, skew=skew))
-
-
-def test_rows_do_not_depend_on_how_they_are_spread_over_blocks(all_kernels, small_kernels):
-    for case in GPU_CASES:
-        if case.rank == 2:
-            inputs = make_case(case, torch.bfloat16)
-            a, b = (run_ops(Emulated(kernels), inputs) for kernels in (all_kernels, small_kernels("plain")))
-            b.dv.copy_(a.dv)  # summed over other chunks: equal only to rounding
-            assert_same_outputs(a, b)
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "kept right"])  # test_cuda_ops.py
+def test_checks(kernels, check):
+    executable = kernels(MODE.get(check, "plain"))
+    CHECKS[check](lambda **options: Emulated(executable, **options))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_is_caught(tmp_path, mutant):
-    sources = edited_copy(emulator.KERNELS, tmp_path, (*SMALL, mutant.edit))
+    sources = edited_copy(emulator.KERNELS, tmp_path, (mutant.edit,))
     executable = emulator.build(
         MODE.get(mutant.check, "plain"), kernels=sources, ranks=(2,), dtypes=(torch.bfloat16,)
     )
     with pytest.raises((Fault, AssertionError, pytest.fail.Exception)):
-        look_for(mutant, lambda order, skew: Emulated(executable, order=order, skew=skew))
+        look_for(mutant, lambda **options: Emulated(executable, **options))
 
 
 # bugs.cpp, by number: what finds the bug, and the words it must say.
@@ -115,6 +110,6 @@ def test_planted_bug_is_reported(planted, number):
 
 
 def test_a_mutant_that_does_not_apply_is_an_error(tmp_path):
-    stale = SMALL[0].__class__("launch_plan.h", "no such line", "")
+    stale = Edit("launch_plan.h", "no such line", "")
     with pytest.raises(ValueError, match="expected exactly one"):
         edited_copy(emulator.KERNELS, tmp_path, (stale,))

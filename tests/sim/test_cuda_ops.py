@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.cases import CASES, assert_within_budget, make_case, run_ops
-from tinylora_kernels.ops.schema import UPDATE, UPDATE_BACKWARD
+from tinylora_kernels.ops.schema import LOW_RANK, REFRESH_RIGHT, UPDATE, UPDATE_BACKWARD, UPDATE_INPUT_GRAD
 
+from . import checks
 from .checks import draws, same_bits
 from .host import emulator
 
@@ -17,20 +18,29 @@ pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emula
 @pytest.fixture(scope="module")
 def ops():
     library = torch.library.Library("tinylora_emulated", "DEF")
-    library.define(UPDATE)
-    library.define(UPDATE_BACKWARD)
+    for schema in (UPDATE, UPDATE_BACKWARD, LOW_RANK, UPDATE_INPUT_GRAD, REFRESH_RIGHT):
+        library.define(schema)
     torch.ops.load_library(emulator.build_torch_ops())
     yield torch.ops.tinylora_emulated
     library._destroy()
 
 
-OPS_CASES = [c for c in CASES if c.rank in emulator.RANKS and c.features < 2000 and not c.adds_bias]
+OPS_CASES = [c for c in CASES if c.rank in emulator.RANKS and c.features < 2000]
 
 
 @pytest.mark.parametrize("case", OPS_CASES, ids=str)
 def test_within_the_error_budget(ops, case):
     inputs = draws(case, torch.bfloat16)
     assert_within_budget([run_ops(ops, i) for i in inputs], inputs)
+
+
+@pytest.mark.parametrize("case", [c for c in OPS_CASES if c.rank == 2 and c.rows > 3], ids=str)
+def test_around_the_product(ops, case):
+    checks.around(lambda: ops, dtypes=(torch.bfloat16,), cases=(case,))
+
+
+def test_what_is_not_finite(ops):
+    checks.not_finite(lambda **_: ops, dtypes=(torch.bfloat16,))
 
 
 def test_leading_dimensions_collapse_and_shapes_come_back(ops):
@@ -42,6 +52,12 @@ def test_leading_dimensions_collapse_and_shapes_come_back(ops):
     g0, dv = ops.update_backward(g, *operands, t, None, True)
     assert y.shape == g0.shape == (2, 4, 8, CASES[10].features) and t.shape == (64, 2)
     assert same_bits(y.view(64, -1), flat.y) and same_bits(g0.view(64, -1), flat.g0) and same_bits(dv, flat.dv)
+    right = torch.randn(2, 24)
+    z, t = ops.low_rank(torch.randn(4, 16, 24), right, *operands, None, None)
+    dx = torch.zeros(2, 4, 8, 24)
+    dv = ops.update_input_grad(dx, right, g, *operands, t, None, True)
+    assert z.shape == (4, 16, CASES[10].features) and t.shape == (64, 2)
+    assert dx.any(-1).all() and dv.shape == inputs.v.shape
 
 
 def test_a_gradient_without_row_stride(ops):
@@ -110,3 +126,24 @@ def test_refused_in_the_backward_too(ops):
     one_element = torch.zeros(1, 1).expand(2**30 + 1, 1)
     with pytest.raises((ValueError, RuntimeError), match="rows: the CUDA kernels take at most 1073741824"):
         ops.update_backward(one_element, **many, t=None, adapter_ids=None, need_input_grad=False)
+
+
+def test_a_kept_right_factor_follows_its_weight(ops):
+    checks.kept_right(lambda: ops)
+
+
+def test_a_kept_right_factor_is_checked(ops):
+    weight, basis = torch.zeros(8, 70), torch.zeros(2, 8)
+    good = dict(right=torch.zeros(2, 70), samples=torch.zeros(2, 256, dtype=torch.int32), weight=weight, basis=basis)
+    ops.refresh_right(**good, force=True)
+    for change, message in (
+        (dict(right=torch.zeros(2, 69)), r"right: expected shape \(2, 70\)"),
+        (dict(samples=torch.zeros(1, 256, dtype=torch.int32)), r"samples: expected contiguous int32 \(2, 256\)"),
+        (dict(samples=torch.zeros(2, 256)), "samples: expected contiguous int32"),
+        (dict(basis=torch.zeros(2, 9)), r"basis: expected \[r, 8\]"),
+        (dict(weight=torch.zeros(70)), r"weight: expected \[D, E\]"),
+        (dict(weight=weight.double(), basis=basis.double(), right=torch.zeros(2, 70).double()), "use the reference"),
+        (dict(basis=torch.zeros(3, 8), right=torch.zeros(3, 70)), "ranks 1, 2, 4 and 8, found 3"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ops.refresh_right(**(good | change), force=False)

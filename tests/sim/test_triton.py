@@ -18,6 +18,7 @@ from tinylora_kernels.method.parts import SPECIALISED_RANKS
 from tinylora_kernels.ops.triton import kernels as triton_device
 from tinylora_kernels.ops.triton import launch as triton_kernels
 
+from . import checks
 from .checks import draws, same_bits
 from .ptx import Race, SimulationError, Trap
 from .triton_gpu import CUDA_TARGETS, HIP_TARGETS, SimulatedGPU, simulated_gpu
@@ -51,7 +52,7 @@ def _run(case: Case, dtype: torch.dtype, capability: int) -> None:
     assert_within_budget(found, inputs)
     if case.rows:
         names = [launch.kernel for launch in gpu.launches[:3]]
-        assert names == ["update_kernel", "update_backward_kernel", "reduce_dv_kernel"]
+        assert names == ["rows_kernel", "rows_kernel", "reduce_dv_kernel"]
         assert len(gpu.launches) == 3 * len(inputs)
         _assert_traffic(case, inputs[0], gpu)
 
@@ -61,13 +62,14 @@ def _assert_traffic(case: Case, inputs: Inputs, gpu: SimulatedGPU) -> None:
     forward, backward = (launch.traffic for launch in gpu.launches[:2])
     row = case.features * inputs.y.element_size()
     bare = (inputs.adapter_ids == -1).sum().item() * case.rows // len(inputs.adapter_ids) if case.adapters else 0
+    skipped = 0 if case.adds_bias else bare
     reads = 1 if case.features <= triton_kernels.launch_parameters(case.features, case.rank).block else 2
-    assert forward.bytes_read("y") == reads * case.rows * row - (reads - 1) * bare * row
-    assert forward.bytes_written("y") == (case.rows - bare) * row
-    assert backward.bytes_read("g") == reads * case.rows * row
-    assert backward.bytes_written("g0") == case.rows * row
+    assert forward.bytes_read("x") == reads * case.rows * row - (reads - 1) * skipped * row
+    assert forward.bytes_written("x") == (case.rows - skipped) * row
+    assert backward.bytes_read("x") == reads * case.rows * row
+    assert backward.bytes_written("y") == case.rows * row
     if case.features % 16 == 0 and case.pad % 16 == 0:
-        assert forward.of("y").excess == backward.of("g").excess == backward.of("g0").excess == 1.0
+        assert forward.of("x").excess == backward.of("x").excess == backward.of("y").excess == 1.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
@@ -81,6 +83,28 @@ def test_grid(case, dtype):
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_every_target(case, capability, dtype):
     _run(case, dtype, capability)
+
+
+@pytest.mark.parametrize("case", [case for case in FEW if case.rows > 3], ids=str)
+def test_around_the_product(case):
+    with simulated_gpu(CUDA_TARGETS[90]):
+        checks.around(lambda: triton_kernels, cases=(case,))
+
+
+def test_what_is_not_finite():
+    with simulated_gpu(CUDA_TARGETS[90]):
+        checks.not_finite(lambda **_: triton_kernels)
+
+
+def test_a_kept_right_factor_follows_its_weight():
+    with simulated_gpu(CUDA_TARGETS[90]):
+        checks.kept_right(lambda: triton_kernels)
+
+
+def test_a_bank_larger_than_the_batch():
+    inputs = draws(checks.CASES["large bank"], torch.float32)
+    with simulated_gpu(CUDA_TARGETS[90]):
+        assert_within_budget([run_ops(triton_kernels, i) for i in inputs], inputs)
 
 
 def test_several_tiles_a_program(monkeypatch):
@@ -132,6 +156,8 @@ def test_no_spill_on_any_target(target, dtype):
     with simulated_gpu(TARGETS[target], execute=False) as gpu:
         for case in COMPILED:
             run_ops(triton_kernels, make_case(case, dtype))
+        for case in COMPILED[:4]:
+            checks.run_around(triton_kernels, make_case(case, dtype), checks.around_of(case, dtype, 1100))
     for launch in gpu.launches:
         assert launch.metadata.shared <= 48 * 1024
         used = resources(launch)
@@ -162,44 +188,74 @@ def test_no_atomics():
 
 # Mutants
 
-MUTANTS = {  # name: (the case that shows it, what to replace in triton_device.py, by what)
+MUTANTS = {  # name: (the case that shows it, what to replace in ops/triton/kernels.py, by what)
     "M and its transpose swapped": ("adapters",
         "tl.sum(t[:, None, :] * mixing, axis=2)", "tl.sum(t[:, :, None] * mixing, axis=1)"),
     "the offset added": ("adapters", "t -= tl.load(offset_ptr", "t += tl.load(offset_ptr"),
+    "the bias forgotten": ("bias", "if HAS_BIAS:\n                    x +=", "if False:\n                    x +="),
+    "a row without an adapter gets no bias": ("bias of bare rows",
+        "if HAS_IDS and IN_PLACE and not HAS_BIAS:", "if HAS_IDS and IN_PLACE:"),
     "loads and stores rows past the last": ("adapters",
-        "row_ok = rows < N\n\n        # t =", "row_ok = rows < N + 1\n\n        # t ="),
+        "row_ok = rows < N\n", "row_ok = rows < N + 1\n"),
     "loads columns past the end": ("adapters",
-        "row_ok[:, None] & (cols < D)[None, :], other=0.0).to",
-        "row_ok[:, None] & (cols <= D)[None, :], other=0.0).to"),
+        "row_ok[:, None] & (cols < width)[None, :], other=0.0).to",
+        "row_ok[:, None] & (cols <= width)[None, :], other=0.0).to"),
     "skips the last column": ("adapters",
-        "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D)",
-        "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < D - 1)"),
+        "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < width)",
+        "tl.store(at, x.to(x_ptr.dtype.element_ty), mask=row_ok[:, None] & (cols < width - 1)"),
     "reads v past its end": ("tiles",
         "v_row + i[None, :], mask=chosen & (i < u)", "v_row + i[None, :], mask=chosen & (i <= u)"),
-    "adds the last basis row for every j": ("adapters",
-        "_basis_row(basis_ptr, j, cols, D, x.shape[0])\n        x =",
-        "_basis_row(basis_ptr, R - 1, cols, D, x.shape[0])\n        x ="),
-    "dM of the last tile only": ("tiles", "d_mixing += tl.sum(a[:, :, None]", "d_mixing = tl.sum(a[:, :, None]"),
-    "every adapter gets every row": ("adapters", "mine = (ids == adapter)", "mine = (ids >= 0)"),
+    "adds the last row of the factor for every j": ("adapters",
+        "_factor_row(factor_ptr, j, cols, width, x.shape[0])\n        x =",
+        "_factor_row(factor_ptr, R - 1, cols, width, x.shape[0])\n        x ="),
+    "M of the first tile alone": ("tiles", "if tile == first:", "if tile < 0:"),
+    "dM of the last tile only": ("tiles", "d_mixing += tl.sum(t[:, :, None]", "d_mixing = tl.sum(t[:, :, None]"),
+    "every adapter gets every row": ("adapters",
+        "mine = (ids == adapter)[:, None] & (ids >= 0)[:, None]", "mine = (ids >= 0)[:, None]"),
     "rows without an adapter are written": ("adapters",
         "row_ok = row_ok & (ids >= 0)", "row_ok = row_ok & (ids >= -1)"),
     "one id a row though there is one a sequence": ("sequences", "ids_ptr + rows // rows_per_id", "ids_ptr + rows"),
+    "an id without an adapter has a gradient": ("large bank",
+        "wanted = (adapter >= 0) & (before == 0.0)", "wanted = before == 0.0"),
+    "every id sums for itself alone": ("large bank", "start in range(0, end, BLOCK_N):\n        n =",
+        "start in range(tl.program_id(1), end, BLOCK_N):\n        n ="),
     "the second pass starts over": ("long",
-        "y = _add_delta(y, s, basis_ptr, start + cols", "y = _add_delta(y, s, basis_ptr, cols"),
+        "y = _add_term(y, gains, write_ptr, at", "y = _add_term(y, gains, write_ptr, cols"),
+    "what dx holds is forgotten": ("around", "elif ONTO == 1:", "elif ONTO == 3:"),
+    "a NaN spreads over its row": ("not finite", "if tl.sum(lost, axis=0) != 0.0:", "if tl.sum(lost, axis=0) > 0.0:"),
+    "a NaN spreads over its long row": ("not finite",
+        "finite += _coefficients(_finite(x)", "finite += _coefficients(x"),
     "LoRA-XS transposed": ("LoRA-XS",
-        "tl.load(projection_ptr + entries) * d_mixing",
-        "tl.load(projection_ptr + entries % R * R + entries // R) * d_mixing"),
+        "found = tl.load(projection_ptr + entries) * d_mixing",
+        "found = tl.load(projection_ptr + entries % R * R + entries // R) * d_mixing"),
+    "a weight that has changed is not noticed": ("kept right", "    if stale:\n", "    if stale and FORCE:\n"),
+    "samples outside the weight": ("kept right",
+        "tl.minimum(first + (golden >> 26).to(tl.int32), E - 1)", "first + (golden >> 26).to(tl.int32)"),
 }  # fmt: skip
 MUTANT_CASES = {
     "tiles": Case(150, 23, numbers=13),  # three a program
     "sequences": Case(12, 520, numbers=3, adapters=3, per_sequence=True),
     "adapters": Case(9, 40, numbers=4, adapters=3),
+    "bias": Case(9, 40, numbers=4, bias=False, adds_bias=True),
+    "bias of bare rows": Case(9, 40, numbers=4, adapters=2, bias=False, adds_bias=True),
+    "large bank": checks.CASES["large bank"],
     "LoRA-XS": Case(9, 40, lora_xs=True, numbers=4),
     "long": Case(2, 16400),
+}
+MUTANT_CHECKS = {
+    "around": lambda: checks.around(
+        lambda: triton_kernels, dtypes=(torch.float32,), cases=(Case(9, 40, numbers=4, adapters=3),)
+    ),
+    "not finite": lambda: checks.not_finite(lambda **_: triton_kernels, dtypes=(torch.float32,)),
+    "kept right": lambda: checks.kept_right(lambda: triton_kernels, dtypes=(torch.float32,)),
 }
 
 
 def _run_mutant_case(name: str) -> None:
+    if name in MUTANT_CHECKS:
+        with simulated_gpu(CUDA_TARGETS[90]):
+            MUTANT_CHECKS[name]()
+        return
     case = MUTANT_CASES[name]
     inputs = draws(case, torch.float32)
     bare = torch.zeros(case.rows, dtype=torch.bool)
@@ -210,10 +266,11 @@ def _run_mutant_case(name: str) -> None:
     with simulated_gpu(CUDA_TARGETS[90]), mock.patch.object(triton_kernels, "MAX_PROGRAMS", 2):
         found = [run_ops(triton_kernels, i) for i in inputs]
     assert_within_budget(found, inputs)
-    assert same_bits(found[0].y[bare], inputs[0].y[bare])
+    if not case.adds_bias:
+        assert same_bits(found[0].y[bare], inputs[0].y[bare])
 
 
-@pytest.mark.parametrize("case", MUTANT_CASES)
+@pytest.mark.parametrize("case", [*MUTANT_CASES, *MUTANT_CHECKS])
 def test_mutant_cases_pass_unchanged(case):
     _run_mutant_case(case)
 

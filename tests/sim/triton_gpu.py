@@ -29,12 +29,12 @@ from .ptx import Buffer, Traffic, launch, parse
 CUDA_TARGETS = {capability: GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 100, 120)}
 HIP_TARGETS = {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
 _WRITTEN = {
-    "update_kernel": {"y_ptr", "t_ptr"},
-    "update_backward_kernel": {"g0_ptr", "scratch_ptr"},
+    "rows_kernel": {"y_ptr", "kept_ptr"},
     "reduce_dv_kernel": {"dv_ptr"},
     "update_parts_kernel": {"y_ptr", "t_ptr"},
     "update_parts_backward_kernel": {"g0_ptr", "scratch_ptr"},
     "reduce_dv_parts_kernel": {"dv_ptr"},
+    "refresh_right_kernel": {"right_ptr", "samples_ptr"},
 }
 
 
@@ -61,12 +61,14 @@ class SimulatedGPU:
 
     def run(self, source, metadata, grid: tuple[int, int, int], arguments: tuple) -> None:
         name = source.fn.__name__
-        passed = [
-            self._argument(name, parameter.name, value)
-            for n, (parameter, given) in enumerate(zip(source.fn.params, arguments, strict=True))
-            for path, value in _leaves((n,), given)
+        given = [
+            (parameter.name, value)
+            for n, (parameter, whole) in enumerate(zip(source.fn.params, arguments, strict=True))
+            for path, value in _leaves((n,), whole)
             if path not in source.constants
         ]
+        buffers = self._buffers(_WRITTEN[name], {n: t for n, t in given if isinstance(t, torch.Tensor)})
+        passed = [buffers[v.data_ptr()] if isinstance(v, torch.Tensor) else v for _, v in given]
         traffic = None
         if self.execute:
             kernel = _parsed(_assembly(metadata.hash, name, "ptx"))
@@ -75,12 +77,18 @@ class SimulatedGPU:
         self.fresh -= {value.data_ptr() for value in arguments if isinstance(value, torch.Tensor)}
         self.launches.append(Launch(name, grid, metadata, traffic))
 
-    def _argument(self, kernel: str, parameter: str, value) -> Buffer | int | None:
-        if not isinstance(value, torch.Tensor):
-            return value
-        written = parameter in _WRITTEN[kernel]
-        initialised = value.data_ptr() not in self.fresh
-        return Buffer.of(parameter.removesuffix("_ptr"), value, read_only=not written, initialised=initialised)
+    def _buffers(self, written: set[str], given: dict[str, torch.Tensor]) -> dict[int, Buffer]:
+        """By address: what is passed twice, to be read and to be written, is one buffer under its first name."""
+        found: dict[int, Buffer] = {}
+        for name, tensor in given.items():
+            address = tensor.data_ptr()
+            if address not in found:
+                aliases = {n for n, other in given.items() if other.data_ptr() == address}
+                fresh = address in self.fresh
+                found[address] = Buffer.of(
+                    name.removesuffix("_ptr"), tensor, read_only=not aliases & written, initialised=not fresh
+                )  # fmt: skip
+        return found
 
 
 def _leaves(path: tuple[int, ...], value):

@@ -176,12 +176,14 @@ class TinyLoRALayer(nn.Module):
         if self._product and fresh and weight is not None and one_input and is_bare_product(base, args[0]):
             if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
                 watched = modes.seen_by_a_mode()
-                right = None if watched else right_for(self, args[0])
+                held = None if watched else right_for(self, args[0])
                 if not watched and self._worth_a_plan(chosen):
-                    self.__dict__["_plan"] = make_plan(self, self._owner[0], right, chosen, asked_at)
+                    self.__dict__["_plan"] = make_plan(self, self._owner[0], held, chosen, asked_at)
+                right, samples = (None, None) if held is None else (held.right, held.samples)
                 return tiny_lora_linear(
-                    args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, backend=self.backend
-                )
+                    args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, samples=samples,
+                    backend=self.backend,
+                )  # fmt: skip
             # traced, cast by autocast, with a W that is trained, or of another kind
             y = self._product(base, args[0], weight)
             bias = None if bias is None else bias.to(y.dtype)

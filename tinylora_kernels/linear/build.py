@@ -3,7 +3,7 @@
 The kernels use torch's stable ABI, which has no autograd, so that one file of them serves every torch and every
 Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
 is compiled where the package is installed from its sources, or by `python -m tinylora_kernels compile`, in half a
-minute. Beside any other torch or Python, and on a GPU, node.py has the same node and plan.py the same plan: the same
+minute. Beside any other torch or Python, and with Triton, node.py has the same node and plan.py the same plan: the same
 bits, slower: bench/results/dispatch.csv has what one token costs a layer either way (bench/dispatch.py).
 
 setup.py runs this file without the package, and pip without torch: it imports neither at the top.

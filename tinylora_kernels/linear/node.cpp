@@ -61,6 +61,12 @@ std::tuple<Tensor, Tensor> low_rank(const Tensor& x, const Tensor& right, const 
   return call.call(x, right, basis, v, projection, bias, adapter_ids);
 }
 
+// B^T of the weight as it is now, where samples of it say that it is another.
+void refresh_right(Tensor& right, Tensor& samples, const Tensor& weight, const Tensor& basis) {
+  static const auto call = op<void(Tensor&, Tensor&, const Tensor&, const Tensor&, bool)>("tinylora::refresh_right");
+  call.call(right, samples, weight, basis, /*force=*/false);
+}
+
 Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
                          const Tensor& projection, const Maybe& t, const Maybe& adapter_ids, bool add) {
   static const auto call =
@@ -71,6 +77,7 @@ Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const
 
 // Bits of an order; rules.py decides them and says why.
 enum Order : int64_t { kLastForward = 1, kPastWeight = 2, kLastBackward = 4 };
+constexpr int64_t kGpuRows = 512;  // of a call whose product comes last; rules.py has the same
 
 // total += rows @ matrix over the last dimension; total and rows are contiguous.
 void add_product(const Tensor& total, const Tensor& rows, const Tensor& matrix) {
@@ -96,12 +103,23 @@ struct Frozen {
   Tensor projection;  // [u, r, r] or [r, r]
   Maybe adapter_ids;  // [B]
   Maybe right;        // [r, in]
+  Maybe samples;      // [blocks, 256], of the weight that `right` is of
   int64_t order;
+
+  // Of a call with these rows, x or g.
+  int64_t order_for(const Tensor& rows) const {
+    return !samples || rows.numel() >= kGpuRows * rows.size(-1) ? order : 0;
+  }
 };
 
 // The updated output, fresh and contiguous; also t [N, r].
 std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Frozen& f) {
-  if (f.order & kLastForward) {
+  const int64_t order = f.order_for(input);
+  if (order && f.samples) {
+    Tensor right = *f.right, samples = *f.samples;
+    refresh_right(right, samples, f.weight, f.basis);
+  }
+  if (order & kLastForward) {
     const Tensor x = input.contiguous();
     // y = b + (t M^T) U^T + x W^T
     auto [y, t] = low_rank(x, *f.right, f.basis, v, f.projection, f.bias, f.adapter_ids);
@@ -196,7 +214,8 @@ struct TinyLoRALinear : torch::autograd::Node {
   }
 
   variable_list gradients(const Tensor& grad, const Tensor& saved) {
-    const auto& [weight, bias, basis, projection, adapter_ids, right, order] = frozen;
+    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order] = frozen;
+    const int64_t order = frozen.order_for(grad);
     at::AutoDispatchBelowADInplaceOrView below;
     const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
     const bool need_dx = task_should_compute_output(0);
@@ -270,13 +289,15 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
 }
 
 Tensor linear_op(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
-                 const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, int64_t order) {
-  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, order});
+                 const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
+                 int64_t order) {
+  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order});
 }
 
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
-                    const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, int64_t order) {
-  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, order}));
+                    const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
+                    int64_t order) {
+  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order}));
 }
 
 }  // namespace
@@ -284,10 +305,12 @@ Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, cons
 TORCH_LIBRARY_FRAGMENT(tinylora, m) {
   m.def(
       "linear(Tensor x, Tensor v, Tensor weight, Tensor? bias, Tensor basis, Tensor projection, Tensor? adapter_ids, "
-      "Tensor? right, int order) -> Tensor");
+      "Tensor? right, Tensor? samples, int order) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_op); }
 TORCH_LIBRARY_IMPL(tinylora, CPU, m) { m.impl("linear", linear_alone); }  // inference mode
+TORCH_LIBRARY_IMPL(tinylora, AutogradCUDA, m) { m.impl("linear", linear_op); }
+TORCH_LIBRARY_IMPL(tinylora, CUDA, m) { m.impl("linear", linear_alone); }
 
 #include "plan.inl"

@@ -1,7 +1,7 @@
 """A frozen linear layer and its update as one node of autograd. node.cpp is its twin: what is done here is done there.
 
 Against the update behind torch's own linear this spares one node each way, which a small batch feels. The twin runs
-instead on the CPU where it is compiled (build.py); here is what runs beside any torch and Python, and on a GPU.
+instead with the native kernels where it is compiled (build.py); here is what runs beside any torch and Python.
 """
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..ops.autograd import differentiable_gradients, run_update, update_gradient
 from ..ops.dispatch import Backend
 from ..ops.reference import product
 from . import build
-from .rules import LAST_BACKWARD, LAST_FORWARD, PAST_WEIGHT, product_order
+from .rules import GPU_ROWS, LAST_BACKWARD, LAST_FORWARD, PAST_WEIGHT, product_order
 
 extension, why_no_twin = build.load()
 twin = torch.ops.tinylora.linear.default if extension is not None else None
-TWIN_BACKENDS = ("cpu",)
+TWIN_BACKENDS = ("cpu", "cuda")
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -33,8 +33,15 @@ class FrozenLinear(NamedTuple):
     projection: Tensor  # [u, r, r] or [r, r]
     adapter_ids: Tensor | None
     right: Tensor | None  # [r, in] B^T = U^T W, where the order wants it
+    samples: Tensor | None  # on a GPU, of the W that B^T is of: backend.refresh_right looks before each use
     order: int  # rules.product_order, 0 without right
     backend: Backend
+
+    def order_for(self, rows: Tensor) -> int:
+        """The order of a call with these rows, x or g; 0 for few of them on a GPU."""
+        if self.samples is None or rows.numel() >= GPU_ROWS * rows.shape[-1]:
+            return self.order
+        return 0
 
 
 def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
@@ -122,7 +129,8 @@ def _backward(ctx: LinearContext, g: Tensor) -> tuple[Tensor | None, Tensor | No
         with torch.autocast(g.device.type, enabled=False):
             return _backward(ctx, g)
     t, v, weight = ctx.saved_tensors
-    _, _, basis, projection, adapter_ids, right, order, backend = ctx.frozen
+    _, _, basis, projection, adapter_ids, right, _, _, backend = ctx.frozen
+    order = ctx.frozen.order_for(g)
     if order & PAST_WEIGHT and ctx.needs_input_grad[0]:
         assert right is not None and backend.update_input_grad is not None  # or the order were 0
         g = g.contiguous()
@@ -140,7 +148,11 @@ def _backward(ctx: LinearContext, g: Tensor) -> tuple[Tensor | None, Tensor | No
 
 def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
     """The updated output, fresh and no view of another tensor, and t [N, r]."""
-    weight, bias, basis, projection, adapter_ids, right, order, backend = frozen
+    weight, bias, basis, projection, adapter_ids, right, samples, _, backend = frozen
+    order = frozen.order_for(x)
+    if order and samples is not None:
+        assert right is not None and backend.refresh_right is not None  # or there were no samples
+        backend.refresh_right(right, samples, weight, basis, False)
     if order & LAST_FORWARD:
         assert right is not None and backend.low_rank is not None  # or the order were 0
         x = x.contiguous()

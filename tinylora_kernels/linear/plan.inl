@@ -163,6 +163,7 @@ Maybe optional_tensor(PyObject* frozen, const char* name) {
 Runs runs_of(PyObject* held) {
   if (held == Py_None) return {};
   PyObject* witness = attribute(held, "witness").get();
+  if (witness == Py_None) return {};
   const Tensor offsets = tensor(witness, "offsets"), bits = tensor(witness, "bits");
   const auto* numbers = static_cast<const char*>(bits.const_data_ptr());
   return {bits.element_size(), bits.size(1) * bits.element_size(),
@@ -185,7 +186,7 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
       THPVariable_Unpack(field(plan, "v")),
       optional_tensor(plan, "table").value_or(Tensor()),
       {tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
-       optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"),
+       optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"), optional_tensor(frozen, "samples"),
        PyLong_AsLongLong(field(frozen, "order"))},
       runs_of(field(plan, "held"))});
   const Questions questions{

@@ -18,8 +18,9 @@ from ..base.weights import PLAIN, right_factor
 from ..base.witness import Witness, witness
 from ..common import modes
 from ..ops import BACKENDS, choose, dispatch
+from ..ops.dispatch import Backend
 from ..ops.native import library as native
-from ..ops.schema import accumulation_dtype
+from ..ops.schema import accumulation_dtype, samples_shape
 from . import node
 from .node import FrozenLinear, apply_linear
 from .rules import wants_right
@@ -129,14 +130,18 @@ class HeldRight(NamedTuple):
     """B^T of a layer, and what it was computed from."""
 
     weight: Tensor
-    witness: Witness
+    written: tuple[int, int]  # the weight's version and address
+    witness: Witness | None
     same_numbers: Callable[[int], bool] | None  # whether the witness knows what is at an address of the CPU
+    samples: Tensor | None  # instead of a witness, where the node has the device look at each use: refresh_right
     basis: Tensor
     right: Tensor
 
     def is_of(self, weight: Tensor, basis: Tensor) -> bool:
-        if self.weight is not weight or self.basis is not basis or _written(weight) != self.witness[:2]:
+        if self.weight is not weight or self.basis is not basis or _written(weight) != self.written:
             return False
+        if self.witness is None:
+            return True
         return self.same_numbers(weight.data_ptr()) if self.same_numbers is not None else self.witness.knows(weight)
 
 
@@ -193,13 +198,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    layer: Layer, owner: Layer, right: Tensor | None, chosen: Chosen | None, asked_at: int
+    layer: Layer, owner: Layer, held: HeldRight | None, chosen: Chosen | None, asked_at: int
 ) -> Plan | None:
     """A plan for a layer whose base is_plain_linear; None where its small tensors need work at every call.
 
     Args:
         owner: the layer that holds v.
-        right: B^T, where right_for has it for calls like those to come.
+        held: B^T, where right_for has it for calls like those to come.
         chosen: the vectors that the layer's bank has for the rows, instead of v.
         asked_at: changes() before the layer was asked anything.
     """
@@ -226,11 +231,11 @@ def make_plan(
         return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
     order = node.order_of(weight, bias, backend)
-    lacks_right = right is None and wants_right(order, training=True)
+    lacks_right = held is None and wants_right(order, training=True)
+    right, samples = (None, None) if held is None else (held.right, held.samples)
     frozen = FrozenLinear(
-        weight, bias, basis, projection, adapter_ids, right, 0 if right is None else order, backend
+        weight, bias, basis, projection, adapter_ids, right, samples, 0 if held is None else order, backend
     )
-    held: HeldRight | None = None if right is None else layer.__dict__["_right"]
     plan = Plan(
         asked_at, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
         parameters, v, lacks_right, held, frozen, *of_bank,
@@ -240,7 +245,7 @@ def make_plan(
     return twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
 
 
-def right_for(layer: Layer, x: Tensor) -> Tensor | None:
+def right_for(layer: Layer, x: Tensor) -> HeldRight | None:
     """B^T = U^T W [r, in] of a layer whose base is_plain_linear, where x will pass it faster with it.
 
     Computed once for each state of the weight that can be told apart: the base is frozen.
@@ -256,11 +261,21 @@ def right_for(layer: Layer, x: Tensor) -> Tensor | None:
     held: HeldRight | None = layer.__dict__["_right"]
     if held is None or not held.is_of(weight, basis):
         with modes.out_of_sight():
-            right, known = right_factor(basis.to(accumulation_dtype(weight.dtype)), weight), witness(weight)
-        on_cpu = weight.device.type == "cpu" and not native.load().error
-        same_numbers = native.same_numbers(known.offsets, known.bits) if on_cpu else None
-        held = layer.__dict__["_right"] = HeldRight(weight, known, same_numbers, basis, right)
-    return held.right
+            held = layer.__dict__["_right"] = _compute_right(weight, basis, backend)
+    return held
+
+
+def _compute_right(weight: Tensor, basis: Tensor, backend: Backend) -> HeldRight:
+    written, exact_basis = _written(weight), basis.to(accumulation_dtype(weight.dtype))
+    if backend.refresh_right is not None:
+        right = exact_basis.new_empty(len(basis), weight.shape[1])
+        samples = right.new_empty(samples_shape(weight.shape[1]), dtype=torch.int32)
+        backend.refresh_right(right, samples, weight, exact_basis, True)
+        return HeldRight(weight, written, None, None, samples, basis, right)
+    right, known = right_factor(exact_basis, weight), witness(weight)
+    on_cpu = weight.device.type == "cpu" and not native.load().error
+    same_numbers = native.same_numbers(known.offsets, known.bits) if on_cpu else None
+    return HeldRight(weight, written, known, same_numbers, None, basis, right)
 
 
 def _written(weight: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which way around the product of a frozen linear layer is fastest on the CPU, decided once for both nodes.
+"""Which way around the product of a frozen linear layer is fastest, decided once for both nodes.
 
 The terms of rank r need B^T = U^T W at hand; "last" is the product added to them:
 
@@ -6,12 +6,13 @@ The terms of rank r need B^T = U^T W at hand; "last" is the product added to the
     backward    dx = (g + (a M) U^T) W, a copy of g     past weight:  dx = g W, then dx += (a M) B^T
                                                         and last:     dx = [(a M) B^T] + g W
 
-MKL's products of 32 and 64 bits add to what is there at no cost that can be measured, where a pass over the finished
-result has to fetch it again. oneDNN's of 16 bits pay for it more than that pass costs, so there the product comes
-first; but for a bias torch copies it into y and adds to that anyway. The grid (bench/results/layers.csv.gz) times what
-was decided alone, so what it was decided by stands here. Forward and backward over the frozen layer on two threads,
-geometric means of 9 layers with the product first and last throughout, on a Zen 4 (7e18614, 128 to 4864 wide) and, bf16
-only, on a Sapphire Rapids (e9a5fa9, 576 to 8960 wide), where AMX makes the product four times as fast:
+On the CPU: MKL's products of 32 and 64 bits add to what is there at no cost that can be measured, where a pass over
+the finished result has to fetch it again. oneDNN's of 16 bits pay for it more than that pass costs, so there the
+product comes first; but for a bias torch copies it into y and adds to that anyway. The grid
+(bench/results/layers.csv.gz) times what was decided alone, so what it was decided by stands here. Forward and
+backward over the frozen layer on two threads, geometric means of 9 layers with the product first and last
+throughout, on a Zen 4 (7e18614, 128 to 4864 wide) and, bf16 only, on a Sapphire Rapids (e9a5fa9, 576 to 8960 wide),
+where AMX makes the product four times as fast:
 
     tokens              1      8    128    512
     fp32, first     1.027  1.026  1.017  1.033
@@ -27,6 +28,11 @@ Six such layers of 576 to 8960 inputs in fp32 on the Sapphire Rapids (e9a5fa9):
 
     first           1.008  1.003  1.031  1.022
     last            0.987  0.999  1.032  1.047
+
+On a GPU the output of a gate or up projection is what takes long to pass: the term first, then addmm, forward and
+backward (1.07 and 1.07 to 1.12 of the frozen layer on an H200, bench/results/gpu, where the update takes 1.19 to
+1.21); for q, k, v, o and down projections the update. Of few rows the product reads W and little else, and every
+launch counts.
 """
 from __future__ import annotations
 
@@ -38,8 +44,13 @@ PAST_WEIGHT = 2
 LAST_BACKWARD = 4
 
 
+GPU_ROWS = 512  # of a call whose product comes last; node.cpp has the same
+
+
 def product_order(weight: Tensor, bias: Tensor | None) -> int:
     """The bits for W [out, in] and b, where B^T can be had; 0: product first, gradient through the weight."""
+    if weight.device.type != "cpu":
+        return LAST_FORWARD | PAST_WEIGHT | LAST_BACKWARD if weight.shape[0] > 2 * weight.shape[1] else 0
     if weight.shape[1] > 2 * weight.shape[0]:
         return 0
     wide_numbers = weight.itemsize >= 4

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common import modes
 from . import reference
-from .checks import check_arguments, check_input_grad, check_low_rank, check_parts
+from .checks import check_arguments, check_input_grad, check_low_rank, check_parts, check_refresh_right
 from .dispatch import BACKENDS, Backend
 from .native import library as native
 from .schema import accumulation_dtype, library
@@ -25,16 +25,14 @@ from .triton import launch as triton
 # The library fills the CPU key and, if built for it, the CUDA key of the ops it has kernels for. Whatever is left falls
 # to Triton or the reference.
 native.load()
-for _name in ("update", "update_backward", "update_parts", "update_parts_backward"):
+for _name in (
+    "update", "update_backward", "low_rank", "update_input_grad", "refresh_right", "update_parts",
+    "update_parts_backward",
+):  # fmt: skip
     _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"tinylora::{_name}", "CUDA")
     if triton.is_installed() and not _has_kernel:
         library.impl(_name, getattr(triton, _name), "CUDA")
-library.impl("update", reference.update, "CompositeExplicitAutograd")
-library.impl("update_backward", reference.update_backward, "CompositeExplicitAutograd")
-library.impl("low_rank", reference.low_rank, "CompositeExplicitAutograd")
-library.impl("update_input_grad", reference.update_input_grad, "CompositeExplicitAutograd")
-library.impl("update_parts", reference.update_parts, "CompositeExplicitAutograd")
-library.impl("update_parts_backward", reference.update_parts_backward, "CompositeExplicitAutograd")
+    library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tinylora::update")
@@ -92,6 +90,11 @@ def _(
     check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
     check_input_grad(dx, right, g, basis)
     return v.new_empty(v.shape if t is not None else (0,))
+
+
+@torch.library.register_fake("tinylora::refresh_right")
+def _(right: Tensor, samples: Tensor, weight: Tensor, basis: Tensor, force: bool) -> None:
+    check_refresh_right(right, samples, weight, basis)
 
 
 @torch.library.register_fake("tinylora::update_parts")

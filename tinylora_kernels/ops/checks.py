@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..common.words import dtype_name
-from .schema import ACTIVATION_DTYPES, accumulation_dtype
+from .schema import ACTIVATION_DTYPES, accumulation_dtype, samples_shape
 
 
 def check_arguments(
@@ -81,6 +81,24 @@ def check_input_grad(dx: Tensor, right: Tensor, g: Tensor, basis: Tensor) -> Non
     if not as_expected or not right.is_contiguous():
         found = f"{right.dtype} {tuple(right.shape)} on {right.device}"
         raise ValueError(f"right: expected contiguous {basis.dtype} {expected} on {g.device}, found {found}")
+
+
+def check_refresh_right(right: Tensor, samples: Tensor, weight: Tensor, basis: Tensor) -> None:
+    """Raise a one-line ValueError that names the argument of refresh_right, what was expected and what was found."""
+    if weight.dim() != 2 or weight.dtype not in ACTIVATION_DTYPES:
+        raise ValueError(f"weight: expected floating [D, E], found {weight.dtype} {tuple(weight.shape)}")
+    features, width = weight.shape
+    accumulate = accumulation_dtype(weight.dtype)
+    expected = {
+        "basis": (basis, accumulate, (basis.shape[0] if basis.dim() == 2 else "r", features)),
+        "right": (right, accumulate, (basis.shape[0] if basis.dim() == 2 else "r", width)),
+        "samples": (samples, torch.int32, samples_shape(width)),
+    }
+    for name, (tensor, dtype, shape) in expected.items():
+        as_expected = tensor.dtype == dtype and tuple(tensor.shape) == shape and tensor.device == weight.device
+        if not as_expected or not tensor.is_contiguous():
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name}: expected contiguous {dtype} {shape} on {weight.device}, found {found}")
 
 
 def _check_bias(bias: Tensor, activation_name: str, activation: Tensor, features: int) -> None:

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import reference
 from .native import library as native
-from .schema import LowRank, Update, UpdateBackward, UpdateInputGrad, UpdateParts, UpdatePartsBackward
+from .schema import LowRank, RefreshRight, Update, UpdateBackward, UpdateInputGrad, UpdateParts, UpdatePartsBackward
 from .triton import launch as triton
 
 
@@ -27,6 +26,7 @@ class Backend(NamedTuple):
     Attributes:
         why_not: (device type, activation dtype, rank) -> None if the backend serves that, else the reason.
         low_rank, update_input_grad: the update around the product of a frozen linear layer, where that pays, else None.
+        refresh_right: what looks, where the CPU cannot without waiting, whether B^T is still that of its weight.
     """
 
     name: str
@@ -37,28 +37,19 @@ class Backend(NamedTuple):
     why_not: Callable[[str, torch.dtype, int], str | None]
     low_rank: LowRank | None = None
     update_input_grad: UpdateInputGrad | None = None
-
-
-def _update_cuda(
-    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
-    adapter_ids: Tensor | None,
-) -> Tensor:  # fmt: skip
-    t: Tensor = native.update(y, basis, v, projection, offset, None, adapter_ids)
-    if bias is not None:
-        y.add_(bias)
-    return t
+    refresh_right: RefreshRight | None = None
 
 
 # fmt: off
 BACKENDS: dict[str, Backend] = {  # in order of preference
     # The parts by whatever the library or, without a kernel there, ops/autograd.py has registered for CUDA tensors.
     "cuda": Backend(
-        "cuda", _update_cuda, native.update_backward, native.update_parts, native.update_parts_backward,
-        native.why_not_cuda,
+        "cuda", native.update, native.update_backward, native.update_parts, native.update_parts_backward,
+        native.why_not_cuda, native.low_rank, native.update_input_grad, native.refresh_right,
     ),
     "triton": Backend(
         "triton", triton.update, triton.update_backward, triton.update_parts, triton.update_parts_backward,
-        triton.why_not,
+        triton.why_not, triton.low_rank, triton.update_input_grad, triton.refresh_right,
     ),
     "cpu": Backend(
         "cpu", native.update, native.update_backward, native.update_parts, native.update_parts_backward,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_arguments, check_input_grad, check_low_rank, check_parts
+from .checks import check_arguments, check_input_grad, check_low_rank, check_parts, check_refresh_right
+from .schema import RIGHT_COLUMNS, RIGHT_SAMPLES
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -181,6 +182,34 @@ def update_input_grad(
     delta = product(gains(a, v, projection, adapter_ids, transposed=True), right).view(dx.shape)
     dx.copy_(dx.to(delta.dtype) + delta if add else delta)
     return vector_gradient(a, t, v, projection, adapter_ids)
+
+
+def samples_of(weight: Tensor) -> Tensor:
+    """The bits of W [D, E] at [ceil(E / 64), 256] places; of 64 bits the two halves combined. [blocks, 256] int32"""
+    rows, columns = weight.shape
+    i = torch.arange(RIGHT_SAMPLES, device=weight.device)
+    golden = i * 0x9E3779B9 % 2**32  # columns by the golden ratio, and rows within their band
+    row = (i * rows + (golden * rows >> 32)) // RIGHT_SAMPLES
+    first = torch.arange(0, columns, RIGHT_COLUMNS, device=weight.device)
+    column = (first[:, None] + (golden >> 26)).clamp(max=columns - 1)
+    found = weight.detach()[row, column].contiguous()  # [blocks, 256]
+    if found.itemsize == 8:
+        bits = found.view(torch.int64)
+        return (bits ^ (bits >> 32)).int()
+    return found.view(torch.int32) if found.itemsize == 4 else found.view(torch.int16).int() & 0xFFFF
+
+
+def refresh_right(right: Tensor, samples: Tensor, weight: Tensor, basis: Tensor, force: bool) -> None:
+    """B^T [r, E] of the weight as it is, where a sample of it says that it is another or `force` does."""
+    check_refresh_right(right, samples, weight, basis)
+    if not weight.numel():
+        return
+    found = samples_of(weight)
+    # B^T = U^T W
+    fresh = product(basis, weight.detach().to(basis.dtype))
+    stale = force | (found != samples).any(dim=1).repeat_interleave(RIGHT_COLUMNS)[: right.shape[1]]
+    right.copy_(torch.where(torch.as_tensor(stale, device=right.device), fresh, right))
+    samples.copy_(found)
 
 
 def update_parts(

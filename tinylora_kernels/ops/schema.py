@@ -10,7 +10,7 @@ t must be of W x alone. Where y0 is the product, the op adds the bias b; where t
 out again. Elements of y0 that are not finite count as zero in t: one inf leaves the rest of its row finite.
 
 Around a frozen linear layer, with B^T = U^T W at hand, the matrix product may be added to a term of low rank instead:
-y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU has the terms in brackets:
+y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The terms in brackets:
 
     low_rank            t = x B               y  = b + (t M^T) U^T
     update_input_grad   a = g U               dx (+)= (a M) B^T             dM = a^T t,  dv_i = <P'_i, dM>
@@ -18,6 +18,13 @@ y = x W^T + [b + (t M^T) U^T] with t = x B, and dx = g W + [(a M) B^T]. The CPU 
 linear/rules.py says when that pays, and when the product had better come first (add=True).
 
     updated             (y, t) of `update`, y0 left as it is: where a dispatch mode may hand y0 out again
+
+B^T is kept, and a weight may be written into unseen (weight.data): on a GPU, where looking would mean waiting, an op of
+its own looks before each use,
+
+    refresh_right       B^T = U^T W, unless samples of W are what they were when it was computed
+
+on [blocks, 256] samples, of 64 columns each: sample i of a block lies in the i-th of 256 bands of rows (`samples_of`).
 
 A fused projection, W = [W_1; ...; W_k] by output rows, has k updates of one y, each over its own columns with its own
 U_p, P'_p, c_p and the v of its tie group. One op makes all of them on the whole y, so that nothing slices it:
@@ -35,6 +42,8 @@ Shapes: N rows, D output and E input features, r the frozen rank, u trained numb
     bias         [D]        b, or None, dtype of y, contiguous
     basis        [r, D]     U^T, contiguous
     right        [r, E]     B^T, contiguous
+    weight       [D, E]     W, dtype of y, any strides
+    samples      [ceil(E / 64), 256]  int32, contiguous
     v            [u], or [K, u] with adapter_ids, contiguous, as are the next three
     projection   [u, r, r]  P': M = sum_i v_i P'_i;   or [r, r] (LoRA-XS, u = r * r): M = projection * v.view(r, r)
     offset       [r]        c, or None where y0 has no bias in it
@@ -92,6 +101,10 @@ UPDATE_PARTS_BACKWARD = (
     "int[] ends, int[] groups, bool need_input_grad) -> (Tensor, Tensor)"
 )
 
+REFRESH_RIGHT = (
+    "refresh_right(Tensor(a!) right, Tensor(b!) samples, Tensor weight, Tensor basis, bool force) -> ()"
+)
+
 # The same for Python's types, argument by argument.
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 UpdateBackward = Callable[
@@ -104,6 +117,7 @@ UpdateInputGrad = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], Tensor
 ]  # fmt: skip
 
+RefreshRight = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
 UpdateParts = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
      Sequence[int], Sequence[int]], Tensor
@@ -115,6 +129,8 @@ UpdatePartsBackward = Callable[
 
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+RIGHT_COLUMNS, RIGHT_SAMPLES = 64, 256  # of a block of refresh_right
+
 library = torch.library.Library("tinylora", "DEF")
 library.define(UPDATE)
 library.define(UPDATED)
@@ -123,6 +139,12 @@ library.define(LOW_RANK)
 library.define(UPDATE_INPUT_GRAD)
 library.define(UPDATE_PARTS)
 library.define(UPDATE_PARTS_BACKWARD)
+library.define(REFRESH_RIGHT)
+
+
+def samples_shape(columns: int) -> tuple[int, int]:
+    """[blocks, 256], of a weight [D, columns]."""
+    return -(-columns // RIGHT_COLUMNS), RIGHT_SAMPLES
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -63,7 +63,7 @@ __global__ void last_block_sums(const float* part, float* scratch, unsigned* tic
   }
   scratch[blockIdx.x] = part[blockIdx.x];
   if (BUG != kNoFence) __threadfence();
-  const bool last = atomicAdd(ticket, 1) + 1 == gridDim.x;
+  const bool last = atomicInc(ticket, gridDim.x - 1) + 1 == gridDim.x;
   if (BUG != kNoFence) __threadfence();
   if (!last) return;
   float sum = 0;

@@ -2,7 +2,7 @@
 // output (see emulator.py for the format). Exit status 3 and a line on standard error if the launch faults.
 //
 // RANKS and ELEMENTS list what is compiled in, so that a mutant of the kernels builds in seconds. launch.cu and
-// vector_grad.cu are compiled beside this file, unchanged.
+// bank_grad.cu are compiled beside this file, unchanged.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -14,31 +14,28 @@
 namespace tinylora {
 
 template <class T>
-void launch_built(int rank, const Plan& plan, const RowsArguments& arguments, cudaStream_t stream) {
+RowsKernel built_kernel_of(int rank, Tile tile, bool ids) {
+  RowsKernel kernel = nullptr;
   const auto try_rank = [&](auto r) {
-    if (rank == r.value) launch_rank<T, r.value>(plan, arguments, stream);
+    if (rank == r.value) kernel = ids ? kernel_of_rank<T, r.value, true>(tile) : kernel_of_rank<T, r.value, false>(tile);
   };
   const auto try_ranks = [&](auto... ranks) { (try_rank(ranks), ...); };
   try_ranks(RANKS);
+  return kernel;
 }
-#define BUILD(T)                                                                                                  \
-  template <>                                                                                                     \
-  void launch_rows<T>(int rank, const Plan& plan, const RowsArguments& arguments, cudaStream_t stream) {          \
-    launch_built<T>(rank, plan, arguments, stream);                                                               \
+#define BUILD(T)                                                   \
+  template <>                                                      \
+  RowsKernel rows_kernel_of<T>(int rank, Tile tile, bool ids) {    \
+    return built_kernel_of<T>(rank, tile, ids);                    \
   }
-#define LEAVE_OUT(T)                                                                                              \
-  template <>                                                                                                     \
-  void launch_rows<T>(int, const Plan&, const RowsArguments&, cudaStream_t) {                                     \
-    throw emulator::Fault("this driver was built without that element type");                                    \
+#define LEAVE_OUT(T)                                                               \
+  template <>                                                                      \
+  RowsKernel rows_kernel_of<T>(int, Tile, bool) {                                  \
+    throw emulator::Fault("this driver was built without that element type");     \
   }
 ELEMENTS
 
 }  // namespace tinylora
-
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
 
 namespace {
 
@@ -89,52 +86,65 @@ class Buffer {
   bool given_ = true;
 };
 
+// As csrc/cuda/ops.cu: `onto` says which op it is, together with what is given.
 void run_case() {
-  const bool backward = read_number(), need_input_grad = read_number();
+  const bool transposed = read_number(), stays = read_number(), capturing = read_number();
+  const Onto onto = static_cast<Onto>(read_number());
   const Element element = static_cast<Element>(read_number());
   const int rank = static_cast<int>(read_number());
   RowsArguments p{};
+  p.onto = onto;
+  p.transposed = transposed;
+  p.only_finite = stays;
   p.rows = static_cast<int32_t>(read_number());
-  p.columns = static_cast<int32_t>(read_number());
-  p.source_stride = read_number();
+  p.source.features = static_cast<int32_t>(read_number());
+  p.source.stride = read_number();
+  p.target.features = static_cast<int32_t>(read_number());
+  p.target.stride = read_number();
   p.mixing.numbers = static_cast<int32_t>(read_number());
   p.mixing.adapters = static_cast<int32_t>(read_number());
   p.mixing.rows_per_id = static_cast<int32_t>(read_number());
   p.mixing.wide_ids = read_number();
   p.mixing.elementwise = read_number();
-  const size_t skew = read_number() * element_bytes(element);
+  const size_t skew = read_number() * element_bytes(element), bias_skew = read_number() * element_bytes(element);
   emulator::settings().order = static_cast<emulator::Order>(read_number());
   emulator::settings().seed = static_cast<unsigned>(read_number());
+  emulator::settings().multiprocessors = static_cast<int>(read_number());
+  emulator::settings().resident = static_cast<int>(read_number());
+  const auto stream = reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(capturing));
 
-  const Buffer source = Buffer::from_input(skew), basis = Buffer::from_input(0), v = Buffer::from_input(0);
+  const Buffer source = Buffer::from_input(skew), target = Buffer::from_input(skew), bias = Buffer::from_input(bias_skew);
+  const Buffer factor = Buffer::from_input(0), other = Buffer::from_input(0), v = Buffer::from_input(0);
   const Buffer projection = Buffer::from_input(0), offset = Buffer::from_input(0), ids = Buffer::from_input(0);
   const Buffer t_input = Buffer::from_input(0);
-  p.source = source.as<void>();
-  p.basis = basis.as<float>();
+  p.source.rows = source.as<void>();
+  p.source.factor = factor.as<float>();
+  p.target.rows = stays ? p.source.rows : target.as<void>();
+  p.target.factor = onto == Onto::Source ? p.source.factor : other.as<float>();
+  p.bias = bias.as<void>();
   p.offset = offset.as<float>();
   p.mixing.v = v.as<float>();
   p.mixing.projection = projection.as<float>();
   p.mixing.ids = ids.as<void>();
 
-  if (!backward) {
-    const Buffer t(size_t(p.rows) * rank * sizeof(float), 0);
-    p.target = source.as<void>();
-    p.target_stride = p.source_stride;
-    p.coefficients = t.as<float>();
-    run_update(element, rank, p, nullptr);
-    source.write();
-    t.write();
-    return;
-  }
   const float* const t = t_input.as<float>();
-  const Buffer g0(need_input_grad ? size_t(p.rows) * p.columns * element_bytes(element) : 0, 0);
+  const LaunchPlan plan = plan_rows(element, rank, p);
+  const Buffer coefficients(transposed ? 0 : size_t(p.rows) * rank * sizeof(float), 0);
   const Buffer dv(t ? sizeof(float) * p.mixing.adapters * p.mixing.numbers : 0, 0);
-  const Buffer workspace(t ? workspace_words(rank, p.rows, p.mixing.adapters) * 4 : 0, 0);
-  p.target = need_input_grad ? g0.as<void>() : nullptr;
-  p.target_stride = p.columns;
-  run_update_backward(element, rank, p, t, t ? dv.as<float>() : nullptr, workspace.as<void>(), nullptr);
+  const Buffer scratch(t ? scratch_words(rank, plan, p) * 4 : 0, 0);
+  if (!transposed) {
+    p.coefficients = coefficients.as<float>();
+    run_rows(element, rank, plan, p, stream);
+  } else if (!t) {
+    run_rows(element, rank, plan, p, stream);
+  } else {
+    run_rows_and_gradient(element, rank, plan, p, t, dv.as<float>(), scratch.as<float>(), stream);
+  }
+  const unsigned* const ticket = emulator::settings().ticket;
+  if (ticket && *ticket) throw emulator::Fault("a ticket is left at " + std::to_string(*ticket));
   source.write();
-  g0.write();
+  target.write();
+  coefficients.write();
   dv.write();
 }
 

@@ -37,6 +37,9 @@ enum class Order { Forward, Reverse, Random };  // of blocks, and of the threads
 struct Settings {
   Order order = Order::Forward;
   unsigned seed = 1;
+  int multiprocessors = 2;  // of the card, each of which runs this many blocks at once:
+  int resident = 2;
+  const unsigned* ticket = nullptr;  // the first that was handed out
 };
 Settings& settings();
 
@@ -55,11 +58,13 @@ uint3 block_index();
 uint3 block_size();
 uint3 grid_size();
 void barrier(int line);
+bool barrier_or(bool holds, int line);  // whether it holds in any thread of the block
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane, int line);  // the source lane's value
+unsigned ballot(unsigned mask, bool holds, int line);
 void sync_warp(unsigned mask, int line);
 void* shared(const void* key, size_t bytes);
 void fence();
-unsigned atomic_add(unsigned* address, unsigned value);
+unsigned atomic_inc(unsigned* address, unsigned limit);
 [[noreturn]] void trap(int line);
 
 template <class V>
@@ -88,6 +93,7 @@ inline unsigned lane() {
   (static_cast<void>(stream), emulator::launch(kernel, grid, block, __VA_ARGS__))
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::barrier(line); }
+inline int __syncthreads_or(int holds, int line = __builtin_LINE()) { return emulator::barrier_or(holds, line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { emulator::sync_warp(mask, line); }
 template <class V>
 V __shfl_sync(unsigned mask, V value, int source, int line = __builtin_LINE()) {
@@ -97,11 +103,15 @@ template <class V>
 V __shfl_xor_sync(unsigned mask, V value, int bits, int line = __builtin_LINE()) {
   return emulator::shuffle(mask, value, emulator::lane() ^ static_cast<unsigned>(bits), line);
 }
+inline unsigned __ballot_sync(unsigned mask, int holds, int line = __builtin_LINE()) {
+  return emulator::ballot(mask, holds, line);
+}
 inline void __threadfence() { emulator::fence(); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) { return emulator::atomic_add(address, value); }
+inline unsigned atomicInc(unsigned* address, unsigned limit) { return emulator::atomic_inc(address, limit); }
 inline void __trap(int line = __builtin_LINE()) { emulator::trap(line); }
 template <class V>
 V __ldg(const V* address) { return *address; }
 template <class V>
 V __ldcg(const V* address) { return *address; }
+using std::max;
 using std::min;

@@ -119,7 +119,7 @@ def build_shared(source: Path, includes: list[Path]) -> Path:
 
 def runtime_objects(mode: str) -> list[Path]:
     flags = COMMON + [flag for flag in SANITIZERS[mode] if flag != "-fsanitize=thread"]
-    names = ["scheduler.cpp"] + (["race.cpp"] if mode == "race" else [])
+    names = ["scheduler.cpp", "runtime.cpp"] + (["race.cpp"] if mode == "race" else [])
     return [_object(HERE / name, flags, [HERE]) for name in names]
 
 
@@ -135,7 +135,7 @@ def build_torch_ops() -> Path:
     objects = [_object(source, COMMON + abi, includes) for source in (
         HERE / "torch_ops.cpp", KERNELS.parent / "common" / "arguments.cpp"
     )]  # fmt: skip
-    names = ("launch.cu", "vector_grad.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu")
+    names = ("launch.cu", "bank_grad.cu", "right.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu")
     objects += [kernel_object(KERNELS / name, "plain") for name in names] + runtime_objects("plain")
     digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
     target = _cache_directory() / f"ops-{digest}.so"
@@ -153,7 +153,8 @@ def build(mode: str, *, kernels: Path = KERNELS, ranks=RANKS, dtypes=tuple(ELEME
     elements = " ".join(f"{'BUILD' if d in dtypes else 'LEAVE_OUT'}({name})" for d, name in ELEMENTS.items())
     defines = (f"-DRANKS={rank_list}", f"-DELEMENTS={elements}")
     objects = [kernel_object(HERE / "driver.cpp", mode, kernels, defines)]
-    objects += [kernel_object(kernels / name, mode, kernels) for name in ("launch.cu", "vector_grad.cu")]
+    objects += [kernel_object(kernels / "bank_grad.cu", mode, kernels)]
+    objects += [kernel_object(kernels / "launch.cu", "plain" if mode == "race" else mode, kernels)]  # runs on the host
     return link(objects + runtime_objects(mode), mode)
 
 
@@ -181,48 +182,80 @@ def _row_span(rows: Tensor) -> Tensor:
     return rows.as_strided([(count - 1) * rows.stride(0) + width if count else 0], [1])
 
 
+SOURCE, TARGET, NOTHING = range(3)  # enum class Onto
+
+
 @dataclass(frozen=True)
 class Emulated:
-    """A backend: the two ops on 2-D activations. skew: elements by which the rows miss 16-byte alignment."""
+    """A backend: the four ops on 2-D activations.
+
+    Attributes:
+        skew, bias_skew: elements by which the rows, and the bias, miss 16-byte alignment.
+        card: multiprocessors, and blocks that each of them runs at once.
+        capturing: the stream is being captured into a graph.
+    """
 
     executable: Path
     order: str = "forward"
     seed: int = 1
     skew: int = 0
-
-    def _call(self, backward, rows, basis, v, projection, offset, ids, t, need_input_grad) -> bytes:
-        count, width = rows.shape
-        header = [
-            backward, need_input_grad, list(ELEMENTS).index(rows.dtype), basis.shape[0], count, width, rows.stride(0),
-            v.shape[-1], 1 if ids is None else v.shape[0], 1 if ids is None or not len(ids) else count // len(ids),
-            ids is not None and ids.dtype is torch.int64, projection.dim() == 2,
-            self.skew, ORDERS.index(self.order), self.seed,
-        ]  # fmt: skip
-        arrays = [_row_span(rows), basis, v, projection, offset, ids, t]
-        return run(self.executable, struct.pack(f"<{len(header)}q", *map(int, header)) + b"".join(map(_raw, arrays)))
+    bias_skew: int = 0
+    card: tuple[int, int] = (2, 2)
+    capturing: bool = False
 
     def update(self, y, basis, v, projection, offset, bias, adapter_ids) -> Tensor:
-        out = self._call(False, y, basis, v, projection, offset, adapter_ids, None, True)
-        span = _row_span(y)
-        bytes_y = span.numel() * y.element_size()
-        if span.numel():
-            span.copy_(torch.frombuffer(bytearray(out[:bytes_y]), dtype=y.dtype))
-        if bias is not None:  # as ops/dispatch.py
-            y.add_(bias)
-        return _tensor(out[bytes_y:], torch.float32, (y.shape[0], basis.shape[0]))
+        span, _, t, _ = self._call(SOURCE, y, None, basis, None, v, projection, offset, bias, adapter_ids, stays=True)
+        _row_span(y).copy_(_tensor(span, y.dtype, (-1,)))
+        return _tensor(t, torch.float32, (len(y), len(basis)))
 
     def update_backward(self, g, basis, v, projection, t, adapter_ids, need_input_grad) -> tuple[Tensor, Tensor]:
-        out = self._call(True, g, basis, v, projection, None, adapter_ids, t, need_input_grad)
-        span = _row_span(g)
-        bytes_g = span.numel() * g.element_size()
-        if out[:bytes_g] != _raw(span)[8:]:
-            raise Fault("update_backward wrote to g")
-        bytes_g0 = g.numel() * g.element_size() if need_input_grad else 0
-        g0 = _tensor(out[bytes_g : bytes_g + bytes_g0], g.dtype, g.shape if need_input_grad else (0,))
-        return g0, _tensor(out[bytes_g + bytes_g0 :], torch.float32, v.shape if t is not None else (0,))
+        g0 = torch.full(g.shape, torch.nan, dtype=g.dtype) if need_input_grad else g.new_empty(0)
+        target = g0 if need_input_grad else None
+        dv = self._backward(SOURCE, g, target, basis, None, v, projection, t, adapter_ids)
+        return g0, dv
+
+    def low_rank(self, x, right, basis, v, projection, bias, adapter_ids) -> tuple[Tensor, Tensor]:
+        y = torch.full((len(x), basis.shape[1]), torch.nan, dtype=x.dtype)
+        _, found, t, _ = self._call(NOTHING, x, y, right, basis, v, projection, None, bias, adapter_ids)
+        return _tensor(found, x.dtype, y.shape), _tensor(t, torch.float32, (len(x), len(basis)))
+
+    def update_input_grad(self, dx, right, g, basis, v, projection, t, adapter_ids, add) -> Tensor:
+        return self._backward(TARGET if add else NOTHING, g, dx, basis, right, v, projection, t, adapter_ids)
+
+    def _backward(self, onto, g, target, basis, other, v, projection, t, ids) -> Tensor:
+        if t is None and target is None:
+            return v.new_empty(0)
+        found = self._call(onto, g, target, basis, other, v, projection, None, None, ids, t=t, transposed=True)
+        if found[0] != _raw(_row_span(g))[8:]:
+            raise Fault("a backward op wrote to g")
+        if target is not None:
+            _row_span(target).copy_(_tensor(found[1], target.dtype, (-1,)))
+        return _tensor(found[3], torch.float32, v.shape if t is not None else (0,))
+
+    def _call(
+        self, onto, source, target, factor, other, v, projection, offset, bias, ids, *, t=None, transposed=False,
+        stays=False,
+    ) -> list[bytes]:  # fmt: skip
+        """What the source, the target, the coefficients and dv hold afterwards."""
+        count, width = source.shape
+        written = source if target is None else target
+        header = [
+            transposed, stays, self.capturing, onto, list(ELEMENTS).index(source.dtype), len(factor), count,
+            width, source.stride(0), written.shape[1], written.stride(0),
+            v.shape[-1], 1 if ids is None else len(v), 1 if ids is None or not len(ids) else count // len(ids),
+            ids is not None and ids.dtype is torch.int64, projection.dim() == 2,
+            self.skew, self.bias_skew, ORDERS.index(self.order), self.seed, *self.card,
+        ]  # fmt: skip
+        spans = [_row_span(source), None if target is None else _row_span(target)]
+        arrays = [*spans, bias, factor, other, v, projection, offset, ids, t]
+        out = run(self.executable, struct.pack(f"<{len(header)}q", *map(int, header)) + b"".join(map(_raw, arrays)))
+        sizes = [span.numel() * span.element_size() if span is not None else 0 for span in spans]
+        sizes += [0 if transposed else count * len(factor) * 4, v.numel() * 4 if t is not None else 0]
+        ends = [sum(sizes[: i + 1]) for i in range(4)]
+        return [out[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _tensor(data: bytes, dtype: torch.dtype, shape) -> Tensor:
     if not data:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty([max(n, 0) for n in shape], dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)

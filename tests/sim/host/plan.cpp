@@ -7,8 +7,12 @@ extern "C" void tile_shape(int tile, int element_bytes, int* out) {
   for (int i = 0; i < 5; ++i) out[i] = fields[i];
 }
 
-extern "C" void plan_rows(int64_t rows, int64_t columns, int element_bytes, int aligned, int* out) {
-  const tinylora::Plan p = tinylora::plan_rows(rows, columns, element_bytes, aligned != 0);
-  const int fields[] = {static_cast<int>(p.tile), p.team, p.teams, p.blocks, p.tiles_per_block};
-  for (int i = 0; i < 5; ++i) out[i] = fields[i];
+extern "C" void plan_tile(int64_t features, int element_bytes, int aligned, int stays, int few, int* out) {
+  const tinylora::LaunchPlan p = tinylora::plan_tile(features, element_bytes, aligned != 0, stays != 0, few != 0);
+  const int fields[] = {static_cast<int>(p.tile), p.team, p.teams};
+  for (int i = 0; i < 3; ++i) out[i] = fields[i];
+}
+
+extern "C" int spread(int64_t rows, int block_rows, int multiprocessors, int resident) {
+  return tinylora::spread(rows, block_rows, multiprocessors, resident);
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .emulator import HERE, KERNELS, build_shared
 
-TILES = ("Short", "Medium", "Long", "Scalar", "Stream", "StreamScalar")  # in the order of enum class Tile
+TILES = ("Few", "Short", "Medium", "Long", "Stream", "Scalar")  # in the order of enum class Tile
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,18 @@ class Shape:
     resident: bool
 
     @property
-    def columns(self) -> int:
+    def features(self) -> int:
         return self.threads * self.vectors * self.width
 
 
 @dataclass(frozen=True)
-class Plan:
-    """struct Plan."""
+class LaunchPlan:
+    """struct LaunchPlan."""
 
     tile: str
     team: int
     teams: int
     blocks: int
-    tiles_per_block: int
 
 
 @functools.cache
@@ -48,7 +47,14 @@ def shape(tile: str, element_bytes: int) -> Shape:
     return Shape(*out[:4], bool(out[4]))
 
 
-def plan_rows(rows: int, columns: int, element_bytes: int, aligned: bool = True) -> Plan:
-    out = (ctypes.c_int * 5)()
-    _library().plan_rows(ctypes.c_int64(rows), ctypes.c_int64(columns), element_bytes, aligned, out)
-    return Plan(TILES[out[0]], *out[1:])
+def plan_rows(
+    rows: int, features: int, element_bytes: int, *, aligned: bool = True, stays: bool = True,
+    multiprocessors: int = 132, resident: int = 3,
+) -> LaunchPlan:  # fmt: skip
+    """As plan_rows of launch.cu, for a card whose multiprocessors each run `resident` blocks of the kernel at once."""
+    out, wide = (ctypes.c_int * 3)(), ctypes.c_int64
+    _library().plan_tile(wide(features), element_bytes, aligned, stays, rows <= multiprocessors, out)
+    tile, team, teams = TILES[out[0]], *out[1:]
+    block_rows = teams * shape(tile, element_bytes).rows
+    blocks = _library().spread(wide(rows), block_rows, multiprocessors, multiprocessors * resident)
+    return LaunchPlan(tile, team, teams, blocks)

@@ -59,6 +59,7 @@ struct Machine {
   int shared_count = 0;
   uint3 block, block_size, grid_size;
   unsigned block_number = 0, live = 0, waiting = 0;
+  bool vote = false, outcome = false;  // of the threads at the barrier, and of the last one
   Thread* current = nullptr;
   ucontext_t main;
   const void* main_stack = nullptr;
@@ -143,6 +144,8 @@ void open_barrier() {
               std::to_string(line);
   }
   m.waiting = 0;
+  m.outcome = m.vote;
+  m.vote = false;
   for (Thread& t : m.threads)
     if (t.state == State::AtBarrier) t.state = State::Ready;
   race::barrier(m.block_number);
@@ -199,13 +202,18 @@ void barrier(int line) {
   to_main(false);
 }
 
-uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane, int line) {
+bool barrier_or(bool holds, int line) {
+  m.vote |= holds;
+  barrier(line);
+  return m.outcome;
+}
+
+// The values of all lanes of the mask.
+const uint64_t* meet(unsigned mask, uint64_t value, int line) {
   Thread& self = *m.current;
   Warp& warp = m.warps[self.warp];
   if (!(mask >> self.lane & 1)) fail("line %d: thread %u is not in its own mask %08x", line, self.number, mask);
   if (mask & warp.exited) fail("line %d: the mask %08x of thread %u names lanes that left", line, mask, self.number);
-  if (!(mask >> source_lane & 1))
-    fail("line %d: thread %u reads lane %u outside its mask", line, self.number, source_lane);
   if (warp.arrived && (warp.mask != mask || warp.line != line))
     fail("lanes of one warp meet in different operations (lines %d and %d)", warp.line, line);
   uint64_t* const slot = warp.slot[self.generation++ % 2];
@@ -221,7 +229,21 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane, int line)
     self.state = State::InWarp;
     to_main(false);
   }
-  return slot[source_lane];
+  return slot;
+}
+
+uint64_t exchange(unsigned mask, uint64_t value, unsigned source_lane, int line) {
+  if (!(mask >> source_lane & 1))
+    fail("line %d: thread %u reads lane %u outside its mask", line, m.current->number, source_lane);
+  return meet(mask, value, line)[source_lane];
+}
+
+unsigned ballot(unsigned mask, bool holds, int line) {
+  const uint64_t* const votes = meet(mask, holds, line);
+  unsigned result = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1 && votes[lane]) result |= 1u << lane;
+  return result;
 }
 
 void sync_warp(unsigned mask, int line) {
@@ -231,10 +253,10 @@ void sync_warp(unsigned mask, int line) {
 
 void fence() { race::fence(); }
 
-unsigned atomic_add(unsigned* address, unsigned value) {
+unsigned atomic_inc(unsigned* address, unsigned limit) {
   race::atomic(address, sizeof *address);
   const unsigned old = *address;
-  *address = old + value;
+  *address = old >= limit ? 0 : old + 1;
   return old;
 }
 

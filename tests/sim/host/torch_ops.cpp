@@ -1,4 +1,4 @@
-// csrc/cuda/ops.cu, unchanged, as ops for CPU tensors: torch.ops.tinylora_emulated.update and update_backward. What it
+// csrc/cuda/ops.cu, unchanged, as ops for CPU tensors: torch.ops.tinylora_emulated.update and so on. What it
 // checks, allocates and launches is what a GPU would be given; the launches go to the emulator.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -26,7 +26,3 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}

@@ -241,15 +241,18 @@ def _load_parameter(kernel: Kernel, i: Instruction) -> Callable:
 
 
 def _load_chosen_parameter(kernel: Kernel, i: Instruction) -> Callable:
-    """By address: what a selection of two parameters becomes."""
+    """By address: what a selection of two parameters becomes, and a structure that is passed on."""
     dtype, address = np.dtype(NUMPY[i.types[-1]]), _address(kernel, i, i.operands[1])
-    write = destination(kernel, i, i.operands[0], i.types[-1])
+    writes = [destination(kernel, i, name, i.types[-1]) for name in _elements(i.operands[0])]
 
     def load(m):
         held = b"".join(m.parameters.values())
-        values = np.zeros(len(m.active), dtype)
-        values[m.threads()] = [np.frombuffer(held, dtype, 1, at)[0] for at in address(m)]
-        write(m, values)
+        places, place = np.unique(address(m), return_inverse=True)
+        for n, write in enumerate(writes):
+            values = np.zeros(len(m.active), dtype)
+            found = [np.frombuffer(held, dtype, 1, at + n * dtype.itemsize)[0] for at in places]
+            values[m.threads()] = np.array(found, dtype)[place]
+            write(m, values)
 
     return load
 
@@ -408,6 +411,10 @@ def _barrier(kernel: Kernel, i: Instruction) -> Callable:
                 m.proceed()
 
         return warp_barrier
+    if set(i.modifiers) <= {"red", "or", "pred", "cta", "aligned"} and len(i.operands) == 3 and i.operands[1] == "0":
+        holds = source(kernel, i, i.operands[2], "pred")
+        write = destination(kernel, i, i.operands[0], "pred")
+        return lambda m: m.block_barrier(holds(m), write)
     plain = set(i.modifiers) <= {"sync", "cta", "aligned"} and len(i.operands) == 1 and i.operands[0] == "0"
     if not plain:
         raise UnsupportedInstruction(f"{i.where}: {i.opcode} {', '.join(i.operands)}")

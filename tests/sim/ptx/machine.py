@@ -46,6 +46,7 @@ class Machine:
         self.padding = thread >= self.threads_per_block  # lanes of a last, partial warp
         self.state = np.where(self.padding, EXITED, RUNNING)
         self.pc = np.zeros(len(thread), np.int64)
+        self.votes = np.zeros(len(thread), bool)  # of the threads at a barrier that asks whether something holds
         self.registers: dict[str, np.ndarray] = {}
         self.outgoing: dict[str, np.ndarray] = {}  # parameters of a call in preparation
         self.special = _special_registers(thread, clock.block_of, grid, block)
@@ -133,15 +134,24 @@ class Machine:
         self.pc[self.group] = self.at + 1
         self.state[self.active] = EXITED
 
-    def block_barrier(self) -> None:
+    def block_barrier(self, holds: np.ndarray | None = None, deliver: Callable | None = None) -> None:
+        """deliver(machine, whether `holds` is true of any thread of the block), to the threads that go on."""
         self.pc[self.group] = self.at + 1
         self.state[self.active] = AT_BARRIER
+        if holds is not None:
+            self.votes[self.active] = np.broadcast_to(holds, self.votes.shape)[self.active]
         waiting = (self.state == AT_BARRIER) | self.padding
         ready = waiting.reshape(-1, self.clock.width).all(axis=1)  # [blocks]
         released = ready.repeat(self.clock.width) & ~self.padding
         self._require_whole_warps(released)
         self.state[released] = RUNNING
         self.clock.block_barrier(np.nonzero(released)[0])
+        if deliver is not None and released.any():
+            if (self.pc[released] != self.at + 1).any():
+                raise DivergentBarrier(f"{self.where}: threads of one block wait at different barriers")
+            self.active, self.full = released, bool((released | (self.state == EXITED)).all())
+            deliver(self, (self.votes & released).reshape(-1, self.clock.width).any(axis=1).repeat(self.clock.width))
+        self.votes[released] = False
 
     def _require_whole_warps(self, released: np.ndarray) -> None:
         """bar.sync is for whole warps: all threads of one must have met at the same instruction."""

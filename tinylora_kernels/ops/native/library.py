@@ -162,6 +162,7 @@ update_parts = torch.ops.tinylora.update_parts.default
 update_parts_backward = torch.ops.tinylora.update_parts_backward.default
 low_rank = torch.ops.tinylora.low_rank.default
 update_input_grad = torch.ops.tinylora.update_input_grad.default
+refresh_right = torch.ops.tinylora.refresh_right.default
 
 
 def why_not_cpu(device_type: str, dtype: torch.dtype, rank: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The Triton backend: both ops on any GPU that Triton compiles for, NVIDIA (sm_75 to sm_120) and AMD (gfx942, gfx1100).
+"""The Triton backend: the ops on any GPU that Triton compiles for, NVIDIA (sm_75 to sm_120) and AMD (gfx942, gfx1100).
 
 One launch forward, at most two backward, on the caller's current stream. dv is a two-stage fp32 sum in a fixed order,
 without float atomics, so it is the same bits on every run. Launch parameters come from a table; nothing is tuned at run
@@ -9,6 +9,7 @@ cannot be raised here without waiting for the GPU.
 """
 from __future__ import annotations
 
+import enum
 import functools
 import importlib.util
 import os
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from ...common.words import one_line
 from ...method.parts import SPECIALISED_RANKS
-from ..checks import check_arguments, check_parts
+from ..checks import check_arguments, check_input_grad, check_low_rank, check_parts, check_refresh_right
+from ..schema import RIGHT_COLUMNS, RIGHT_SAMPLES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PROGRAMS = 2048  # bounds the first stage's partial sums and the number of times M is contracted
@@ -49,6 +51,15 @@ _TILES = {
     4096: (1, 128, 128, 512),
     8192: (1, 256, 256, 0),
     16384: (1, 1024, 0, 0),
+}
+
+
+# Rows of the other side of the layer are streamed: a block of columns of several rows at a time.
+STREAMING = {
+    1: LaunchParameters(4, 1024, 128),
+    2: LaunchParameters(4, 1024, 128),
+    4: LaunchParameters(2, 1024, 128),
+    8: LaunchParameters(2, 1024, 128),
 }
 
 
@@ -95,12 +106,8 @@ def update(
     flat = _as_rows("y", y)  # [N, D]
     if len(flat) > 1 and flat.stride(0) < flat.shape[1]:
         raise ValueError(f"y: rows overlap in memory (row stride {flat.stride(0)} < {flat.shape[1]}): clone it first")
-    t = v.new_empty(len(flat), len(basis))
-    if len(flat):
-        _launch_update(flat, basis, v, projection, offset, adapter_ids, t)
-    if bias is not None:
-        flat.add_(bias)
-    return t
+    side = Side(flat, basis)
+    return _forward(side, side, Onto.SOURCE, v, projection, offset, bias, adapter_ids)
 
 
 def update_backward(
@@ -117,72 +124,171 @@ def update_backward(
     _check_supported("g", g, basis, v, projection, t, adapter_ids)
     flat = _as_rows("g", g)  # [N, D]
     g0 = torch.empty(g.shape, dtype=g.dtype, device=g.device) if need_input_grad else g.new_empty(0)
-    dv = torch.empty_like(v) if t is not None else v.new_empty(0)
-    if len(flat) == 0:
-        dv.zero_()
-    elif need_input_grad or t is not None:
-        _launch_backward(flat, basis, v, projection, t, adapter_ids, g0, dv)
-    return g0, dv
+    target = Side(g0.view(flat.shape), basis) if need_input_grad else None
+    return g0, _backward(Side(flat, basis), target, Onto.SOURCE, v, projection, t, adapter_ids)
 
 
-def _launch_update(
-    y: Tensor,
+def low_rank(
+    x: Tensor,
+    right: Tensor,
     basis: Tensor,
     v: Tensor,
     projection: Tensor,
-    offset: Tensor | None,
+    bias: Tensor | None,
     adapter_ids: Tensor | None,
-    t: Tensor,
-) -> None:
-    rank, features = basis.shape
-    launch = launch_parameters(features, rank)
-    tiles_per_program, programs = _split(len(y), launch.rows)
-    with torch.cuda.device_of(y):
-        _device_code().update_kernel[(programs,)](
-            y, basis, v, projection, offset, adapter_ids, t,
-            y.stride(0), len(y), features, v.shape[-1], tiles_per_program, _rows_per_id(len(y), adapter_ids), len(v),
-            **_tile_constants(launch, features, rank, projection, adapter_ids), HAS_OFFSET=offset is not None,
-            **_options(launch.threads, adapter_ids),
-        )  # fmt: skip
+) -> tuple[Tensor, Tensor]:
+    """(y, t): t = x B, [N, r], and y = b + (t M^T) U^T, which x W^T is to be added to."""
+    check_arguments("x", x, right, v, projection, adapter_ids=adapter_ids, basis_name="right")
+    check_low_rank(x, right, basis, bias)
+    _check_supported("x", x, right, v, projection, basis, adapter_ids)
+    flat = _as_rows("x", x)  # [N, E]
+    y = x.new_empty((*x.shape[:-1], basis.shape[1]))
+    target = Side(y.view(len(flat), basis.shape[1]), basis)
+    return y, _forward(Side(flat, right), target, Onto.NOTHING, v, projection, None, bias, adapter_ids)
 
 
-def _launch_backward(
+def update_input_grad(
+    dx: Tensor,
+    right: Tensor,
     g: Tensor,
     basis: Tensor,
     v: Tensor,
     projection: Tensor,
     t: Tensor | None,
     adapter_ids: Tensor | None,
-    g0: Tensor,
-    dv: Tensor,
+    add: bool,
+) -> Tensor:
+    """dx = ((g U) M) B^T in place, or dx += the same with add; returns dv as update_backward does."""
+    check_arguments("g", g, basis, v, projection, t=t, adapter_ids=adapter_ids)
+    check_input_grad(dx, right, g, basis)
+    _check_supported("g", g, basis, v, projection, t, right, adapter_ids)
+    source, target = Side(_as_rows("g", g), basis), Side(_as_rows("dx", dx), right)
+    return _backward(source, target, Onto.TARGET if add else Onto.NOTHING, v, projection, t, adapter_ids)
+
+
+def refresh_right(right: Tensor, samples: Tensor, weight: Tensor, basis: Tensor, force: bool) -> None:
+    """B^T [r, E] of the weight as it is, where a sample of it says that it is another or `force` does."""
+    check_refresh_right(right, samples, weight, basis)
+    _check_supported("weight", weight, basis, basis, right, samples)
+    if not weight.numel():
+        return
+    with torch.cuda.device_of(weight):
+        _device_code().refresh_right_kernel[(len(samples),)](
+            weight, basis, right, samples, *weight.shape, *weight.stride(),
+            R=len(basis), ROWS=8, COLUMNS=RIGHT_COLUMNS, SAMPLES=RIGHT_SAMPLES, FORCE=force, **_options(128, None),
+        )  # fmt: skip
+
+
+class Onto(enum.IntEnum):
+    """What the term of rank r is added to."""
+
+    SOURCE = 0  # the rows that were read
+    TARGET = 1  # those that are written
+    NOTHING = 2
+
+
+class Side(NamedTuple):
+    """Rows on one side of the frozen layer, and the singular factor of that side."""
+
+    rows: Tensor  # [N, features]
+    factor: Tensor  # [r, features]: U^T or B^T
+
+
+def _forward(
+    source: Side,
+    target: Side,
+    onto: Onto,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    """t [N, r], and the target written."""
+    t = v.new_empty(len(source.rows), len(source.factor))
+    if len(t):
+        _launch_rows(source, target, onto, v, projection, offset, bias, adapter_ids, None, t)
+    return t
+
+
+def _backward(
+    source: Side,
+    target: Side | None,
+    onto: Onto,
+    v: Tensor,
+    projection: Tensor,
+    t: Tensor | None,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    """dv, empty without t, and the target written."""
+    rows, rank = len(source.rows), len(source.factor)
+    if rows == 0 or (t is None and target is None):
+        return v.new_empty(0) if t is None else torch.zeros_like(v)
+    if adapter_ids is None:
+        _, programs = _split(rows, _tile(source, target, onto).rows)
+        kept = v.new_empty(programs, rank * rank) if t is not None else None  # dM of each program
+        _launch_rows(source, target, onto, v, projection, None, None, None, t, kept, transposed=True)
+        dv, grid = torch.empty_like(v) if t is not None else v.new_empty(0), 1
+    else:
+        kept = v.new_empty(rows, rank) if t is not None else None  # a = g U
+        _launch_rows(source, target, onto, v, projection, None, None, adapter_ids, None, kept, transposed=True)
+        by_id = len(adapter_ids) < len(v)
+        dv = v.new_empty(0) if t is None else torch.zeros_like(v) if by_id else torch.empty_like(v)
+        grid = min(len(adapter_ids), len(v))
+    if t is None or kept is None:
+        return dv
+    numbers = v.shape[-1]
+    block_u = _block_u(numbers, rank)
+    with torch.cuda.device_of(v):
+        _device_code().reduce_dv_kernel[(-(-numbers // block_u) if projection.dim() == 3 else 1, grid)](
+            kept, t, adapter_ids, projection, dv,
+            len(kept), numbers, _rows_per_id(rows, adapter_ids), len(v),
+            R=rank, BLOCK_N=1024 // rank**2, BLOCK_U=block_u, LORA_XS=projection.dim() == 2,
+            HAS_IDS=adapter_ids is not None, BY_ID=adapter_ids is not None and len(adapter_ids) < len(v),
+            **_options(128, None),
+        )  # fmt: skip
+    return dv
+
+
+def _launch_rows(
+    source: Side,
+    target: Side | None,
+    onto: Onto,
+    v: Tensor,
+    projection: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    adapter_ids: Tensor | None,
+    t: Tensor | None,
+    kept: Tensor | None,
+    *,
+    transposed: bool = False,
 ) -> None:
-    rank, features = basis.shape
-    launch = launch_parameters(features, rank)
-    tiles_per_program, programs = _split(len(g), launch.rows)
-    # dM of each program, or one a = g U per row where rows belong to different adapters
-    stages = programs if adapter_ids is None else len(g)
-    width = rank * rank if adapter_ids is None else rank
-    scratch = v.new_empty(stages, width) if t is not None else None
-    rows_per_id = _rows_per_id(len(g), adapter_ids)
-    with torch.cuda.device_of(g):
-        _device_code().update_backward_kernel[(programs,)](
-            g, g0, basis, v, projection, t, adapter_ids, scratch,
-            g.stride(0), len(g), features, v.shape[-1], tiles_per_program, rows_per_id, len(v),
-            **_tile_constants(launch, features, rank, projection, adapter_ids),
-            NEED_G0=g0.numel() > 0, NEED_DV=t is not None,
-            **_options(launch.threads, adapter_ids),
+    x, out = source.rows, source.rows if target is None else target.rows
+    rows, rank = len(x), len(source.factor)
+    tile = _tile(source, target, onto)
+    tiles_per_program, programs = _split(rows, tile.rows)
+    written, factor = (None, None) if target is None else target
+    with torch.cuda.device_of(x):
+        _device_code().rows_kernel[(programs,)](
+            x, written, source.factor, factor, v, projection, offset, bias, adapter_ids, t, kept,
+            x.stride(0), out.stride(0), rows, x.shape[1], out.shape[1], v.shape[-1], tiles_per_program,
+            _rows_per_id(rows, adapter_ids), len(v),
+            R=rank, ROWS=tile.rows, BLOCK=tile.block, BLOCK_U=_block_u(len(projection), rank),
+            SINGLE=onto is Onto.SOURCE and target is not None and x.shape[1] <= tile.block, ONTO=int(onto),
+            TRANSPOSED=transposed, ONLY_FINITE=not transposed and onto is Onto.SOURCE,
+            IN_PLACE=target is source or onto is Onto.TARGET, LORA_XS=projection.dim() == 2,
+            HAS_OFFSET=offset is not None, HAS_BIAS=bias is not None, HAS_IDS=adapter_ids is not None,
+            WRITES=target is not None, KEEPS=kept is not None and t is None, NEED_DV=t is not None,
+            **_options(tile.threads, adapter_ids),
         )  # fmt: skip
-        if t is None:
-            return
-        adapters = 1 if adapter_ids is None else len(v)
-        block_u = _block_u(v.shape[-1], rank)
-        _device_code().reduce_dv_kernel[(-(-v.shape[-1] // block_u) if projection.dim() == 3 else 1, adapters)](
-            scratch, t, adapter_ids, projection, dv,
-            stages, v.shape[-1], rows_per_id, len(v),
-            R=rank, BLOCK_N=1024 // rank**2, BLOCK_U=block_u,
-            LORA_XS=projection.dim() == 2, HAS_IDS=adapter_ids is not None,
-            **_options(128, adapter_ids),
-        )  # fmt: skip
+
+
+def _tile(source: Side, target: Side | None, onto: Onto) -> LaunchParameters:
+    rank, features = source.factor.shape
+    if onto is Onto.SOURCE and target is not None:
+        return launch_parameters(features, rank)
+    return STREAMING[rank]
 
 
 def update_parts(
@@ -303,8 +409,17 @@ def _part_parameters(ends: Sequence[int], rank: int) -> LaunchParameters:
 def _part_constants(
     launch: LaunchParameters, ends: Sequence[int], projection: Tensor, adapter_ids: Tensor | None
 ) -> dict[str, Any]:
-    constants = _tile_constants(launch, _widest(ends), projection.shape[-1], projection[0], adapter_ids)
-    return {**constants, "PARTS": len(ends)}
+    rank = projection.shape[-1]
+    return dict(
+        PARTS=len(ends),
+        R=rank,
+        ROWS=launch.rows,
+        BLOCK_D=launch.block,
+        BLOCK_U=_block_u(projection.shape[1], rank),
+        SINGLE=_widest(ends) <= launch.block,
+        LORA_XS=projection.dim() == 3,
+        HAS_IDS=adapter_ids is not None,
+    )
 
 
 def _adapters(v: Tensor, adapter_ids: Tensor | None) -> int:
@@ -325,20 +440,6 @@ def _block_u(numbers: int, rank: int) -> int:
 
 def _rows_per_id(rows: int, adapter_ids: Tensor | None) -> int:
     return 1 if adapter_ids is None else rows // len(adapter_ids)
-
-
-def _tile_constants(
-    launch: LaunchParameters, features: int, rank: int, projection: Tensor, adapter_ids: Tensor | None
-) -> dict[str, int | bool]:
-    return dict(
-        R=rank,
-        ROWS=launch.rows,
-        BLOCK_D=launch.block,
-        BLOCK_U=_block_u(len(projection), rank),
-        SINGLE=features <= launch.block,
-        LORA_XS=projection.dim() == 2,
-        HAS_IDS=adapter_ids is not None,
-    )
 
 
 def _options(threads: int, adapter_ids: Tensor | None) -> dict[str, int | bool]:

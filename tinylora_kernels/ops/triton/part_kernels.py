@@ -7,7 +7,7 @@ it is; what a tile loads beyond the end of its part is zero, and nothing is stor
 import triton
 import triton.language as tl
 
-from .kernels import _adapter_ids, _add_delta, _load_rows, _mixing, _project, _store_rows
+from .kernels import _adapter_ids, _add_term, _coefficients, _finite, _load_rows, _mixing, _store_rows
 
 
 @triton.jit
@@ -17,12 +17,6 @@ def _chosen(numbers, PARTS: tl.constexpr):
     for p in tl.static_range(1, PARTS):
         chosen = tl.where(tl.program_id(1) == p, numbers[p], chosen)
     return chosen
-
-
-@triton.jit
-def _finite(y):
-    """What is not finite in y0 counts as zero in t: it stays in its own element."""
-    return tl.where(y - y == 0.0, y, 0.0)
 
 
 @triton.jit
@@ -64,15 +58,15 @@ def update_parts_kernel(
             t = tl.zeros([ROWS, R], tl.float32)
             for start in range(0, E, BLOCK_D):
                 x = _load_rows(x_ptr, x_stride, rows, row_ok, start + block, E)
-                t += _project(x, right_ptr + part * R * E, start + block, E, R)
+                t += _coefficients(x, right_ptr + part * R * E, start + block, E, R)
         elif SINGLE:
             y = _load_rows(y_ptr, y_stride, rows, row_ok, begin + block, end)  # [ROWS, BLOCK_D]
-            t = _project(_finite(y), basis_ptr, begin + block, D, R)  # [ROWS, R]
+            t = _coefficients(_finite(y), basis_ptr, begin + block, D, R)  # [ROWS, R]
         else:
             t = tl.zeros([ROWS, R], tl.float32)
             for start in range(begin, end, BLOCK_D):
                 y = _load_rows(y_ptr, y_stride, rows, row_ok, start + block, end)
-                t += _project(_finite(y), basis_ptr, start + block, D, R)
+                t += _coefficients(_finite(y), basis_ptr, start + block, D, R)
         if HAS_OFFSET:
             t -= tl.load(offset_ptr + part * R + rank)[None, :]
         tl.store(t_ptr + rows.to(tl.int64)[:, None] * R + rank[None, :], t, mask=row_ok[:, None])
@@ -87,14 +81,14 @@ def update_parts_kernel(
 
         # y = y0 + s U^T
         if SINGLE and not HAS_X:
-            y = _add_delta(y, s, basis_ptr, begin + block, D, R)
+            y = _add_term(y, s, basis_ptr, begin + block, D, R)
             if HAS_BIAS:
                 y += tl.load(bias_ptr + begin + block, mask=begin + block < end, other=0.0).to(tl.float32)[None, :]
             _store_rows(y_ptr, y_stride, rows, row_ok, begin + block, end, y)
         else:
             for start in range(begin, end, BLOCK_D):
                 y = _load_rows(y_ptr, y_stride, rows, row_ok, start + block, end)
-                y = _add_delta(y, s, basis_ptr, start + block, D, R)
+                y = _add_term(y, s, basis_ptr, start + block, D, R)
                 if HAS_BIAS:
                     y += tl.load(bias_ptr + start + block, mask=start + block < end, other=0.0).to(tl.float32)[None, :]
                 _store_rows(y_ptr, y_stride, rows, row_ok, start + block, end, y)
@@ -136,12 +130,12 @@ def update_parts_backward_kernel(
         # a = g U
         if SINGLE:
             g = _load_rows(g_ptr, g_stride, rows, row_ok, begin + block, end)  # [ROWS, BLOCK_D]
-            a = _project(g, basis_ptr, begin + block, D, R)  # [ROWS, R]
+            a = _coefficients(g, basis_ptr, begin + block, D, R)  # [ROWS, R]
         else:
             a = tl.zeros([ROWS, R], tl.float32)
             for start in range(begin, end, BLOCK_D):
                 g = _load_rows(g_ptr, g_stride, rows, row_ok, start + block, end)
-                a += _project(g, basis_ptr, start + block, D, R)
+                a += _coefficients(g, basis_ptr, start + block, D, R)
 
         if NEED_DV and HAS_IDS:
             tl.store(scratch_ptr + rank_at, a, mask=row_ok[:, None])
@@ -160,12 +154,12 @@ def update_parts_backward_kernel(
 
             # g0 = g + s U^T
             if SINGLE:
-                g = _add_delta(g, s, basis_ptr, begin + block, D, R)
+                g = _add_term(g, s, basis_ptr, begin + block, D, R)
                 _store_rows(g0_ptr, D, rows, row_ok, begin + block, end, g)
             else:
                 for start in range(begin, end, BLOCK_D):
                     g = _load_rows(g_ptr, g_stride, rows, row_ok, start + block, end)
-                    g = _add_delta(g, s, basis_ptr, start + block, D, R)
+                    g = _add_term(g, s, basis_ptr, start + block, D, R)
                     _store_rows(g0_ptr, D, rows, row_ok, start + block, end, g)
 
     if NEED_DV and not HAS_IDS:
