@@ -74,12 +74,12 @@ def test_the_architecture_names_every_room_and_no_other():
 def test_the_tests_mirror_the_house():
     """A test stands in the folder named as what it tests: a room, a module of the package or a folder beside it.
 
-    sim/ runs GPU code without a GPU, guarantees/ holds what docs/guarantees.md promises; files beside the folders are
-    shared by them, and this one is about the whole.
+    sim/ runs GPU code without a GPU, gpu/ with one, guarantees/ holds what docs/guarantees.md promises; files beside
+    the folders are shared by them, and this one is about the whole.
     """
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     nested = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/*/__init__.py")}
-    known = ROOMS | nested | {name.removesuffix(".py") for name in MODULES} | BESIDE | {"sim", "guarantees"}
+    known = ROOMS | nested | {name.removesuffix(".py") for name in MODULES} | BESIDE | {"sim", "gpu", "guarantees"}
     assert {folder.as_posix() for folder in folders} - {"."} <= known
     assert [path.name for path in (ROOT / "tests").glob("test_*.py")] == [Path(__file__).name]
 

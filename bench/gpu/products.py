@@ -75,12 +75,12 @@ class Side:
             a = self.x[0].float() @ self.near[0].T
             self._expect("dv", self.dv, torch.einsum("ijk,jk->i", self.projection, a.T @ self.saved))
         else:
-            self._expect("t", self.t[0][at], t)
+            self._expect("t", self.t[0][at], t, limit=3e-2)  # of y as it is rounded; of one row it may be small
 
     @staticmethod
-    def _expect(name: str, found: Tensor, truth: Tensor) -> None:
+    def _expect(name: str, found: Tensor, truth: Tensor, limit: float = 1e-2) -> None:
         error = float((found - truth).norm() / truth.norm())
-        if not error < 1e-2:
+        if not error < limit:
             raise ValueError(f"wrong {name}: error {error:.2e}")
 
 
