@@ -229,7 +229,7 @@ BAD_STEPS = {
     "rewards: 1 of 4 are not finite": lambda s: s | {"rewards": [1.0, 0.0, 1.0, float("nan")]},
     "mask: expected the shape": lambda s: s | {"mask": torch.ones(4)},
     "mask: expected booleans": lambda s: s | {"mask": torch.full((4, 2), 0.5)},
-    "mask: it selects no token": lambda s: s | {"mask": torch.zeros(4, 2)},
+    "rewards: expected one number per completion, found None at 1": lambda s: s | {"rewards": [1.0, None, 0.0, 1.0]},
     "mask: log_probs are sums": lambda s: {
         "log_probs": s["log_probs"].sum(1), "old_log_probs": None, "rewards": s["rewards"], "mask": torch.ones(4)
     },

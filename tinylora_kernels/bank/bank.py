@@ -30,6 +30,7 @@ from .ids import BARE, check_name, ids_of
 from .rows import Layouts, watch
 from .seeds import OwnProjections
 from .selection import Selection
+from .tenancy import hand_on
 
 
 class AdapterBank:
@@ -93,6 +94,7 @@ class AdapterBank:
             table = torch.zeros(capacity, v.numel(), dtype=dtype, device=v.device)
             self.tables[group] = nn.Parameter(table) if trainable else table
         self._slots: dict[Hashable, int] = {}
+        self._used: set[int] = set()  # slots that had an adapter once
         self._free = list(range(capacity))  # a heap: the lowest slot is handed out first
         self._live = torch.zeros(capacity, dtype=torch.bool, device="cpu")
         self._lock = threading.Lock()
@@ -175,6 +177,9 @@ class AdapterBank:
             slot = self._free[0]
             self._write(name, slot, vectors, seed)
             heapq.heappop(self._free)
+            if slot in self._used:
+                hand_on(self.parameters(), slot)
+            self._used.add(slot)
             self._slots[name] = slot
             self._live[slot] = True
         return slot

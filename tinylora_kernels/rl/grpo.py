@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..common.finite import finite_number
+from ..common.words import one_line
 from ..model.adapted import adapted_layers, adapter_disabled
 from .trainer import VectorTrainer, check_log_probs, check_mask
 
@@ -139,7 +140,7 @@ class GRPOTrainer(VectorTrainer):
         Args:
             log_probs: [B, T] per token, or [B] sums over each sequence (the ratio is then the sequence's); with grad.
             old_log_probs: same shape, of the policy at the start of the batch; None means on-policy (ratio 1).
-            rewards: [B], any number type or a list; B divisible by ``group_size``.
+            rewards: [B], any number type or a list; B divisible by ``group_size``. None is not a reward.
             mask: [B, T] booleans or 0/1, 1 for completion tokens; default all.  Values outside it are never read.
             ref_log_probs: same shape, of the reference model (see ``reference``); needed when ``kl_coeff`` > 0.
             rollout_log_probs: same shape, as the sampler reported them, when it ran other weights than the trainer
@@ -152,11 +153,10 @@ class GRPOTrainer(VectorTrainer):
         Raises:
             ValueError: an argument does not fit; one line that names it.  Nothing has changed then.
         """
-        loss, metrics = self.loss(
-            log_probs, old_log_probs, rewards,
-            mask=mask, ref_log_probs=ref_log_probs, rollout_log_probs=rollout_log_probs,
+        loss, metrics, tokens = self._loss(
+            log_probs, old_log_probs, rewards, mask, ref_log_probs, rollout_log_probs
         )  # fmt: skip
-        norm = self._apply(loss)
+        norm = self._apply(loss, tokens if self.loss_type == "dapo" else len(log_probs))
         return {**metrics, "grad_norm": norm, "steps": self.steps}
 
     def loss(
@@ -170,6 +170,19 @@ class GRPOTrainer(VectorTrainer):
         rollout_log_probs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """What ``training_step`` minimises, a scalar with a graph, and its metrics; the same arguments and errors."""
+        loss, metrics, _ = self._loss(log_probs, old_log_probs, rewards, mask, ref_log_probs, rollout_log_probs)
+        return loss, metrics
+
+    def _loss(
+        self,
+        log_probs: torch.Tensor,
+        old_log_probs: torch.Tensor | None,
+        rewards: torch.Tensor,
+        mask: torch.Tensor | None,
+        ref_log_probs: torch.Tensor | None,
+        rollout_log_probs: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, float], float]:
+        """The loss, its metrics, and the tokens it is of; sequences where log_probs are sums."""
         self._require_trainable(log_probs)
         selected = check_mask(mask, log_probs)
         check_log_probs("log_probs", log_probs, log_probs.shape, selected)
@@ -216,7 +229,8 @@ class GRPOTrainer(VectorTrainer):
         bound_hit = ((ratio > 1.0 + self.clip_eps_high) & (advantage > 0)) | (
             (ratio < 1.0 - self.clip_eps) & (advantage < 0)
         )
-        count = keep.sum()
+        tokens_kept = keep.sum()
+        count = tokens_kept.clamp(min=1.0)
         with torch.no_grad():
             metrics = {
                 "loss": loss,
@@ -230,11 +244,12 @@ class GRPOTrainer(VectorTrainer):
                 "tis_weight_mean": (weight.clamp(max=self.tis_cap) * keep).sum() / count,
                 "tis_capped_fraction": ((weight > self.tis_cap) * keep).sum() / count,
             }
-            values = torch.stack([value.detach().to(dtype) for value in metrics.values()]).tolist()  # one transfer
-        return loss, dict(zip(metrics, values, strict=True))
+            scalars = [*metrics.values(), tokens_kept]
+            values = torch.stack([value.detach().to(dtype) for value in scalars]).tolist()  # one transfer
+        return loss, dict(zip(metrics, values[:-1], strict=True)), values[-1]
 
     def _check_rewards(self, rewards, log_probs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rewards = torch.as_tensor(rewards, device=log_probs.device).detach().to(dtype)
+        rewards = reward_numbers(rewards, log_probs.device).to(dtype)
         batch = log_probs.shape[0]
         if rewards.shape != (batch,):
             raise ValueError(f"rewards: expected one per completion [{batch}], found {list(rewards.shape)}")
@@ -248,5 +263,22 @@ class GRPOTrainer(VectorTrainer):
         """[B, T] -> scalar, see ``loss_type``; a sequence without tokens counts as zero."""
         if self.loss_type == "grpo":
             return ((per_token * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1.0)).mean()
-        divisor = keep.sum() if self.loss_type == "dapo" else keep.shape[0] * cast(int, self.max_tokens)
+        tokens = keep.sum().clamp(min=1.0)
+        divisor = tokens if self.loss_type == "dapo" else keep.shape[0] * cast(int, self.max_tokens)
         return (per_token * keep).sum() / divisor
+
+
+def reward_numbers(rewards: object, device: torch.device) -> torch.Tensor:
+    """Rewards as a tensor; ValueError where one of them is no number, as of a reward function that has none to give."""
+    try:
+        numbers = torch.as_tensor(rewards, device=device).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        listed = rewards if isinstance(rewards, (list, tuple)) else []
+        if empty := [index for index, reward in enumerate(listed) if reward is None]:
+            found = f"None at {empty[0]} ({len(empty)} of {len(listed)}); give a number, or leave its whole group out"
+        else:
+            found = f"a {type(rewards).__name__}: {one_line(error)}"
+        raise ValueError(f"rewards: expected one number per completion, found {found}") from None
+    if numbers.is_complex():
+        raise ValueError("rewards: expected one number per completion, found complex numbers")
+    return numbers

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import AdapterBank
-from .grpo import GRPOTrainer
+from .grpo import GRPOTrainer, reward_numbers
 from .sft import negative_log_likelihood
 from .trainer import check_adam
 
@@ -199,7 +199,9 @@ class PopulationGRPO(PopulationTrainer):
         Raises:
             ValueError: an argument does not fit or a gradient is not finite; nothing has changed then.
         """
-        rewards = torch.as_tensor(rewards, device=log_probs.device)
+        rewards = reward_numbers(rewards, log_probs.device)
+        if rewards.shape != (len(log_probs),):
+            raise ValueError(f"rewards: expected one per completion [{len(log_probs)}], found {list(rewards.shape)}")
 
         def loss_of(own: list[int]) -> tuple[Tensor, dict]:
             chosen = {key: None if value is None else value[own] for key, value in dict(mask=mask, **others).items()}

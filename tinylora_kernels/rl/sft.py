@@ -56,7 +56,7 @@ class SFTTrainer(VectorTrainer):
             raise ValueError("training_step: expected either log_probs, or logits together with labels")
         self._require_trainable(log_probs)
         loss, metrics = negative_log_likelihood(log_probs, mask)
-        norm = self._apply(loss)
+        norm = self._apply(loss, metrics["tokens"])
         return {**metrics, "grad_norm": norm, "steps": self.steps}
 
 
@@ -70,8 +70,8 @@ def negative_log_likelihood(
     if selected is not None:
         kept = kept.masked_fill(~selected, 0.0)
     count = log_probs.numel() if selected is None else int(selected.sum())
-    # loss = - sum log p / count
-    loss = -kept.sum() / count
+    # loss = - sum log p / count, 0 of no tokens
+    loss = -kept.sum() / max(count, 1)
     value = loss.detach()
     return loss, {"loss": float(value), "perplexity": float(value.exp()), "tokens": count}
 

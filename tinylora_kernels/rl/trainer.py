@@ -31,7 +31,8 @@ class VectorTrainer:
             vectors v, one per tie group.
         lr, betas, eps, weight_decay: of the Adam optimizer built here (decoupled weight decay, as in AdamW).
         max_grad_norm: clip the joint Euclidean norm of the gradient to this; None leaves it alone.
-        accumulation_steps: calls of ``training_step`` whose gradients are averaged into one optimizer step.
+        accumulation_steps: calls of ``training_step`` whose gradients make one optimizer step: that of all their
+            sequences in one batch, however unequal the numbers of tokens or sequences.
         optimizer: a ready ``torch.optim.Optimizer`` over these parameters, or a function from the list of parameters
             to one; lr, betas, eps and weight_decay are then its own business.
 
@@ -69,6 +70,7 @@ class VectorTrainer:
         self.optimizer = optimizer
         self.steps = 0  # optimizer steps taken
         self._pending = 0  # micro-steps accumulated since the last optimizer step
+        self._weight = 0.0  # of those: what their averages were divided by
 
     def state_dict(self) -> dict:
         """Optimizer state and step count; the trained numbers themselves are the model's (``save_adapter``).
@@ -117,7 +119,7 @@ class VectorTrainer:
                     raise ValueError(f"trainer state: {slot} of parameter {index} holds NaN or infinity")
         self.optimizer.load_state_dict(inner)
         self.steps = state["steps"]
-        self._pending = 0
+        self._pending, self._weight = 0, 0.0
 
     def _require_trainable(self, log_probs: torch.Tensor) -> None:
         """The log-probabilities must carry a graph; a merged model is the usual reason why they do not."""
@@ -127,18 +129,26 @@ class VectorTrainer:
                 "(not merged, adapters enabled)"
             )
 
-    def _apply(self, loss: torch.Tensor) -> float:
-        """Backward and, when the accumulation window is full, the optimizer step.  Returns the gradient norm."""
+    def _apply(self, loss: torch.Tensor, weight: float) -> float:
+        """Backward and, when the accumulation window is full, the optimizer step.  Returns the gradient norm.
+
+        Args:
+            loss: an average.
+            weight: what it was divided by, tokens or sequences; 0: there was nothing to average, and the loss is 0.
+        """
         accumulated = [p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
         try:
-            (loss / self.accumulation_steps).backward()
+            loss.backward()
             fresh = [p.grad for p in self.parameters]
             if all(g is None for g in fresh):
                 raise ValueError("log_probs: they do not depend on any trainable parameter of this trainer's model")
-            if self._pending:
-                fresh = [_sum(a, g) for a, g in zip(accumulated, fresh, strict=True)]
+            total = self._weight + weight
+            if self._pending and total:
+                # the average of all so far: g <- (W a + w g) / (W + w)
+                shares = self._weight / total, weight / total
+                fresh = [_mixed(a, g, *shares) for a, g in zip(accumulated, fresh, strict=True)]
             norm = torch.nn.utils.get_total_norm([g for g in fresh if g is not None])
             if not bool(torch.isfinite(norm)):
                 raise ValueError(f"gradient: its norm is {float(norm)}; the step was not taken")
@@ -148,21 +158,20 @@ class VectorTrainer:
             raise
         for p, gradient in zip(self.parameters, fresh, strict=True):
             p.grad = gradient
-        self._pending += 1
+        self._pending, self._weight = self._pending + 1, total
         if self._pending == self.accumulation_steps:
             if self.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.steps += 1
-            self._pending = 0
+            self._pending, self._weight = 0, 0.0
         return float(norm)
 
 
-def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _mixed(a: torch.Tensor | None, b: torch.Tensor | None, of_a: float, of_b: float) -> torch.Tensor | None:
+    parts = [gradient * share for gradient, share in ((a, of_a), (b, of_b)) if gradient is not None]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def check_log_probs(name: str, value: torch.Tensor, shape: torch.Size, mask: torch.Tensor | None) -> None:
@@ -180,8 +189,11 @@ def check_log_probs(name: str, value: torch.Tensor, shape: torch.Size, mask: tor
 
 
 def check_mask(mask: torch.Tensor | None, log_probs: torch.Tensor) -> torch.Tensor | None:
-    """The mask as booleans on the device of ``log_probs`` ([B, T]; True or 1: a completion token), or None for [B]."""
-    if log_probs.dim() not in (1, 2) or log_probs.numel() == 0:
+    """The mask as booleans on the device of ``log_probs`` ([B, T]; True or 1: a completion token), or None for [B].
+
+    It may select no token: there is nothing to learn then.
+    """
+    if log_probs.dim() not in (1, 2) or len(log_probs) == 0:
         raise ValueError(f"log_probs: expected non-empty [B] or [B, T], found {list(log_probs.shape)}")
     if log_probs.dim() == 1:
         if mask is not None:
@@ -194,6 +206,4 @@ def check_mask(mask: torch.Tensor | None, log_probs: torch.Tensor) -> torch.Tens
     selected = mask.to(log_probs.device).bool()
     if not bool((selected == mask.to(log_probs.device)).all()):
         raise ValueError("mask: expected booleans or zeros and ones")
-    if not bool(selected.any()):
-        raise ValueError("mask: it selects no token")
     return selected
