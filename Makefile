@@ -62,10 +62,11 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# The engine uses two threads beside its own processes: files one after another, a limit on each test for engines that
-# hang. constraints-vllm.txt has its versions; VLLM_PYTHON is a Python 3.11 or 3.12, which vLLM for the CPU is built for.
+# As `test`; a limit on each test for engines that hang. constraints-vllm.txt has its versions; VLLM_PYTHON is a Python
+# 3.11 or 3.12, which vLLM for the CPU is built for.
 VLLM_VENV   ?= .venv-vllm
 VLLM_PYTHON ?= $(PYTHON)
+VLLM_PYTEST_ARGS ?= -n 2 --dist loadfile
 $(VLLM_VENV)/.done: constraints-vllm.txt release/vllm.py $(SOURCES)
 	$(VLLM_PYTHON) release/vllm.py $(VLLM_VENV)
 	@touch $@
