@@ -20,8 +20,8 @@ from tinylora_kernels import rl
 ROOT = Path(__file__).parents[2]
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()
-    for folder in ("", "docs", "examples", "bench/results")
-    for page in sorted((ROOT / folder).glob("*.md"))
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "bench/results/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
 }
 BLOCKS = [
     pytest.param(page, code, id=f"{page}:{text[: found.start()].count(chr(10)) + 2}")
