@@ -16,7 +16,7 @@ from tinylora_kernels._version import __version__  # noqa: E402
 project = "tinylora_kernels"
 version = release = __version__
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md", "docs/api/*.rst", "bench/results/*.md", "examples/*.md"]
+include_patterns = ["*.md", "docs/**.md", "docs/api/*.rst", "bench/results/**.md", "examples/*.md"]
 exclude_patterns = [".*", "build", "dist", "tests", "site"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 

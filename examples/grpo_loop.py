@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help="a directory, or a hub's name")
     parser.add_argument("--out", default="adder.safetensors", help="the adapter's file")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--largest", type=int, default=20, help="of the numbers to add")
     args = parser.parse_args(argv)

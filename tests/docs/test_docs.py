@@ -20,8 +20,8 @@ from tinylora_kernels import rl
 ROOT = Path(__file__).parents[2]
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()
-    for folder in ("", "docs", "examples", "bench/results")
-    for page in sorted((ROOT / folder).glob("*.md"))
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "bench/results/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
 }
 BLOCKS = [
     pytest.param(page, code, id=f"{page}:{text[: found.start()].count(chr(10)) + 2}")
@@ -105,6 +105,7 @@ def test_the_first_steps_are_those_of_a_run(tmp_path, monkeypatch, capsys):
     for there, here in {
         '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(str(save_adder(tmp_path / "adder"))),
         "additions(20)": f"additions({LARGEST})",
+        "lr=0.003": "lr=0.02",
     }.items():
         assert there in code
         code = code.replace(there, here)
@@ -114,7 +115,7 @@ def test_the_first_steps_are_those_of_a_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adder.safetensors").is_file()
     printed = capsys.readouterr().out.splitlines()
     rewards = [float(line.split()[1]) for line in printed if re.fullmatch(r"\d+ [\d.]+", line)]
-    assert len(rewards) == 30 and sum(rewards[-5:]) > sum(rewards[:5])
+    assert len(rewards) == 10 and sum(rewards[-3:]) > sum(rewards[:3])
 
 
 @pytest.mark.parametrize("module", [tinylora_kernels, rl], ids=lambda module: module.__name__)
