@@ -10,7 +10,7 @@ import dataclasses
 import heapq
 import os
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..common import modes
 from ..common.atomic import write_atomically
 from ..common.finite import as_finite
+from ..common.interrupts import finish, undone_by
 from ..common.scope import Block, Scope
 from ..files.adapter import check_fits, describe_model, warn_of_what_is_left_out
 from ..files.format import AdapterError, encode
@@ -103,14 +104,19 @@ class AdapterBank:
         self._layers = list(layers.values())
         self._layouts = Layouts(model, layers, in_order)
         self.own_projections = OwnProjections(self._layers, capacity, trainable) if own_seeds else None
-        for layer in self._layers:
-            layer.bank = self
-        self._unwatch = watch(self, model, self._layers)
-        for name in names:
-            self.add(name)
+        self._unwatch: list[Callable[[], None]] = []
+        with undone_by(self._detach):
+            for layer in self._layers:
+                layer.bank = self
+            watch(self, model, self._layers, self._unwatch)
+            for name in names:
+                self.add(name)
 
     def close(self) -> None:
         """Detach the bank: the model is as it was before."""
+        finish(self._detach)
+
+    def _detach(self) -> None:
         for layer in self._layers:
             layer.bank = None
         for undo in self._unwatch:
@@ -176,12 +182,18 @@ class AdapterBank:
                 raise RuntimeError(f"adapter {name!r}: the bank is full ({self.capacity}); remove one first")
             slot = self._free[0]
             self._write(name, slot, vectors, seed)
-            heapq.heappop(self._free)
-            if slot in self._used:
-                hand_on(self.parameters(), slot)
-            self._used.add(slot)
-            self._slots[name] = slot
-            self._live[slot] = True
+            reused = slot in self._used
+
+            def take() -> None:
+                if self._free and self._free[0] == slot:
+                    heapq.heappop(self._free)
+                if reused:
+                    hand_on(self.parameters(), slot)
+                self._used.add(slot)
+                self._slots[name] = slot
+                self._live[slot] = True
+
+            finish(take)
         return slot
 
     @modes.outside_inference_mode
@@ -190,15 +202,24 @@ class AdapterBank:
         vectors = self._check_vectors(name, vectors)
         with self._lock:
             slot = self.slot(name)
-            self._write(name, slot, vectors, self._seed(slot))
+            finish(lambda: self._write(name, slot, vectors, self._seed(slot)))
 
     def remove(self, name: Hashable) -> None:
         """Take an adapter out; blocks already open keep it, later ones refuse it."""
         with self._lock:
             slot = self.slot(name)
-            del self._slots[name]
-            self._live[slot] = False
-            heapq.heappush(self._free, slot)
+
+            tried = False
+
+            def give_back() -> None:
+                nonlocal tried
+                self._slots.pop(name, None)
+                self._live[slot] = False
+                if not (tried and slot in self._free):  # looked for, among all, after an interrupt alone
+                    tried = True
+                    heapq.heappush(self._free, slot)
+
+            finish(give_back)
 
     @modes.outside_inference_mode
     def load(self, name: Hashable, path: str | os.PathLike[str]) -> int:

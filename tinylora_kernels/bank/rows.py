@@ -234,14 +234,15 @@ def _is_same_in_each(content: Tensor, n: int) -> bool:
     return bool(same & (each[1:, 0] != each[:-1, 0]).any(-1).all())
 
 
-def watch(bank: Any, model: nn.Module, layers: Iterable[TinyLoRALayer]) -> list[Callable[[], None]]:
-    """Have the model tell the bank's open block what it is called with; what undoes it.
+def watch(bank: Any, model: nn.Module, layers: Iterable[TinyLoRALayer], undo: list[Callable[[], None]]) -> None:
+    """Have the model tell the bank's open block what it is called with; `undo` takes what undoes it.
 
     The model is every module that holds all adapted layers: what stands around it, or inside, may be called as well.
     """
     every = set(layers)
     whole = (module for module in model.modules() if set(_layers_of(module)) == every)
-    return [module.register_forward_pre_hook(_Watch(weakref.ref(bank)), with_kwargs=True).remove for module in whole]
+    for module in whole:
+        undo.append(module.register_forward_pre_hook(_Watch(weakref.ref(bank)), with_kwargs=True).remove)
 
 
 @dataclass(eq=False)

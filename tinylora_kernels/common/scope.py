@@ -11,12 +11,14 @@ import ctypes
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 
 import torch
+
+from .interrupts import followed_by
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
@@ -60,18 +62,19 @@ class Scope:
         """Hold the block for a ``with`` statement of the caller, through any number of contextlib's managers."""
         block.opener, block.thread = _opener(), threading.get_ident()
         block.outer = self.innermost.get()
-        self._change(self._open.append, block)
-        self._put(block)
-        try:
+        with followed_by(lambda: self._end(block)):
+            self._change(block, is_open=True)
+            self._put(block)
             yield
-        finally:
-            block.ended = True
-            self._change(self._open.remove, block)
-            block.opener = None  # its frame refers to the block
-            remaining = self.innermost.get()
-            while remaining is not None and remaining.ended:
-                remaining = remaining.outer
-            self._put(remaining)
+
+    def _end(self, block: Block) -> None:
+        block.ended = True
+        self._change(block, is_open=False)
+        block.opener = None  # its frame refers to the block
+        remaining = self.innermost.get()
+        while remaining is not None and remaining.ended:
+            remaining = remaining.outer
+        self._put(remaining)
 
     def now(self) -> Block | None:
         """The block that the calling code stands in; None outside.
@@ -91,9 +94,10 @@ class Scope:
             )
         return block
 
-    def _change(self, change: Callable[[Block], None], block: Block) -> None:
+    def _change(self, block: Block, is_open: bool) -> None:
         with self._lock:
-            change(block)
+            if is_open != (block in self._open):
+                (self._open.append if is_open else self._open.remove)(block)
             self.is_open = bool(self._open)
             self.by_generators = any(block.of_generator for block in self._open)
 

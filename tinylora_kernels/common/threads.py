@@ -14,6 +14,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from .interrupts import followed_by
+
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
@@ -38,17 +40,18 @@ def one_thread_each() -> Iterator[Run]:
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
-    if pool is not None:
-        torch.set_num_threads(1)
 
     def run(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
         if pool is None or len(arguments) < 2:
             return serial(function, arguments)
         return list(pool.map(function, arguments))
 
-    try:
-        yield run
-    finally:
+    def put_back() -> None:
         if pool is not None:
-            pool.shutdown()
             torch.set_num_threads(threads)
+            pool.shutdown()
+
+    with followed_by(put_back):
+        if pool is not None:
+            torch.set_num_threads(1)
+        yield run

@@ -24,7 +24,7 @@ from ..common.words import listed, one_line
 from ..factors.cache import weight_fingerprint
 from ..factors.modules import factorize_modules
 from ..factors.svd import SKETCH_TOLERANCE, Factors, basis_sketch, compare_sketch
-from ..layers.layer import TinyLoRALayer
+from ..layers.layer import TinyLoRALayer, kept_unless_done
 from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig, by_names, is_literal
 from ..method.parts import row_slices
 from ..method.tying import assign_groups
@@ -169,8 +169,7 @@ def _load_into_bare(
     factors = stored | computed
     _check_bases({name: factors[name].basis for name in names}, adapter)
 
-    attach(model, config, names, groups, factors)
-    _set_vectors(adapted_layers(model), adapter.v)
+    attach(model, config, names, groups, factors, adapter.v)
 
 
 def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
@@ -196,10 +195,11 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
 def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
     layers = adapted_layers(model)
     check_fits(layers, adapter)
-    for layer, module in zip(layers.values(), adapter.modules, strict=True):
-        if module.stored:
-            layer.set_factors(*module.stored)
-    _set_vectors(layers, adapter.v)
+    with kept_unless_done(layers.values()):
+        for layer, module in zip(layers.values(), adapter.modules, strict=True):
+            if module.stored:
+                layer.set_factors(*module.stored)
+        _set_vectors(layers, adapter.v)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, KeysView, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -32,6 +32,7 @@ from ..base.kinds import is_linear_like, kind_of, weight_matrix
 from ..base.weights import PLAIN, bias_offset
 from ..base.witness import Witness, witness
 from ..common import modes
+from ..common.interrupts import finish, undone_by
 from ..common.scope import Block, Scope
 from ..functional import tiny_lora_update
 from ..linear.plan import has_hooks, is_bare_product
@@ -451,16 +452,9 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]} is merged; call unmerge_adapter() first")
-    for name, layer in layers.items():
-        if type(layer) in LAYERS and _why_not_layer(layer) is None:
-            layer.__class__ = LAYERS[type(layer)]
-            layer._tinylora = _State(name, hook=layer.register_load_state_dict_post_hook(_refresh))
-            if all(layer._why_not(name) for name in layer._adapters()):
-                _restore(layer)
-    for module in list(model.modules()):
-        if type(module) in MODELS:
-            module.__class__ = MODELS[type(module)]
-
+    before = {module for module in model.modules() if type(module) in ORIGINALS}
+    with undone_by(lambda: _restore_all(module for module in model.modules() if module not in before)):
+        _accelerate(model, layers)
     left = {name: reason for name, reason in acceleration_report(model).items() if reason}
     if left:
         first = next(iter(left))
@@ -471,11 +465,22 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
     return model
 
 
+def _accelerate(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> None:
+    for name, layer in layers.items():
+        if type(layer) in LAYERS and _why_not_layer(layer) is None:
+            layer._tinylora = _State(name)
+            layer._tinylora.hook = layer.register_load_state_dict_post_hook(_refresh)
+            layer.__class__ = LAYERS[type(layer)]
+            if all(layer._why_not(name) for name in layer._adapters()):
+                _restore(layer)
+    for module in list(model.modules()):
+        if type(module) in MODELS:
+            module.__class__ = MODELS[type(module)]
+
+
 def deaccelerate_peft(model: nn.Module) -> nn.Module:
     """Give every layer PEFT's own forward back; undoes accelerate_peft. Returns the same model."""
-    for module in list(model.modules()):
-        if type(module) in ORIGINALS:
-            _restore(module)
+    finish(lambda: _restore_all(model.modules()))
     return model
 
 
@@ -523,11 +528,19 @@ def _why_not_adapters(layer: BaseTunerLayer) -> str | None:
     return next(filter(None, reasons), None)
 
 
+def _restore_all(modules: Iterable[nn.Module]) -> None:
+    for module in list(modules):
+        if type(module) in ORIGINALS or isinstance(vars(module).get("_tinylora"), _State):
+            _restore(module)
+
+
 def _restore(module: nn.Module) -> None:
-    module.__class__ = ORIGINALS[type(module)]
-    state = vars(module).pop("_tinylora", None)
+    state = vars(module).get("_tinylora")
+    module.__class__ = ORIGINALS.get(type(module), type(module))
     if state is not None:
-        state.hook.remove()
+        if state.hook is not None:
+            state.hook.remove()
+        vars(module).pop("_tinylora")
 
 
 def _refresh(layer: _Accelerated, incompatible_keys) -> None:

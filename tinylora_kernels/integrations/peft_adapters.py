@@ -24,7 +24,7 @@ from ..base.kinds import is_linear_like, kind_of, weight_matrix
 from ..base.names import inside, named_modules, submodule
 from ..factors.svd import Factors
 from ..files.adapter import warn_of_what_is_left_out
-from ..layers.layer import TinyLoRALayer
+from ..layers.layer import TinyLoRALayer, kept_unless_done
 from ..model.adapted import adapted_layers
 from ..model.attach import attach
 from ..model.merging import is_merged
@@ -172,8 +172,10 @@ def is_from_peft(model: nn.Module) -> bool:
 def load_peft_vectors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Copy the vectors of a directory that to_peft wrote from this model back into it."""
     _, tensors = _read(Path(directory))
-    for layer in adapted_layers(model).values():
-        layer.v.copy_(tensors[f"base_model.tinylora_v.{layer.group}"])
+    layers = adapted_layers(model).values()
+    with kept_unless_done(layers):
+        for layer in layers:
+            layer.v.copy_(tensors[f"base_model.tinylora_v.{layer.group}"])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from ..base.attributes import weight_of
 from ..base.names import inside
 from ..base.weights import is_sharded
 from ..common.atomic import write_atomically
+from ..common.interrupts import finish, followed_by
 from ..common.words import listed
 from ..files.adapter import describe_model, load_adapter, warn_of_what_is_left_out
 from ..files.format import encode
@@ -99,8 +100,13 @@ class AdaptedTuner(nn.Module):
                 "all adapters of an adapted model are of the config it was adapted with"
             )
         copies = {name: owner.v.detach().clone() for name, owner in self._owners().items()}
-        self._vectors[adapter_name] = {name: nn.Parameter(v, requires_grad=False) for name, v in copies.items()}
-        self.peft_config[adapter_name] = own
+        vectors = {name: nn.Parameter(v, requires_grad=False) for name, v in copies.items()}
+
+        def add() -> None:
+            self._vectors[adapter_name] = vectors
+            self.peft_config[adapter_name] = own
+
+        finish(add)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Put another adapter's vectors in place; those of the adapter that was active keep their identity.
@@ -109,21 +115,24 @@ class AdaptedTuner(nn.Module):
         """
         name = self._one(adapter_name)
         owners = self._owners()
-        if name != self.active_adapter:
-            vectors = self._vectors.pop(name)
-            self._vectors[self.active_adapter] = {layer: owner.v for layer, owner in owners.items()}
-            for layer, v in vectors.items():
+        vectors = {adapter: self.vectors(adapter) for adapter in self.peft_config}
+
+        def change() -> None:
+            for layer, v in vectors[name].items():
                 owners[layer].v = v
+            self._vectors = {adapter: own for adapter, own in vectors.items() if adapter != name}
             self.active_adapter = name
-        for adapter in self.peft_config:
-            self.set_requires_grad(adapter, adapter == name and not inference_mode)
+            for adapter in self.peft_config:
+                self.set_requires_grad(adapter, adapter == name and not inference_mode)
+
+        finish(change)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter that is not active."""
         name = self._one(adapter_name)
         if name == self.active_adapter:
             raise ValueError(f"adapter_name: {name!r} is active; set_adapter another one first, or unload()")
-        del self._vectors[name], self.peft_config[name]
+        finish(lambda: (self._vectors.pop(name, None), self.peft_config.pop(name, None)))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train the vectors of these adapters, or not."""
@@ -151,8 +160,12 @@ class AdaptedTuner(nn.Module):
         layers = adapted_layers(self.model)
         if any(map(is_merged, layers.values())):
             raise ValueError("model: its update is merged into the weights; call unmerge(model) first")
-        for layer in layers.values():
-            layer.enabled = enabled
+
+        def switch() -> None:
+            for layer in layers.values():
+                layer.enabled = enabled
+
+        finish(switch)
 
     # What a rollout engine is shown
 
@@ -409,13 +422,15 @@ class AdaptedModel(PeftModel):
         """The adapter's vectors in the layers for the duration, and nobody's requires_grad changed."""
         before = self.active_adapter
         required = {id(v): (v, v.requires_grad) for name in self.peft_config for v in self._vectors_of(name)}
-        try:
-            self.set_adapter(adapter_name)
-            yield
-        finally:
+
+        def put_back() -> None:
             self.set_adapter(before)
             for v, was in required.values():
                 v.requires_grad_(was)
+
+        with followed_by(put_back):
+            self.set_adapter(adapter_name)
+            yield
 
     def _vectors_of(self, adapter_name: str) -> list[nn.Parameter]:
         return list(self.base_model.vectors(adapter_name).values())

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
@@ -17,6 +18,7 @@ from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
 from ..common import modes
 from ..common.finite import as_finite
+from ..common.interrupts import undone_by
 from ..common.scope import Scope
 from ..factors.svd import SKETCH_COLUMNS, SKETCH_TOLERANCE, basis_sketch, compare_sketch
 from ..functional import tiny_lora_linear, tiny_lora_update
@@ -344,6 +346,21 @@ class TinyLoRALayer(nn.Module):
         self.projection.copy_(projection)
         self.take_witness()
 
+    def keep(self) -> Callable[[], None]:
+        """What puts the vector and the factors back as they are now."""
+        names = [name for name in ("basis", "sigma", "projection", "v") if name in (*self._buffers, *self._parameters)]
+        tensors = [(getattr(self, name).detach(), getattr(self, name).detach().clone()) for name in names]
+        state = {name: self.__dict__[name] for name in ("degenerate", "_adapted_to", "_in_doubt")}
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for tensor, was in tensors:
+                tensor.copy_(was)
+            self.__dict__.update(state, _plan=None, _right=None)
+            note_change()
+
+        return put_back
+
     def extra_repr(self) -> str:
         rank, features = self.basis.shape
         return f"rank={rank}, out_features={features}, group={self.group}, trained={self.v.numel()}"
@@ -391,6 +408,19 @@ def finite_projection(
     """
     projection = method.projection(index, sigma, kind_of(base).lookup)
     return as_finite(f"{name}: its projection, alpha times ratios of singular values", projection, dtype)
+
+
+@contextmanager
+def kept_unless_done(layers: Iterable[TinyLoRALayer]) -> Iterator[None]:
+    """The layers' vectors and factors as they are, unless the block that changes them comes to its end."""
+    kept = [layer.keep() for layer in layers]
+
+    def put_back() -> None:
+        for each in kept:
+            each()
+
+    with undone_by(put_back):
+        yield
 
 
 def _doubt_what_was_loaded(layer: TinyLoRALayer, incompatible_keys) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.attributes import weight_of
 from ..base.direct_reads import warn_of_direct_reads
@@ -12,11 +12,12 @@ from ..base.experts import ExpertSlice, StackedExperts
 from ..base.names import COMPILED, is_of
 from ..common import modes
 from ..common.finite import as_finite
+from ..common.interrupts import finish, undone_by
 from ..common.words import listed
 from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
-from ..layers.layer import TinyLoRALayer, finite_projection
+from ..layers.layer import TinyLoRALayer, finite_projection, kept_unless_done
 from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
@@ -109,13 +110,15 @@ def adapt(
 
 @modes.outside_inference_mode
 def attach(
-    model: nn.Module, config: Method, names: list[str], groups: list[int], factors: Mapping[str, Factors]
-) -> nn.Module:
+    model: nn.Module, config: Method, names: list[str], groups: list[int], factors: Mapping[str, Factors],
+    vectors: Tensor | None = None,
+) -> nn.Module:  # fmt: skip
     """Replace the named modules by adapted layers; everything that can fail happens before anything is changed.
 
     Args:
         names, groups: the modules in order and the tie group of each.
         factors: the truncated SVDs.
+        vectors: v of each group, [groups, u]; default the config's.
     """
     bases = _bases(model, names)
     warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
@@ -134,7 +137,8 @@ def attach(
         basis = as_finite(f"{name}: its basis U", block_basis(factor.basis, sizes) if sizes else factor.basis)
         v: nn.Parameter | TinyLoRALayer | None = owners.get(group)
         if v is None:
-            numbers = as_finite(f"{name}: its vector v", config.initial(group), trained_dtype(config.v_dtype))
+            numbers = config.initial(group) if vectors is None else vectors[group]
+            numbers = as_finite(f"{name}: its vector v", numbers, trained_dtype(config.v_dtype))
             v = nn.Parameter(numbers.to(weight_of(base).device))
         projection = finite_projection(name, config, projection_index, factor.sigma, base, basis.dtype)
         layer = TinyLoRALayer(
@@ -147,9 +151,17 @@ def attach(
         layers[name] = layer
 
     replacements = _replacements(layers)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    replace_modules(model, replacements)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def undo() -> None:
+        replace_modules(model, {new: old for old, new in replacements.items()})
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    with undone_by(undo):
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        replace_modules(model, replacements)
     return model
 
 
@@ -176,15 +188,18 @@ def _replacements(layers: dict[str, TinyLoRALayer]) -> dict[nn.Module, nn.Module
 
 
 def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
-    """Swap modules for others wherever they are referenced, shared references included."""
+    """Swap modules for others wherever they are referenced, shared references included; done again, it changes nothing
+    but what was left.
+    """
+    new = set(replacement.values())
     for parent in list(model.modules()):
-        if parent in replacement.values():
+        if parent in new:
             continue
         for child_name, child in list(parent._modules.items()):
             if child in replacement:
-                parent._modules[child_name] = replacement[child]
-                if is_of(parent, COMPILED):  # it calls what it held when it was made
-                    parent.__setstate__(parent.__getstate__())
+                child = parent._modules[child_name] = replacement[child]
+            if child in new and is_of(parent, COMPILED):  # it calls what it held when it was made
+                parent.__setstate__(parent.__getstate__())
 
 
 @modes.outside_inference_mode
@@ -207,13 +222,15 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
     bases = {name: layer.base for name, layer in layers.items()}
     parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
     factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)
-    for name, layer in layers.items():
-        layer.set_factors(factors[name].basis, factors[name].sigma)
-        layer.degenerate = factors[name].degenerate
+    with kept_unless_done(layers.values()):
+        for name, layer in layers.items():
+            layer.set_factors(factors[name].basis, factors[name].sigma)
+            layer.degenerate = factors[name].degenerate
     return model
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:
     """Give the bare model back: the same base modules, frozen as they are; undoes apply_tiny_lora."""
-    replace_modules(model, {wrapper: wrapper.base for wrapper in wrappers(model).values()})
+    replacement: dict[nn.Module, nn.Module] = {wrapper: wrapper.base for wrapper in wrappers(model).values()}
+    finish(lambda: replace_modules(model, replacement))
     return model

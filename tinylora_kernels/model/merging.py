@@ -5,7 +5,7 @@ autocast and the precision of products are around the call.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from ..base.kinds import as_stored, write_weight
 from ..base.names import inside, named_modules
 from ..base.weights import right_factor, slabs
 from ..common.finite import as_finite
+from ..common.interrupts import finish, undone_by
 from ..common.words import described
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
@@ -66,18 +67,12 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
     merged = [name for name, layer in layers.items() if is_merged(layer)]
     if merged:
         raise ValueError(f"merge: {_some(merged)} merged already; call unmerge(model) first")
-    done = []
-    try:
+    with undone_by(lambda: _restore(layers)):
         for layer in layers.values():
             weight = layer.weight_matrix()
             layer.saved_weight = weight.to(save_to or weight.device, copy=True)
-            done.append(layer)
             write_weight(layer.base, merged_weight(layer))
             layer.enabled = False
-    except BaseException:
-        for layer in done:
-            _restore(layer)
-        raise
     return model
 
 
@@ -97,8 +92,7 @@ def unmerge(model: nn.Module) -> nn.Module:
                 f"unmerge: {name} was merged as {described(saved)} and is {described(weight)} now; "
                 "convert the model back first"
             )
-    for layer in layers.values():
-        _restore(layer)
+    finish(lambda: _restore(layers))
     return model
 
 
@@ -145,10 +139,12 @@ def original_weight(layer: TinyLoRALayer) -> Tensor:
 
 
 @torch.no_grad()
-def _restore(layer: TinyLoRALayer) -> None:
-    write_weight(layer.base, saved_weight(layer))
-    layer.saved_weight = None
-    layer.enabled = True
+def _restore(layers: Mapping[str, TinyLoRALayer]) -> None:
+    """Put the original bits back where a layer has them, and forget them last."""
+    for layer in filter(is_merged, layers.values()):
+        write_weight(layer.base, saved_weight(layer))
+        layer.enabled = True
+        layer.saved_weight = None
 
 
 def _stream(model: nn.Module, only_adapted: bool) -> Iterator[tuple[str, Tensor]]:
