@@ -7,6 +7,7 @@ the number of threads. bench/results/startup.csv has what a whole model takes.
 """
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,16 +31,34 @@ def serial(function: Callable[[Argument], Result], arguments: Sequence[Argument]
     return [function(argument) for argument in arguments]
 
 
+class _Held:
+    """How many threads of the process are inside one_thread_each, and what torch's count was before the first came.
+
+    A thread that starts meanwhile finds a count of one, which is not its own: left to it, it would stay at that.
+    """
+
+    lock = threading.Lock()
+    inside: dict[int, int] = {}  # thread -> how deep
+    before = 1
+
+
 @contextmanager
 def one_thread_each() -> Iterator[Run]:
     """Give `run(function, arguments)`, a map over torch.get_num_threads() workers; torch itself is held to one thread.
 
-    The calling thread's torch.set_num_threads is put back on leaving. Threads started inside inherit one.
+    The calling thread's torch.set_num_threads is put back on leaving, whichever threads are inside beside it. Threads
+    started inside inherit one.
     """
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads) if threads > 1 else None
-    if pool is not None:
+    own = threading.get_ident()
+    with _Held.lock:
+        threads = torch.get_num_threads()
+        if not _Held.inside:
+            _Held.before = threads
+        elif threads == 1 and own not in _Held.inside:
+            threads = _Held.before
+        _Held.inside[own] = _Held.inside.get(own, 0) + 1
         torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def run(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
         if pool is None or len(arguments) < 2:
@@ -51,4 +70,8 @@ def one_thread_each() -> Iterator[Run]:
     finally:
         if pool is not None:
             pool.shutdown()
+        with _Held.lock:
+            _Held.inside[own] -= 1
+            if not _Held.inside[own]:
+                del _Held.inside[own]
             torch.set_num_threads(threads)
