@@ -5,7 +5,7 @@ uses torch's stable ABI and no Python ABI, so one build serves every Python and 
 built, or why nothing was, is kept in tinylora_kernels/_build_record.json for `python -m tinylora_kernels`.
 
 Environment:
-    TINYLORA_BUILD_NATIVE=0         install the pure Python package
+    TINYLORA_BUILD_NATIVE=0         install the pure Python package; 1: no installation without the native library
     TINYLORA_BUILD_CUDA=0           leave the CUDA kernels out even where nvcc is found
     TINYLORA_CUDA_ARCHITECTURES     CMake's CUDA_ARCHITECTURES, e.g. "80-real;90" (default: this machine's GPUs, or a
                                     short list where there is none)
@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import site
 import subprocess
@@ -64,8 +65,8 @@ def torch_directory() -> Path:
         candidates = [Path(spec.origin).parent] if spec and spec.origin else []
         roots = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
         roots.append(site.getusersitepackages())
-        for environment in filter(None, (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"))):
-            roots += sorted(Path(environment).glob("lib/python3*/site-packages"))
+        for environment in environments():
+            roots += sorted(environment.glob("lib/python3*/site-packages"))
         candidates += [Path(root) / "torch" for root in roots]
     for directory in candidates:
         if (directory / "include/torch/csrc/stable/library.h").is_file():
@@ -74,6 +75,19 @@ def torch_directory() -> Path:
         "no torch with the stable ABI headers (2.10 or newer) in this environment",
         "pip install 'torch>=2.10' && pip install --no-build-isolation --force-reinstall --no-deps .",
     )
+
+
+def environments() -> list[Path]:
+    """Where the package may be going: the active environment, and what `uv pip install` takes where none is active, a
+    .venv here or above; then the one whose Python is first on PATH.
+    """
+    named = [os.environ.get(name) for name in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "CONDA_PREFIX")]
+    found = [Path(name) for name in named if name]
+    here = [Path(os.environ.get("PWD") or "."), Path.cwd(), ROOT]
+    found += [folder / ".venv" for start in here for folder in (start.absolute(), *start.absolute().parents)]
+    if python := shutil.which("python") or shutil.which("python3"):
+        found.append(Path(python).parent.parent)
+    return found
 
 
 def check_torch_version(directory: Path) -> str:
@@ -93,14 +107,30 @@ def find_tool(name: str, fix: str) -> str:
     raise BuildFailure(f"{name} is not on PATH", fix)
 
 
-def find_compiler() -> str:
-    if path := NODE["find_compiler"]():
-        return path
+def find_compiler() -> list[str]:
+    """The command: [launcher,] compiler, options."""
+    try:
+        if command := NODE["find_compiler"]():
+            return command
+    except NODE["CompileError"] as error:
+        raise BuildFailure(str(error), "set CXX to a C++ compiler, or unset it, then install again") from None
     raise BuildFailure(
         "no C++ compiler found",
         "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
         "then: pip install --no-build-isolation --force-reinstall --no-deps .",
     )
+
+
+def compiler_settings(command: list[str]) -> dict[str, str]:
+    """The same for CMake, which takes "ccache g++ -m64" apart."""
+    launched = len(command) > 1 and not command[1].startswith("-")
+    launcher, compiler, options = command[:launched], command[launched], command[launched + 1 :]
+    settings = {"CMAKE_CXX_COMPILER": shutil.which(compiler) or compiler}
+    if launcher:
+        settings["CMAKE_CXX_COMPILER_LAUNCHER"] = launcher[0]
+    if options:
+        settings["CMAKE_CXX_FLAGS"] = shlex.join(options)
+    return settings
 
 
 def find_nvcc() -> str | None:
@@ -165,8 +195,9 @@ def build_native(destination: Path) -> dict:
         record["torch"] = check_torch_version(torch)
         cmake = find_tool("cmake", f"pip install cmake && {retry}")
         find_tool("ninja", f"pip install ninja && {retry}")
-        settings = {"TINYLORA_TORCH_DIR": str(torch), "CMAKE_CXX_COMPILER": find_compiler()}
-        record["compiler"] = settings["CMAKE_CXX_COMPILER"]
+        compiler = find_compiler()
+        settings = {"TINYLORA_TORCH_DIR": str(torch), **compiler_settings(compiler)}
+        record["compiler"] = shlex.join(compiler)
         log = destination / "_build.log"
         log.unlink(missing_ok=True)
         if nvcc := find_nvcc():
@@ -183,12 +214,14 @@ def build_native(destination: Path) -> dict:
             run_cmake(cmake, settings, log)
         record["library"] = True
         log.unlink()
-        record["node_reason"] = build_node(torch, destination, record["compiler"])
+        record["node_reason"] = build_node(torch, destination, compiler)
     except BuildFailure as failure:
         record |= {"reason": failure.reason, "fix": failure.fix}
     except subprocess.CalledProcessError as error:
         record |= {"reason": f"the build failed: {first_error(error.output)}", "fix": f"{retry} -v  # shows the log"}
         print(error.output, file=sys.stderr)
+    if not record["library"] and os.environ.get("TINYLORA_BUILD_NATIVE") == "1":
+        raise SystemExit(f"tinylora-kernels: no native library: {record['reason']}; to change that: {record['fix']}")
     if not record["library"]:
         announce([
             "no native library: " + record["reason"],
@@ -199,7 +232,7 @@ def build_native(destination: Path) -> dict:
     return record
 
 
-def build_node(torch: Path, destination: Path, compiler: str) -> str | None:
+def build_node(torch: Path, destination: Path, compiler: list[str]) -> str | None:
     """Compile the C++ autograd node; None, or why layers will run the one in Python instead."""
     if os.environ.get("TINYLORA_BUILD_NODE", "1") == "0":
         return "switched off by TINYLORA_BUILD_NODE=0"

@@ -134,11 +134,11 @@ def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tm
     compiler, destination = compiler_that_fails(tmp_path), tmp_path / "package"
     destination.mkdir()
     with pytest.raises(node_build.CompileError, match="^cxx: node.cpp:1: error: no such header$"):
-        node_build.compile_for(Path(torch.__file__).parent, destination, str(compiler))
+        node_build.compile_for(Path(torch.__file__).parent, destination, [str(compiler)])
     assert not list(destination.iterdir())
     monkeypatch.setattr(node_build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(node_build.CompileError, match=r"^no Python.h in .*: install the headers of Python"):
-        node_build.compile_for(Path(torch.__file__).parent, destination, str(compiler))
+        node_build.compile_for(Path(torch.__file__).parent, destination, [str(compiler)])
     monkeypatch.setattr(node_build, "find_compiler", lambda: None)
     assert command_line.main(["compile"]) == 1
     assert capsys.readouterr().err == "compile: no C++ compiler found\n"

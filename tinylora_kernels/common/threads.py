@@ -7,6 +7,7 @@ the number of threads. bench/results/startup.csv has what a whole model takes.
 """
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,14 +33,26 @@ def serial(function: Callable[[Argument], Result], arguments: Sequence[Argument]
     return [function(argument) for argument in arguments]
 
 
+class _Held:
+    """How many threads of the process are inside one_thread_each, and what torch's count was before the first came.
+
+    A thread that starts meanwhile finds a count of one, which is not its own: left to it, it would stay at that.
+    """
+
+    lock = threading.Lock()
+    inside: dict[int, int] = {}  # thread -> how deep
+    before = 1
+
+
 @contextmanager
 def one_thread_each() -> Iterator[Run]:
     """Give `run(function, arguments)`, a map over torch.get_num_threads() workers; torch itself is held to one thread.
 
-    The calling thread's torch.set_num_threads is put back on leaving. Threads started inside inherit one.
+    The calling thread's torch.set_num_threads is put back on leaving, whichever threads are inside beside it. Threads
+    started inside inherit one.
     """
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    own = threading.get_ident()
+    depth, threads, pool = _Held.inside.get(own, 0), 0, None
 
     def run(function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
         if pool is None or len(arguments) < 2:
@@ -47,11 +60,25 @@ def one_thread_each() -> Iterator[Run]:
         return list(pool.map(function, arguments))
 
     def put_back() -> None:
+        with _Held.lock:
+            if depth:
+                _Held.inside[own] = depth
+            else:
+                _Held.inside.pop(own, None)
+            if threads:
+                torch.set_num_threads(threads)
         if pool is not None:
-            torch.set_num_threads(threads)
             pool.shutdown()
 
     with followed_by(put_back):
-        if pool is not None:
+        with _Held.lock:
+            found = torch.get_num_threads()
+            if not _Held.inside:
+                _Held.before = found
+            elif found == 1 and not depth:
+                found = _Held.before
+            threads = found
+            _Held.inside[own] = depth + 1
             torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(threads) if threads > 1 else None
         yield run

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,19 +46,32 @@ def file_name(torch_directory: Path) -> str:
     return f"libtinylora_node-{release}-{commit.group(1)[:8] if commit else 'unknown'}-{sources}{suffix}"
 
 
-def find_compiler() -> str | None:
-    """CXX, or the first of the usual names on PATH."""
-    names = filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))
-    return next((path for name in names if (path := shutil.which(name.split()[0]))), None)
+def _of_other_sources(name: str) -> str:
+    """A pattern for the libraries of the same torch and Python, whatever sources they were compiled from."""
+    return re.sub(r"-[0-9a-f]{8}(?=\.)", "-" + 8 * "[0-9a-f]", name, count=1)
 
 
-def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: str | None = None) -> Path:
+def find_compiler() -> list[str] | None:
+    """CXX as a command, launcher and options included ("ccache g++ -m64"), or the first of the usual names on PATH.
+
+    Raises:
+        CompileError: CXX names something that is not there.
+    """
+    if asked := shlex.split(os.environ.get("CXX", "")):
+        programs = [word for word in asked[:2] if not word.startswith("-")]  # a launcher and the compiler, or it alone
+        if missing := next((word for word in programs if not shutil.which(word)), None):
+            raise CompileError(f"CXX={os.environ['CXX']}: {missing} is not on PATH")
+        return asked
+    return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: list[str] | None = None) -> Path:
     """Compile the node for an installed torch.
 
     Args:
         torch_directory: the torch package, with its headers and libraries.
         destination: the folder that gets the library.
-        compiler: a C++20 compiler; None: find_compiler().
+        compiler: the command of a C++20 compiler; None: find_compiler().
 
     Returns:
         The library's path.
@@ -75,7 +89,7 @@ def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: st
     include, libraries = torch_directory / "include", torch_directory / "lib"
     python = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []  # the interpreter has its own symbols
     command = [
-        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w", str(SOURCE), "-o",
+        *compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w", str(SOURCE), "-o",
         str(unfinished), f"-isystem{headers}", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}",
         f"-L{libraries}", *python, "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python",
     ]  # fmt: skip
@@ -84,8 +98,11 @@ def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: st
         if done.returncode:
             lines = done.stdout.splitlines() or ["no output"]
             error = next((line for line in lines if "error" in line), lines[0])
-            raise CompileError(f"{Path(compiler).name}: {error[:300]}")
+            raise CompileError(f"{' '.join([Path(compiler[0]).name, *compiler[1:]])}: {error[:300]}")
         unfinished.replace(library)
+        for older in destination.glob(_of_other_sources(library.name)):
+            if older != library:
+                older.unlink(missing_ok=True)
     except OSError as error:
         raise CompileError(str(error)) from error
     finally:
@@ -103,6 +120,8 @@ def load() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("TINYLORA_NODE", "1") == "0":
         return None, "switched off by TINYLORA_NODE=0"
     if not path.is_file():
+        if any(PACKAGE.glob(_of_other_sources(path.name))):
+            return None, f"compiled from other sources than those of this package. To change that: {COMMAND}"
         return None, f"not compiled for torch {torch.__version__}. To change that: {COMMAND}"
     if damage := library_file.damage(path):
         return None, f"{path.name} does not load: {damage}. To change that: {COMMAND}"

@@ -116,6 +116,8 @@ def _choose(device_type: str, dtype: torch.dtype, rank: int, name: str | None) -
             raise RuntimeError(f"backend {name!r} was asked for but cannot run: {reason}")
         return name
     for candidate in BACKENDS.values():
+        if candidate.name in ON_GPU and device_type == "cpu":
+            continue  # Triton's interpreter could, a thousand times slower: for who asks for it by name
         reason = candidate.why_not(device_type, dtype, rank)
         if reason is None:
             return candidate.name

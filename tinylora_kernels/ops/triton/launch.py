@@ -73,7 +73,10 @@ def launch_parameters(features: int, rank: int) -> LaunchParameters:
 
 def is_installed() -> bool:
     """Whether there is a Triton to import; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # imported already, and made by something else than an import
+        return True
 
 
 def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
@@ -84,11 +87,21 @@ def why_not(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
         return f"triton kernels take float32, bfloat16 and float16, not {dtype}: use the reference backend"
     if rank not in SPECIALISED_RANKS:
         return f"triton kernels are built for rank 1, 2, 4 and 8, not {rank}: use the reference backend"
-    try:
-        import triton  # noqa: F401
-    except Exception as error:  # whatever a broken installation raises
-        return f"triton cannot be imported ({one_line(error)}): pip install triton"
+    if problem := _import_problem():
+        return f"triton cannot be imported ({problem}): pip install triton"
     return None
+
+
+@functools.cache
+def _import_problem() -> str | None:
+    """Why a Triton that may be there is of no use, in one line."""
+    try:
+        import triton
+        import triton.language
+
+        return None if callable(triton.jit) else "triton.jit is no function"
+    except (Exception, SystemExit) as error:  # whatever a broken installation raises
+        return one_line(error) or type(error).__name__
 
 
 def update(
