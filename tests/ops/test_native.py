@@ -417,7 +417,7 @@ print(library.load().isa, library.load().error, sep="|")
 
 
 def test_use_isa_refuses_unknown_names():
-    with pytest.raises(ValueError, match="isa: expected one of portable, avx2, avx512, avx512_bf16, found 'sse'"):
+    with pytest.raises(ValueError, match="isa: expected one of portable, avx2, .*, sve256, found 'sse'"):
         native.use_isa("sse")
 
 
