@@ -378,7 +378,7 @@ def test_empty_batch_with_empty_ids():
 
 def run_python(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
