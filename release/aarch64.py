@@ -1,7 +1,7 @@
 """The aarch64 CPU wheel in an aarch64 Python with an aarch64 torch, emulated on a machine of another kind.
 
-    make test-aarch64                 builds the wheel, installs it there, asks what matrix_check.py asks on CPUs of three
-                                      kinds, and puts it behind tests/ops/test_native.py (tests/remote.py)
+    make test-aarch64                 builds the wheel, installs it there, asks what matrix_check.py asks on three
+                                      kinds of CPU, and puts it behind the ops' tests (tests/remote.py)
     python release/aarch64.py -k dx   the same with arguments for pytest, and the wheel that is in dist
     build/aarch64/usr/bin/python      that Python; QEMU_CPU=neoverse-n1 chooses the CPU
 
@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/aarch64.csv"
 COLUMNS = ("cpu", "isa", "python", "torch", "float32_error", "date")
 TORCH = "2.10.0"
-REQUIREMENTS = ("numpy", "safetensors", "tqdm", "typing_extensions", "sympy", "networkx", "jinja2", "fsspec", "filelock")
+REQUIREMENTS = "numpy safetensors tqdm typing_extensions sympy networkx jinja2 fsspec filelock".split()
 # qemu's name -> the instruction set that is chosen on it
 CPUS = {"neoverse-n1": "neon", "max,sve=off": "neon_bf16", "max,sve-default-vector-length=32": "sve256"}
+TESTS = ("tests/ops/test_native.py", "tests/ops/test_parts.py")
 WIDEST = "max,sve-default-vector-length=32"
 
 
@@ -69,7 +70,8 @@ def unpack_system(folder: Path) -> None:
 
 def python_of(folder: Path) -> str:
     """3.11, as the distribution has it."""
-    return next(path.name.removeprefix("python") for path in folder.glob("usr/bin/python3.*") if path.name[8:].isdigit())
+    names = [path.name.removeprefix("python") for path in folder.glob("usr/bin/python3.*")]
+    return next(name for name in names if name.removeprefix("3.").isdigit())
 
 
 def pip(folder: Path, *wanted: str | Path) -> None:
@@ -150,7 +152,7 @@ def main() -> int:
         print(failure, file=sys.stderr)
         return 1
     remote = {"TINYLORA_REMOTE": str(python), "QEMU_CPU": WIDEST, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.remote", "tests/ops/test_native.py", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.remote", *TESTS, *tests]
     return subprocess.run(command, cwd=ROOT, env=os.environ | remote).returncode
 
 

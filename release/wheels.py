@@ -1,7 +1,7 @@
 """Builds what is released: the sdist, and from it the wheels, checked before they are handed over.
 
-    python release/wheels.py                  sdist, CPU wheel, a wheel for the CUDA of the nvcc found, and a CPU wheel for
-                                              aarch64 where there is a compiler for it, into dist/
+    python release/wheels.py                  into dist/: sdist, CPU wheel, a wheel for the CUDA of the nvcc found and,
+                                              where there is a compiler for it, a CPU wheel for aarch64
     python release/wheels.py cpu cu130        these wheels, and the sdist they are built from
     python release/wheels.py cpu-aarch64      cross-compiled, by aarch64-linux-gnu-g++
     CUDACXX=/usr/local/cuda-12.8/bin/nvcc python release/wheels.py cu128
@@ -148,7 +148,8 @@ def build_wheel(flavour: str, nvcc: Nvcc | None, source: Path, out: Path, work: 
     folder = work / f"wheel-{flavour}"
     for left in (folder, source / "build"):
         shutil.rmtree(left, ignore_errors=True)
-    command = [sys.executable, "setup.py", "bdist_wheel", "--plat-name", f"manylinux_2_28_{machine}", "--dist-dir", folder]
+    platform_name = f"manylinux_2_28_{machine}"
+    command = [sys.executable, "setup.py", "bdist_wheel", "--plat-name", platform_name, "--dist-dir", folder]
     run(command, cwd=source, **environment)
     (wheel,) = folder.glob("*.whl")
     check_wheel(wheel, flavour, work)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinylora_kernels.ops.native import library
 
-OPS = ("update", "update_backward", "low_rank", "update_input_grad")
+OPS = ("update", "update_backward", "low_rank", "update_input_grad", "update_parts", "update_parts_backward")
 
 
 class Packed(NamedTuple):

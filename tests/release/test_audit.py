@@ -100,7 +100,7 @@ def test_stand_ins_let_a_library_load(script, shared_library, tmp_path):
 
 
 def test_a_library_is_linked_against_the_shims_of_torch_alone(script, shared_library, tmp_path):
-    """What is cross-compiled meets no torch of its machine: names are enough, and a name beyond the shims is refused."""
+    """What is cross-compiled meets no torch of its machine: its names are enough, and any other is refused."""
     audit, standins = script("audit"), script("standins")
     real = Path(torch.__file__).parent
     there = standins.torch_of_another_machine(real, "cc", tmp_path / "torch")

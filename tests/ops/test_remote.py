@@ -37,5 +37,5 @@ def test_errors_and_threads_arrive(there):
         there.call("use_isa", "sse")
     assert there.call("load") == native.load()
     assert there.call("use_isa", "portable") and there.call("load").isa == native.load().isa  # as it was found
-    empty = torch.zeros(0, 4)
-    assert there.call("update", empty, torch.ones(1, 4), torch.ones(1), torch.ones(1, 1, 1), None, None, None).shape == (0, 1)
+    nothing = torch.zeros(0, 4), torch.ones(1, 4), torch.ones(1), torch.ones(1, 1, 1), None, None, None
+    assert there.call("update", *nothing).shape == (0, 1)
