@@ -7,7 +7,8 @@
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
 #   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
 #   make gpu                  on a machine with a GPU: layers and ops tested on the card, then timed, in SECONDS=290
-#   make wheels               sdist, CPU wheel and, with nvcc, CUDA wheel into dist/, checked (WHEELS="cpu cu130")
+#   make wheels               sdist, CPU wheel and, with nvcc, CUDA wheel into dist/, checked (WHEELS="cpu cu130 cpu-aarch64")
+#   make test-aarch64         the aarch64 wheel in an emulated aarch64 Python: needs Debian, g++-aarch64-linux-gnu, qemu-user
 #   make matrix               those wheels in fresh environments, Python 3.10 to 3.13 x several torches: 10 GB, an hour
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,7 +17,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/node.cpp tinylora_kernels/linear/plan.inl) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-vllm lint docs demo bench study gpu wheels matrix clean
+.PHONY: help build test test-vllm test-aarch64 lint docs demo bench study gpu wheels matrix clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -107,6 +108,10 @@ study: $(VENV)/.test
 # CUDACXX names another nvcc than the one on PATH. Also what .github/workflows/wheels.yml runs.
 wheels: $(VENV)/.torch
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python release/wheels.py $(WHEELS)
+
+test-aarch64: $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python release/wheels.py cpu-aarch64
+	$(BIN)/python release/aarch64.py
 
 matrix:
 	$(PYTHON) release/matrix.py $(MATRIX_ARGS)

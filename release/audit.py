@@ -28,6 +28,8 @@ RUNTIME = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_s
 
 _DYNAMIC, _DYNSYM, _VERSYM, _VERNEED = 6, 11, 0x6FFFFFFF, 0x6FFFFFFE
 _DT_NEEDED = 1
+_LOCAL, _WEAK = 0, 2
+_MACHINES = {62: "x86_64", 183: "aarch64"}
 
 
 class Symbol(NamedTuple):
@@ -40,13 +42,15 @@ class Symbol(NamedTuple):
 
 
 class Library:
-    """The dynamic symbols and the needed libraries of a 64-bit little-endian ELF file."""
+    """The machine, the dynamic symbols and the needed libraries of a 64-bit little-endian ELF file."""
 
     def __init__(self, path: Path):
         data = Path(path).read_bytes()
         if data[:6] != b"\x7fELF\x02\x01":
             raise ValueError(f"{path}: expected a 64-bit little-endian ELF file, found it to begin {data[:6]!r}")
         self._data = data
+        (number,) = struct.unpack_from("<H", data, 0x12)
+        self.machine = _MACHINES.get(number, f"ELF machine {number}")
         (start,) = struct.unpack_from("<Q", data, 0x28)
         size, count = struct.unpack_from("<HH", data, 0x3A)
         # (name, type, flags, address, offset, length, link) of each section
@@ -75,8 +79,10 @@ class Library:
             if number == 0:  # the empty symbol every table begins with
                 continue
             name, info, _, section, _, _ = entry
+            if info >> 4 == _LOCAL:  # sections, in what some linkers write
+                continue
             index = struct.unpack_from("<H", self._data, marks[0] + 2 * number)[0] & 0x7FFF if marks else 0
-            yield Symbol(text(name), versions.get(index, ""), info >> 4 == 2, section == 0)
+            yield Symbol(text(name), versions.get(index, ""), info >> 4 == _WEAK, section == 0)
 
     @property
     def versions(self) -> set[str]:

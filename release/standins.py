@@ -6,6 +6,8 @@ A registry may hold torch for every Python, but as CUDA builds alone, which ask 
 be imported at all. What they ask for is names: here is a library of each missing name, and a function of each missing
 name, which answers 100 ("no CUDA device"). With FOLDER in LD_LIBRARY_PATH such a torch is imported and computes on the
 CPU. Nothing that needs a GPU works in it.
+
+And stand-ins for torch itself, of another machine, to link against: what a library takes from it is names too.
 """
 from __future__ import annotations
 
@@ -56,6 +58,21 @@ def make(torch_lib: Path, folder: Path) -> list[str]:
         link = [f"-Wl,-soname,{name}", "-ltinylora_standins", "-Wl,-rpath,$ORIGIN"]
         subprocess.run([*compile_shared, empty, "-o", folder / name, *link], check=True)
     return missing
+
+
+def torch_of_another_machine(torch: Path, compiler: str, folder: Path) -> Path:
+    """`folder` as a torch package for `compiler`: the headers of `torch`, and libraries of its stable shims, empty."""
+    symbols = [symbol for path in torch.glob("lib/lib*.so") for symbol in audit.Library(path).symbols]
+    shims = {symbol.name for symbol in symbols if not symbol.undefined and audit.STABLE_SHIM.fullmatch(symbol.name)}
+    (folder / "lib").mkdir(parents=True, exist_ok=True)
+    (folder / "include").unlink(missing_ok=True)
+    (folder / "include").symlink_to(torch / "include")
+    for name, functions in {"torch": [], "torch_cpu": sorted(shims), "c10": []}.items():
+        source = folder / f"{name}.c"
+        source.write_text("".join(f"void {function}(void) {{}}\n" for function in functions))
+        command = [compiler, "-w", "-shared", "-fPIC", "-x", "c", source, "-o", folder / f"lib/lib{name}.so"]
+        subprocess.run([*command, f"-Wl,-soname,lib{name}.so"], check=True)
+    return folder
 
 
 if __name__ == "__main__":

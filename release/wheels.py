@@ -1,7 +1,9 @@
 """Builds what is released: the sdist, and from it the wheels, checked before they are handed over.
 
-    python release/wheels.py                  sdist, CPU wheel, and a wheel for the CUDA of the nvcc found, into dist/
+    python release/wheels.py                  into dist/: sdist, CPU wheel, a wheel for the CUDA of the nvcc found and,
+                                              where there is a compiler for it, a CPU wheel for aarch64
     python release/wheels.py cpu cu130        these wheels, and the sdist they are built from
+    python release/wheels.py cpu-aarch64      cross-compiled, by aarch64-linux-gnu-g++
     CUDACXX=/usr/local/cuda-12.8/bin/nvcc python release/wheels.py cu128
 
 Runs on Linux, x86-64 or aarch64, in an environment that has torch >= 2.10 (any build: its headers are what is used, no
@@ -12,6 +14,7 @@ reads the result. Objects stay in build/wheels, so that a second run compiles on
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -26,9 +29,10 @@ from typing import NamedTuple
 
 import audit
 import old_glibc
+import standins
 
 ROOT = Path(__file__).resolve().parents[1]
-PLATFORM = f"manylinux_2_28_{platform.machine()}"
+CROSS = "aarch64"  # the other machine that wheels are made for here
 LIBRARY, RECORD = "tinylora_kernels/libtinylora.so", "tinylora_kernels/_build_record.json"
 MEGABYTE = 10**6
 # Machine code for every generation since Turing; the PTX of the last entry covers those to come.
@@ -53,6 +57,16 @@ class Nvcc(NamedTuple):
     @property
     def architectures(self) -> str:
         return ARCHITECTURES if self.version >= (12, 8) else ARCHITECTURES_BEFORE_12_8
+
+
+def machine_of(flavour: str) -> str:
+    """cpu-aarch64 -> aarch64; without a machine, this one's."""
+    return flavour.partition("-")[2] or platform.machine()
+
+
+def cross_compiler(machine: str) -> str | None:
+    """The C++ compiler for another machine, if there is one."""
+    return shutil.which(f"{machine}-linux-gnu-g++")
 
 
 def find_nvcc() -> Nvcc | None:
@@ -112,13 +126,16 @@ def portable_cudart(nvcc: Nvcc, work: Path) -> Path:
 def build_wheel(flavour: str, nvcc: Nvcc | None, source: Path, out: Path, work: Path) -> Path:
     """One wheel: the sources of the sdist, the kernels that `flavour` names."""
     environment = {
-        "TINYLORA_LOCAL_VERSION": flavour,
+        "TINYLORA_LOCAL_VERSION": flavour.partition("-")[0],
         "TINYLORA_BUILD_DIR": str(work / f"objects-{flavour}"),
         "TINYLORA_BUILD_NATIVE": "1",
         "TINYLORA_BUILD_CUDA": "0",
         "TINYLORA_BUILD_NODE": "0",  # it serves one torch, a wheel all of them
     }
-    if flavour != "cpu":
+    machine = machine_of(flavour)
+    if machine != platform.machine():
+        environment |= for_another_machine(machine, source, work)
+    if not flavour.startswith("cpu"):
         if nvcc is None or nvcc.flavour != flavour:
             found = f"that of {nvcc.flavour}" if nvcc else "none"
             raise Failure(f"{flavour}: expected an nvcc of that version in CUDACXX or on PATH, found {found}")
@@ -131,25 +148,42 @@ def build_wheel(flavour: str, nvcc: Nvcc | None, source: Path, out: Path, work: 
     folder = work / f"wheel-{flavour}"
     for left in (folder, source / "build"):
         shutil.rmtree(left, ignore_errors=True)
-    command = [sys.executable, "setup.py", "bdist_wheel", "--plat-name", PLATFORM, "--dist-dir", folder]
+    platform_name = f"manylinux_2_28_{machine}"
+    command = [sys.executable, "setup.py", "bdist_wheel", "--plat-name", platform_name, "--dist-dir", folder]
     run(command, cwd=source, **environment)
     (wheel,) = folder.glob("*.whl")
     check_wheel(wheel, flavour, work)
     return Path(shutil.copy2(wheel, out / wheel.name))
 
 
+def for_another_machine(machine: str, source: Path, work: Path) -> dict[str, str]:
+    """What setup.py is told to compile for it."""
+    if not (compiler := cross_compiler(machine)) or machine != CROSS:
+        fix = f"apt install g++-{machine}-linux-gnu" if machine == CROSS else f"build it on a machine of {machine}"
+        raise Failure(f"{machine}: expected {machine}-linux-gnu-g++ on PATH, found none; {fix}")
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    return {
+        "CXX": compiler,
+        "CMAKE_TOOLCHAIN_FILE": str(source / f"release/{machine}.cmake"),
+        "TINYLORA_TORCH_DIR": str(standins.torch_of_another_machine(torch, compiler, work / f"torch-{machine}")),
+    }
+
+
 def check_wheel(wheel: Path, flavour: str, work: Path) -> None:
     """Refuse a wheel without its kernels, tied to this machine, too large, or misnamed."""
-    problems = []
-    if not wheel.name.endswith(f"+{flavour}-py3-none-{PLATFORM}.whl"):
-        problems.append(f"expected +{flavour}-py3-none-{PLATFORM} in its name")
+    problems, kernels = [], flavour.partition("-")[0]
+    ending = f"+{kernels}-py3-none-manylinux_2_28_{machine_of(flavour)}.whl"
+    if not wheel.name.endswith(ending):
+        problems.append(f"expected {ending} in its name")
     with zipfile.ZipFile(wheel) as files:
         record = json.loads(files.read(RECORD))
-        if not record["library"] or record["cuda"] != (flavour != "cpu"):
+        if not record["library"] or record["cuda"] != (kernels != "cpu"):
             raise Failure(f"{wheel.name}: not built: {record['reason'] or record['cuda_reason']}")
         library = Path(files.extract(LIBRARY, work / "audited"))
     problems += audit.audit(library)
-    limit, size = (1 if flavour == "cpu" else 5) * MEGABYTE, wheel.stat().st_size
+    if (machine := audit.Library(library).machine) != machine_of(flavour):
+        problems.append(f"expected a library for {machine_of(flavour)}, found one for {machine}")
+    limit, size = (1 if kernels == "cpu" else 5) * MEGABYTE, wheel.stat().st_size
     if size >= limit:
         problems.append(f"expected less than {limit / MEGABYTE} MB, found {size / MEGABYTE:.2f}")
     if problems:
@@ -169,12 +203,14 @@ def report(paths: list[Path]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("flavours", nargs="*", help="cpu, or cu and the CUDA version without its dot")
+    parser.add_argument("flavours", nargs="*", help="cpu, or cu and the CUDA version without its dot; -aarch64")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the files go (default: dist)")
     parser.add_argument("--work", type=Path, default=ROOT / "build/wheels", help="where objects stay between runs")
     options = parser.parse_args()
     nvcc = find_nvcc()
     flavours = options.flavours or ["cpu", *([nvcc.flavour] if nvcc else [])]
+    if not options.flavours and platform.machine() != CROSS and cross_compiler(CROSS):
+        flavours.append(f"cpu-{CROSS}")
     work, out = options.work.resolve(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     try:

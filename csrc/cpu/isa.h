@@ -6,7 +6,7 @@
 namespace tinylora::cpu {
 
 // The fastest kernels this CPU and operating system can run, chosen at the first call. The environment variable
-// TINYLORA_CPU_ISA (portable, avx2, avx512, avx512_bf16) asks for others; std::runtime_error if it cannot be honoured.
+// TINYLORA_CPU_ISA asks for others by name; std::runtime_error if it cannot be honoured.
 const Kernels& kernels();
 
 // The kernels of that name from now on; false, and no change, where the machine cannot run them.

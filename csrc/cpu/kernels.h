@@ -80,6 +80,10 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 void avx512_bf16_rows(const RowsJob& job, int64_t begin, int64_t end);  // bfloat16 rows on AVX-512 BF16
+#elif defined(__aarch64__)
+const Kernels& neon_kernels();
+void neon_bf16_rows(const RowsJob& job, int64_t begin, int64_t end);  // bfloat16 rows on Armv8.2 BF16
+const Kernels& sve256_kernels();                                      // Linux alone
 #endif
 
 }  // namespace tinylora::cpu

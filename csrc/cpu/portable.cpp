@@ -1,4 +1,4 @@
-// Compiled without any instruction set flag: runs on every CPU the compiler targets (SSE2 on x86-64, NEON on aarch64).
+// Compiled without any instruction set flag: runs on every CPU the compiler targets.
 // Registers of 16 bytes through the vector extension that gcc and clang share.
 #include "cpu/kernels.h"
 

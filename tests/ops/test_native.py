@@ -378,13 +378,14 @@ def test_empty_batch_with_empty_ids():
 
 def run_python(code: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ belongs to glibc")
+@pytest.mark.skipif("neon" in ISAS, reason="torch has an allocator of its own on aarch64, mimalloc")
 def test_outputs_are_written_whole():
     """The library allocates past torch's NaN poisoning, so here malloc itself fills fresh memory, with -1.7e38."""
     code = """
@@ -417,7 +418,7 @@ print(library.load().isa, library.load().error, sep="|")
 
 
 def test_use_isa_refuses_unknown_names():
-    with pytest.raises(ValueError, match="isa: expected one of portable, avx2, avx512, avx512_bf16, found 'sse'"):
+    with pytest.raises(ValueError, match="isa: expected one of portable, avx2, .*, sve256, found 'sse'"):
         native.use_isa("sse")
 
 

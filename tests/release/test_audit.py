@@ -3,8 +3,10 @@ import ctypes
 import platform
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 from tinylora_kernels.ops.native import library as native
 
@@ -95,3 +97,19 @@ def test_stand_ins_let_a_library_load(script, shared_library, tmp_path):
     assert standins.make(library.parent, tmp_path / "standins") == ["libabsent.so.7"]
     ctypes.CDLL(str(tmp_path / "standins/libabsent.so.7"))  # as LD_LIBRARY_PATH would have it found
     assert ctypes.CDLL(str(library)).tinylora_count() == standins.NO_DEVICE
+
+
+def test_a_library_is_linked_against_the_shims_of_torch_alone(script, shared_library, tmp_path):
+    """What is cross-compiled meets no torch of its machine: its names are enough, and any other is refused."""
+    audit, standins = script("audit"), script("standins")
+    real = Path(torch.__file__).parent
+    there = standins.torch_of_another_machine(real, "cc", tmp_path / "torch")
+    assert standins.torch_of_another_machine(real, "cc", there) == there  # again, over what is left from before
+    assert (there / "include/torch/csrc/stable/library.h").is_file()
+    link = [f"-L{there / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-as-needed", "-Wl,--no-undefined"]
+    shim = "extern int aoti_torch_get_dtype(); int tinylora_f() { return aoti_torch_get_dtype(); }"
+    library = audit.Library(shared_library("shim.so", shim, *link))
+    assert library.machine == platform.machine() and "libtorch_cpu.so" in library.needed
+    assert audit.foreign_symbols(library) == audit.exports(library) == []
+    with pytest.raises(subprocess.CalledProcessError):
+        shared_library("other.so", shim.replace("aoti_torch_get_dtype", "_ZN2at5emptyEv"), *link)

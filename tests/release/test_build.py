@@ -21,7 +21,6 @@ from tinylora_kernels.ops.native import library as native
 ROOT = Path(__file__).resolve().parents[2]
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="no source tree beside the tests")
 needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("nm")), reason="no c++ and nm on PATH")
-on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
 VARIABLES = ("TINYLORA_BUILD_NATIVE", "TINYLORA_BUILD_CUDA", "TINYLORA_CUDA_ARCHITECTURES", "TINYLORA_TORCH_DIR",
              "TINYLORA_BUILD_NODE", "TINYLORA_NODE", "CXX")  # fmt: skip
 
@@ -174,23 +173,34 @@ def test_headers_are_found_without_sys_path(build, monkeypatch):
     assert build.torch_directory().samefile(Path(torch.__file__).parent)
 
 
+AVX2, AVX512 = ["-mavx2", "-mfma", "-mf16c"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+BF16 = "-march=armv8.2-a+bf16"
+ISAS = {
+    "avx2": ("x86_64", AVX2, "avx2_kernels"),
+    "avx512": ("x86_64", AVX2 + AVX512, "avx512_kernels"),
+    "avx512_bf16": ("x86_64", [*AVX2, *AVX512, "-mavx512bf16"], "avx512_bf16_rows"),
+    "neon": ("aarch64", [], "neon_kernels"),
+    "neon_bf16": ("aarch64", [BF16], "neon_bf16_rows"),
+    "sve256": ("aarch64", [f"{BF16}+sve", "-msve-vector-bits=256"], "sve256_kernels"),
+}
+
+
 @needs_sources
-@needs_compiler
-@on_x86
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_no_wide_instructions_leave_their_file(isa, tmp_path):
-    """An inline function compiled with AVX flags and external linkage may be picked by the linker for every caller."""
-    flags = ["-mavx2", "-mfma", "-mf16c"]
-    flags += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"] if "avx512" in isa else []
-    flags += ["-mavx512bf16"] if "bf16" in isa else []
+    """An inline function compiled with an instruction set and external linkage may be picked by the linker for all."""
+    machine, flags, expected = ISAS[isa]
+    tools = [tool if machine == platform.machine() else f"{machine}-linux-gnu-{tool}" for tool in ("g++", "nm")]
+    if not all(map(shutil.which, tools)):
+        pytest.skip(f"no {' and '.join(tools)} on PATH")
     source, target = ROOT / f"csrc/cpu/{isa}.cpp", tmp_path / "out.o"
     # -O0: nothing is inlined, so every function that could leak is there to be seen.
-    command = ["c++", "-std=c++17", "-O0", "-c", "-w", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
+    command = [tools[0], "-std=c++17", "-O0", "-c", "-w", *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
-    listing = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
+    listing = subprocess.run([tools[1], "-C", "--defined-only", target], capture_output=True, text=True, check=True)
     symbols = [line.split(" ", 2)[1:] for line in listing.stdout.splitlines()]
     external = [name.split("(")[0] for kind, name in symbols if kind not in "tdbr"]
-    assert external == ["tinylora::cpu::avx512_bf16_rows" if isa == "avx512_bf16" else f"tinylora::cpu::{isa}_kernels"]
+    assert external == [f"tinylora::cpu::{expected}"]
 
 
 def test_the_version_is_the_same_everywhere():

@@ -19,7 +19,7 @@ from . import cuda_driver, library_file
 
 LIBRARY = library_file.PACKAGE / "libtinylora.so"
 RECORD = library_file.PACKAGE / "_build_record.json"
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16", "sve256")
 PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the library
 PRODUCT_VECTORS = 4  # a multiple of: multiplied together
 PRODUCT_STEP = 32  # a multiple of: columns of the padded sums
@@ -36,7 +36,7 @@ class Status:
         path: the library file, whether or not it could be loaded.
         error: None if it is loaded, else one line that says why not and what would change it.
         has_cuda: it holds CUDA kernels.
-        isa: instruction set the CPU kernels run with: "avx512_bf16", "avx512", "avx2" or "portable".
+        isa: instruction set the CPU kernels run with, one of CPU_ISAS.
         build: facts of the build: version, compiler, cuda (architectures), torch_target.
         record: what setup.py wrote about its attempt, {} if it left nothing.
     """
