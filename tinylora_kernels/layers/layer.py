@@ -309,7 +309,10 @@ class TinyLoRALayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __setattr__(self, name: str, value) -> None:
-        super().__setattr__(name, value)
+        if name in ("weight", "bias") and "base" in self._modules:  # they are the base's: tie_weights() sets them here
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
         self.__dict__["_plan"] = self.__dict__["_selection"] = None  # they would keep a bank that was closed
         note_change()
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
+from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, expert_slices, is_experts
 from ..base.kinds import OTHER, kind_of, matrix_shape
 from ..base.names import ENGINES, inside, is_of, named_modules, submodule
@@ -75,6 +76,13 @@ def selected_names(model: nn.Module, config: Selecting) -> tuple[list[str], list
         chosen = [each for each in chosen if each[0] not in excluded]
     if config.layers_to_transform is not None:
         chosen = _of_layers(chosen, asked_numbers(config.layers_to_transform), config.layers_pattern)
+    for name, base, _ in chosen:
+        if weight_of(base).numel() == 0:
+            raise ValueError(
+                f"{name}: its weight is empty on this rank, shape {list(weight_of(base).shape)}, as DeepSpeed's ZeRO-3 "
+                "leaves it; adapt the model before deepspeed.initialize, or inside "
+                "deepspeed.zero.GatheredParameters(model.parameters())"
+            )
     skipped = [name for name, base, _ in chosen if wanted is None and min(matrix_shape(base)) < config.rank]
     chosen = [each for each in chosen if each[0] not in skipped]
     if not chosen:

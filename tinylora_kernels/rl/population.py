@@ -20,7 +20,8 @@ class PopulationAdam(torch.optim.Optimizer):
 
     Args:
         bank: an AdapterBank(..., trainable=True).
-        lr: one rate, or {adapter name: rate} for every adapter that is stepped.
+        lr: one rate, or {adapter name: rate} for every adapter that is stepped. torch's schedulers move the one, or a
+            factor of all of them.
         betas, eps, weight_decay: as in torch.optim.AdamW.
         max_grad_norm: clip each adapter's joint gradient norm over its tie groups to this.
     """
@@ -40,8 +41,13 @@ class PopulationAdam(torch.optim.Optimizer):
         self.bank = bank
         self.rates = lr
         super().__init__(
-            bank.parameters(), dict(betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        )
+            bank.parameters(),
+            # lr: what a scheduler moves, the rate itself or the factor of all of them
+            dict(
+                lr=1.0 if isinstance(lr, Mapping) else float(lr), betas=betas, eps=eps, weight_decay=weight_decay,
+                max_grad_norm=max_grad_norm,
+            ),
+        )  # fmt: skip
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # adapters for torch's closure: what moves is named, never all that has a gradient
@@ -94,11 +100,12 @@ class PopulationAdam(torch.optim.Optimizer):
         table[slots] = decayed - step_size * mean / denominator
 
     def _rate(self, name: Hashable) -> float:
+        scheduled = self.param_groups[0].get("lr")  # None in a group of a state that was saved without
         if not isinstance(self.rates, Mapping):
-            return float(self.rates)
+            return float(self.rates if scheduled is None else scheduled)
         if name not in self.rates:
             raise KeyError(f"adapter {name!r}: it has no learning rate; lr names {len(self.rates)} others")
-        return float(self.rates[name])
+        return (1.0 if scheduled is None else float(scheduled)) * float(self.rates[name])
 
 
 class PopulationTrainer:
