@@ -182,6 +182,13 @@ def tiny_lora_linear(
         return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
     bias = None if bias is None else bias.contiguous()
+    if compiling and (chosen.updated is not None or torch.is_autocast_enabled(x.device.type)):
+        # A compiler fuses across two nodes as well as within one; autocast inside of one it cannot trace.
+        y = torch.nn.functional.linear(x, weight.detach())
+        bias = None if bias is None else bias.detach().to(y.dtype)
+        return tiny_lora_update(
+            y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True, backend=chosen.name
+        )
     order = 0 if right is None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
     return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, chosen))
 
