@@ -182,8 +182,8 @@ def tiny_lora_linear(
         return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
     bias = None if bias is None else bias.contiguous()
-    if compiling and (chosen.updated is not None or torch.is_autocast_enabled(x.device.type)):
-        # A compiler fuses across two nodes as well as within one; autocast inside of one it cannot trace.
+    if torch.is_autocast_enabled(x.device.type) or (compiling and chosen.updated is not None):
+        # Two nodes: autocast gives the product, and its gradient, another dtype than W's; and a compiler fuses both.
         y = torch.nn.functional.linear(x, weight.detach())
         bias = None if bias is None else bias.detach().to(y.dtype)
         return tiny_lora_update(
