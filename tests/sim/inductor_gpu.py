@@ -30,7 +30,8 @@ def compile_absent_gpu() -> pathlib.Path:
     """The library of absent_gpu.cpp for the torch at hand; kept by the hash of what went in."""
     package = pathlib.Path(importlib.util.find_spec("torch").origin).parent
     version = (package / "version.py").read_bytes()
-    path = pathlib.Path(tempfile.gettempdir()) / f"absent_gpu-{hashlib.sha256(SOURCE.read_bytes() + version).hexdigest()[:16]}.so"
+    digest = hashlib.sha256(SOURCE.read_bytes() + version).hexdigest()[:16]
+    path = pathlib.Path(tempfile.gettempdir()) / f"absent_gpu-{digest}.so"
     if not path.is_file():
         unfinished = pathlib.Path(tempfile.mkdtemp()) / path.name
         subprocess.run(
@@ -103,9 +104,9 @@ def pretended_h100() -> Iterator[None]:
         passes.lazy_init(torch.device("cpu"))
     patches = [
         mock.patch.multiple(
-            CudaInterface, get_device_properties=properties, current_device=device, device_count=staticmethod(lambda: 1),
-            is_available=staticmethod(lambda: True), is_bf16_supported=staticmethod(lambda *_, **__: True),
-            get_compute_capability=staticmethod(lambda *_: 90),
+            CudaInterface, get_device_properties=properties, current_device=device,
+            device_count=staticmethod(lambda: 1), is_available=staticmethod(lambda: True),
+            is_bf16_supported=staticmethod(lambda *_, **__: True), get_compute_capability=staticmethod(lambda *_: 90),
         ),
         mock.patch.multiple(CudaInterface.Worker, get_device_properties=properties, current_device=device),
         mock.patch.multiple(

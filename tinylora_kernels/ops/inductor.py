@@ -126,9 +126,12 @@ def _mixing(v: Tensor, projection: Tensor, adapter_ids: Tensor | None) -> tuple[
 
 def _contract(v: Tensor, projection: Tensor) -> Tensor:
     """M = sum_i v_i P'_i, or projection * v for LoRA-XS: [..., u] -> [..., r, r]."""
+    mixing: Tensor
     if projection.dim() == 2:
-        return projection * v.unflatten(-1, projection.shape)
-    return (v[..., None, None] * projection).sum(-3)
+        mixing = projection * v.unflatten(-1, projection.shape)
+    else:
+        mixing = (v[..., None, None] * projection).sum(-3)
+    return mixing
 
 
 def _vector_gradient(
@@ -139,7 +142,7 @@ def _vector_gradient(
     columns = [t_j.view(a[0].shape) for t_j in t.unbind(-1)]
     over = None if adapter_ids is None else (-2, -1)
     entries = [(a_i * t_j).sum(over) for a_i in a for t_j in columns]
-    d_mixing = torch.stack(entries, -1).unflatten(-1, projection.shape[-2:])
+    d_mixing: Tensor = torch.stack(entries, -1).unflatten(-1, projection.shape[-2:])
     if adapter_ids is not None:
         # an adapter's is the sum over its ids: [K, B, r, r] -> [K, r, r]
         is_of = adapter_ids == torch.arange(adapters, device=a[0].device).unsqueeze(-1)  # [K, B]
