@@ -41,7 +41,7 @@ def tiny_lora_update(
         adapter_ids: [B] int32 or int64, B a divisor of the rows of y; -1 leaves a row alone.
         bias: [D] b, dtype of y, where y has not: the sum is made here. More exact than offset where b is large.
         inplace: write into y. Only for an output nobody else holds and no autograd node has saved.
-        backend: "cuda", "triton", "cpu" or "reference"; None chooses (TINYLORA_BACKEND, then the fastest).
+        backend: "cuda", "triton", "cpu", "reference" or "inductor"; None chooses (TINYLORA_BACKEND, then the fastest).
 
     Returns:
         [..., D], dtype of y; on the memory of y with inplace=True where its layout allows.
@@ -58,7 +58,8 @@ def tiny_lora_update(
     if not compiling and _differentiated_by_torch():
         return reference.updated(y, basis, v, projection, offset, bias, adapter_ids)[0]
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
-    y = _writable(y, inplace and not compiling)
+    if not _dissolves(chosen):
+        y = _writable(y, inplace and not compiling)
     bias = None if bias is None else bias.contiguous()
     tensors = y, basis, v, projection, offset, bias, adapter_ids
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
@@ -101,7 +102,8 @@ def tiny_lora_update_parts(
     basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
     ends, groups = list(ends), list(groups)
     compiling = torch.compiler.is_compiling()
-    if not compiling and (_differentiated_by_torch() or modes.seen_by_a_mode()):
+    chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
+    if _dissolves(chosen) or (not compiling and (_differentiated_by_torch() or modes.seen_by_a_mode())):
         check_parts("y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, adapter_ids=adapter_ids)
         parts = []
         for n, (begin, end, group) in enumerate(zip([0, *ends[:-1]], ends, groups, strict=True)):
@@ -109,7 +111,6 @@ def tiny_lora_update_parts(
             factors = basis[:, begin:end], v[group], projection[n], None if offset is None else offset[n], adapter_ids
             parts.append(tiny_lora_update(y[..., begin:end], *factors, bias=own, backend=backend))
         return torch.cat(parts, -1)
-    chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     y = _writable(y, inplace and not compiling)
     bias = None if bias is None else bias.contiguous()
     if torch.is_grad_enabled() and (v.requires_grad or y.requires_grad or (bias is not None and bias.requires_grad)):
@@ -121,6 +122,11 @@ def tiny_lora_update_parts(
     if not compiling and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+def _dissolves(backend: str) -> bool:
+    """Whether a compiler takes the update of this backend apart now: then nothing is written in place."""
+    return torch.compiler.is_compiling() and BACKENDS[backend].updated is not None
 
 
 def _writable(y: Tensor, inplace: bool) -> Tensor:
@@ -176,6 +182,13 @@ def tiny_lora_linear(
         return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
     bias = None if bias is None else bias.contiguous()
+    if torch.is_autocast_enabled(x.device.type) or (compiling and chosen.updated is not None):
+        # Two nodes: autocast gives the product, and its gradient, another dtype than W's; and a compiler fuses both.
+        y = torch.nn.functional.linear(x, weight.detach())
+        bias = None if bias is None else bias.detach().to(y.dtype)
+        return tiny_lora_update(
+            y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True, backend=chosen.name
+        )
     order = 0 if right is None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
     return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, chosen))
 

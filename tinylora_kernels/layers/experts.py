@@ -133,7 +133,7 @@ class _Piece:
     backend: str
 
     def update(self, y: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(the updated y[rows], t [rows, r]): in place but under a dispatch mode, as ops.run_update."""
+        """(the updated y[rows], t [rows, r]): as ops.run_update has it."""
         return run_update(
             BACKENDS[self.backend], y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, None,
             self.adapter_ids,
@@ -141,15 +141,15 @@ class _Piece:
 
 
 def _update_pieces(y: Tensor, pieces: list[_Piece], vectors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """(y with every piece updated, the t of each): y itself, in place; under a dispatch mode a fresh tensor."""
-    seen = modes.seen_by_a_mode()
+    """(y with every piece updated, the t of each): y itself, in place; where run_update may not, a fresh tensor."""
+    fresh = modes.seen_by_a_mode() or torch.compiler.is_compiling()
     parts, ts, begun = [], [], 0  # the updated pieces and what lies between them
     for piece in pieces:
         part, t = piece.update(y, vectors)
         ts.append(t)
         parts += [y[begun : piece.rows.start], part]
         begun = piece.rows.stop
-    return (torch.cat([*parts, y[begun:]]) if seen else y), ts
+    return (torch.cat([*parts, y[begun:]]) if fresh else y), ts
 
 
 def _piece(

@@ -77,7 +77,7 @@ class TinyLoRAConfig:
         init: "zeros" starts at the base model; "uniform" draws v from U(-0.01, 0.01) by the seed.
         v_dtype: of v in adapter files. It is trained in float32 (float64 where that is asked for): in 16 bits the steps
             of an optimizer are soon smaller than what rounding takes away.
-        backend: "cuda", "triton", "cpu", "reference" or None (automatic).
+        backend: "cuda", "triton", "cpu", "reference", "inductor" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
         fused: layers that hold several projections, taken apart: {"qkv_proj": (2048, 512, 512), "gate_up_proj": 2}
             gives each part an SVD and a P of its own; names match as in target_modules, values are the output rows of
@@ -151,7 +151,7 @@ class LoRAXSConfig:
         seed: key of the random initial R.
         init: "zeros" starts at the base model; "normal" draws R from N(0, 1e-5 squared), as the paper does.
         v_dtype: of R in adapter files; it is trained in float32 or float64, as in TinyLoRAConfig.
-        backend: "cuda", "triton", "cpu", "reference" or None (automatic).
+        backend: "cuda", "triton", "cpu", "reference", "inductor" or None (automatic).
         cache: keep truncated SVDs on disk, keyed by the weight's content.
         exclude_modules, layers_to_transform, layers_pattern: as in TinyLoRAConfig.
     """

@@ -202,11 +202,13 @@ def run_update(
     backend: Backend, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None,
     bias: Tensor | None, adapter_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(the updated y, t): y itself, in place; under a dispatch mode a fresh tensor."""
+    """(the updated y, t): y itself, in place; under a dispatch mode, and while tracing what dissolves, a fresh one."""
+    factors = basis, v, projection, offset, bias, adapter_ids
+    if backend.updated is not None and torch.compiler.is_compiling():
+        return backend.updated(y, *factors)
     if modes.seen_by_a_mode():
-        factors = basis, v, projection, offset, bias, adapter_ids
         return cast(tuple[Tensor, Tensor], torch.ops.tinylora.updated.default(y, *factors, backend.name))
-    return y, backend.update(y, basis, v, projection, offset, bias, adapter_ids)
+    return y, backend.update(y, *factors)
 
 
 def update_gradients(

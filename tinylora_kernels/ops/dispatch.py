@@ -1,6 +1,7 @@
 """Which backend runs an update: a table of (backend, reason why not), asked outside traced code and cached.
 
-The automatic choice takes the first backend that can serve the request and says once why a faster one could not. An
+The automatic choice takes the first backend that can serve the request and says once why a faster one could not; in
+code that torch.compile traces for a GPU it takes "inductor", whose operations become part of the kernels around it. An
 explicit choice (the ``backend`` argument, set_backend() or the environment variable TINYLORA_BACKEND) is honoured or
 raises.
 """
@@ -14,9 +15,18 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import inductor, reference
 from .native import library as native
-from .schema import LowRank, RefreshRight, Update, UpdateBackward, UpdateInputGrad, UpdateParts, UpdatePartsBackward
+from .schema import (
+    LowRank,
+    RefreshRight,
+    Update,
+    UpdateBackward,
+    Updated,
+    UpdateInputGrad,
+    UpdateParts,
+    UpdatePartsBackward,
+)
 from .triton import launch as triton
 
 
@@ -27,6 +37,8 @@ class Backend(NamedTuple):
         why_not: (device type, activation dtype, rank) -> None if the backend serves that, else the reason.
         low_rank, update_input_grad: the update around the product of a frozen linear layer, where that pays, else None.
         refresh_right: what looks, where the CPU cannot without waiting, whether B^T is still that of its weight.
+        updated: (y, t) of ``update`` with y0 left as it is, for traced code: where the ops are operations that a
+            compiler takes apart, what is written in place is one it cannot compute again. None: ``update`` is a kernel.
     """
 
     name: str
@@ -38,10 +50,11 @@ class Backend(NamedTuple):
     low_rank: LowRank | None = None
     update_input_grad: UpdateInputGrad | None = None
     refresh_right: RefreshRight | None = None
+    updated: Updated | None = None
 
 
 # fmt: off
-BACKENDS: dict[str, Backend] = {  # in order of preference
+BACKENDS: dict[str, Backend] = {  # in order of preference; none after the reference, which runs everywhere
     # The parts by whatever the library or, without a kernel there, ops/autograd.py has registered for CUDA tensors.
     "cuda": Backend(
         "cuda", native.update, native.update_backward, native.update_parts, native.update_parts_backward,
@@ -59,6 +72,10 @@ BACKENDS: dict[str, Backend] = {  # in order of preference
         "reference", reference.update, reference.update_backward, reference.update_parts,
         reference.update_parts_backward, reference.why_not,
     ),
+    "inductor": Backend(
+        "inductor", inductor.update, inductor.update_backward, reference.update_parts,
+        reference.update_parts_backward, inductor.why_not, updated=inductor.updated,
+    ),
 }
 # fmt: on
 ON_GPU = ("cuda", "triton")  # passed over in silence for tensors that live elsewhere
@@ -67,7 +84,11 @@ requested: str | None = os.environ.get("TINYLORA_BACKEND") or None  # set by set
 
 
 def set_backend(name: str | None) -> None:
-    """Ask for one backend for every later call ("cuda", "triton", "cpu", "reference"); None chooses automatically."""
+    """Ask for one backend for every later call; None chooses automatically.
+
+    Args:
+        name: "cuda", "triton", "cpu", "reference" or "inductor". What torch.compile has traced keeps what it found.
+    """
     global requested
     if name is not None:
         _check_name(name)
@@ -91,7 +112,10 @@ def choose(device_type: str, dtype: torch.dtype, rank: int, backend: str | None 
 
 
 def _choose_while_tracing(device_type: str, dtype: torch.dtype, rank: int, backend: str | None) -> str:
-    return _choose(device_type, dtype, rank, backend or requested)
+    name = backend or requested
+    if name is None and device_type != "cpu" and inductor.why_not(device_type, dtype, rank) is None:
+        return "inductor"
+    return _choose(device_type, dtype, rank, name)
 
 
 # torch.compiler.assume_constant_result, which sets this mark, imports torch._dynamo: half of torch's own import time

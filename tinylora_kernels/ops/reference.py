@@ -45,13 +45,18 @@ def contract_backward(d_mixing: Tensor, projection: Tensor) -> Tensor:
     return product(flat, projection.flatten(1).T) if projection.dim() == 3 else flat * projection.flatten()
 
 
-def _row_ids(adapter_ids: Tensor, rows: int, adapters: int) -> Tensor:
-    """One id a row, [N] int64; raises where an id is neither -1 nor in [0, K)."""
+def check_ids(adapter_ids: Tensor, adapters: int) -> None:
+    """Raise where an id is neither -1 nor in [0, K); while tracing nobody can look."""
     if adapter_ids.numel() and not torch.compiler.is_compiling():
         low, high = int(adapter_ids.min()), int(adapter_ids.max())
         if low < -1 or high >= adapters:
             bad = low if low < -1 else high
             raise IndexError(f"adapter_ids: expected -1 or an id below {adapters}, found {bad}")
+
+
+def _row_ids(adapter_ids: Tensor, rows: int, adapters: int) -> Tensor:
+    """One id a row, [N] int64."""
+    check_ids(adapter_ids, adapters)
     repeats = rows // max(adapter_ids.numel(), 1)
     return adapter_ids.long().repeat_interleave(repeats)
 

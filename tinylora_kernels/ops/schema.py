@@ -107,6 +107,9 @@ REFRESH_RIGHT = (
 
 # The same for Python's types, argument by argument.
 Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+Updated = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+]  # fmt: skip
 UpdateBackward = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, bool], tuple[Tensor, Tensor]
 ]  # fmt: skip
