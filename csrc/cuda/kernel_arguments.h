@@ -38,7 +38,7 @@ struct RowsArguments {
   const float* offset;  // [R], or null
   float* coefficients;  // t or a [N, R], written; or null
   const float* t;       // [N, R], for dM = a^T t; or null
-  float* partial;       // dM of each team [blocks, teams, R * R], where t is given
+  float* partial;       // dM of each block [blocks, R * R], where t is given
   uint32_t* ticket;     // zero before the launch and after it, where t is given
   float* dv;            // [u], written where t is given
   float* cleared;       // [cleared_count] set to zero on the way for the kernel that follows; or null

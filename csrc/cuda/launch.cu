@@ -102,9 +102,9 @@ void run_rows(Element element, int rank, const LaunchPlan& plan, RowsArguments p
   TL_LAUNCH(kernel, dim3(plan.blocks), dim3(plan.team, plan.teams), stream, p);
 }
 
-// With ids: a [N, R]. Without: the dM of every team, and a ticket.
+// With ids: a [N, R]. Without: the dM of every block, and a ticket.
 int64_t scratch_words(int rank, const LaunchPlan& plan, const RowsArguments& p) {
-  return p.mixing.ids ? int64_t(p.rows) * rank : int64_t(plan.blocks) * plan.teams * rank * rank + 1;
+  return p.mixing.ids ? int64_t(p.rows) * rank : int64_t(plan.blocks) * rank * rank + 1;
 }
 
 void run_rows_and_gradient(Element element, int rank, const LaunchPlan& plan, RowsArguments p, const float* t, float* dv,

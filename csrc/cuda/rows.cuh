@@ -68,14 +68,21 @@ __device__ __forceinline__ void add_outer_products(float a, float t, Entries<R>&
   }
 }
 
-// dv from the dM of every team of the grid, by the block that comes last: the same sums in the same order whichever it is.
-// `sums` [GROUPS, R * R] and `dM` [R, R] are scratch in shared memory.
+// dv from the dM of every team of the grid: a block adds up those of its teams, the block that comes last those of the
+// blocks, the same sums in the same order whichever it is. `sums` [GROUPS, R * R] and `dM` [R, R] are scratch in shared
+// memory.
 template <int R, int GROUPS>
-__device__ __forceinline__ void finish_gradient(const RowsArguments& p, float* sums, float* dM, bool* last) {
+__device__ __forceinline__ void finish_gradient(const RowsArguments& p, const Entries<R>& team_dM, float* sums, float* dM,
+                                                bool* last) {
   constexpr int RR = R * R;
+  static_assert(GROUPS >= kMaxTeams, "room for the dM of every team");
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   const int entry = thread % RR, group = thread / RR, groups = min(threads / RR, GROUPS);
-  __syncthreads();  // every team has written its dM
+  __syncthreads();  // nobody reads the sums of the last tile any more
+  if (threadIdx.x < kWarp) team_dM.store(sums + threadIdx.y * RR);
+  __syncthreads();
+  if (thread < RR) p.partial[blockIdx.x * RR + thread] = column_sum(sums + thread, blockDim.y, RR);
+  __syncthreads();  // the block's dM is written
   if (thread == 0) {
     __threadfence();  // the block's dM is visible everywhere before its ticket is drawn
     *last = gridDim.x == 1 || atomicInc(p.ticket, gridDim.x - 1) == gridDim.x - 1;  // the last one leaves it at zero
@@ -84,8 +91,8 @@ __device__ __forceinline__ void finish_gradient(const RowsArguments& p, float* s
   __syncthreads();
   if (!*last) return;
   float sum = 0.0f;
-#pragma unroll 4
-  for (int i = group; group < groups && i < int(gridDim.x * blockDim.y); i += groups) sum += __ldcg(p.partial + i * RR + entry);
+#pragma unroll 8
+  for (int i = group; group < groups && i < int(gridDim.x); i += groups) sum += __ldcg(p.partial + i * RR + entry);
   if (group < groups) sums[thread] = sum;
   __syncthreads();
   if (thread < RR) {
@@ -216,8 +223,7 @@ __global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at
   }
 
   if (IDS || !p.t) return;  // of a bank's rows, bank_grad_kernel
-  if (warp == 0) team_dM.store(p.partial + (int64_t(blockIdx.x) * blockDim.y + team) * RR);
-  finish_gradient<R, 3 * kMaxWarps * C / RR>(p, sums, dM, last);
+  finish_gradient<R, 3 * kMaxWarps * C / RR>(p, team_dM, sums, dM, last);
 }
 
 }  // namespace tinylora

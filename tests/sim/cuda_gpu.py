@@ -229,7 +229,7 @@ class SimulatedCuda:
         itemsize = 4 if "_kernelIf" in name else 2
         rank = int(name.split("Li")[1].split("E")[0])
         if kind is RowsArguments:
-            buffers = _rows_buffers(arguments, rank, itemsize, teams=grid[0] * block[1])
+            buffers = _rows_buffers(arguments, rank, itemsize, blocks=grid[0])
         elif kind is RightArguments:
             buffers = _right_buffers(arguments, rank, itemsize, blocks=grid[0], samples=block[0])
         else:
@@ -303,7 +303,7 @@ def _mixing_buffers(m: Mixing, rank: int, rows: int) -> dict[int, Buffer]:
     return found
 
 
-def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, teams: int) -> dict[int, Buffer]:
+def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, blocks: int) -> dict[int, Buffer]:
     """Everything a row kernel may touch, under the names of the ops: y, or g and g0, or x and y, or g and dx."""
     found = _mixing_buffers(p.mixing, rank, p.rows)
     in_place = p.source.rows == p.target.rows
@@ -324,7 +324,7 @@ def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, teams: int) -> dic
         if pointer := getattr(p, name):
             found[pointer] = _memory(name, pointer, count, size, read_only=True)
     for name, count in (
-        ("coefficients", p.rows * rank), ("partial", teams * rank * rank), ("dv", p.mixing.numbers),
+        ("coefficients", p.rows * rank), ("partial", blocks * rank * rank), ("dv", p.mixing.numbers),
         ("cleared", p.cleared_count),
     ):  # fmt: skip
         if pointer := getattr(p, name):
