@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -179,13 +180,18 @@ def update_input_grad(
     return _backward(source, target, Onto.TARGET if add else Onto.NOTHING, v, projection, t, adapter_ids)
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """The device of x as the current one. Code that torch.compile traces sees to that itself, and cannot trace this."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+
+
 def refresh_right(right: Tensor, samples: Tensor, weight: Tensor, basis: Tensor, force: bool) -> None:
     """B^T [r, E] of the weight as it is, where a sample of it says that it is another or `force` does."""
     check_refresh_right(right, samples, weight, basis)
     _check_supported("weight", weight, basis, basis, right, samples)
     if not weight.numel():
         return
-    with torch.cuda.device_of(weight):
+    with _on_device_of(weight):
         _device_code().refresh_right_kernel[(len(samples),)](
             weight, basis, right, samples, *weight.shape, *weight.stride(),
             R=len(basis), ROWS=8, COLUMNS=RIGHT_COLUMNS, SAMPLES=RIGHT_SAMPLES, FORCE=force, **_options(128, None),
@@ -252,7 +258,7 @@ def _backward(
         return dv
     numbers = v.shape[-1]
     block_u = _block_u(numbers, rank)
-    with torch.cuda.device_of(v):
+    with _on_device_of(v):
         _device_code().reduce_dv_kernel[(-(-numbers // block_u) if projection.dim() == 3 else 1, grid)](
             kept, t, adapter_ids, projection, dv,
             len(kept), numbers, _rows_per_id(rows, adapter_ids), len(v),
@@ -282,7 +288,7 @@ def _launch_rows(
     tile = _tile(source, target, onto)
     tiles_per_program, programs = _split(rows, tile.rows)
     written, factor = (None, None) if target is None else target
-    with torch.cuda.device_of(x):
+    with _on_device_of(x):
         _device_code().rows_kernel[(programs,)](
             x, written, source.factor, factor, v, projection, offset, bias, adapter_ids, t, kept,
             x.stride(0), out.stride(0), rows, x.shape[1], out.shape[1], v.shape[-1], tiles_per_program,
@@ -332,7 +338,7 @@ def update_parts(
     x_stride, x_features = (0, 0) if inputs is None else (inputs.stride(0), inputs.shape[1])
     launch = _part_parameters(ends, len(basis))
     tiles_per_program, programs = _split(len(flat), launch.rows)
-    with torch.cuda.device_of(y):
+    with _on_device_of(y):
         _part_code().update_parts_kernel[(programs, len(ends))](
             flat, basis, v, projection, offset, bias, inputs, right, adapter_ids, t,
             (0, *ends[:-1]), tuple(ends), tuple(groups),
@@ -388,7 +394,7 @@ def _launch_parts_backward(
     width = rank * rank if adapter_ids is None else rank
     scratch = v.new_empty(parts, stages, width) if t is not None else None
     rows_per_id, adapters = _rows_per_id(len(g), adapter_ids), _adapters(v, adapter_ids)
-    with torch.cuda.device_of(g):
+    with _on_device_of(g):
         _part_code().update_parts_backward_kernel[(programs, parts)](
             g, g0, basis, v, projection, t, adapter_ids, scratch,
             (0, *ends[:-1]), tuple(ends), tuple(groups),
