@@ -145,8 +145,8 @@ def rows_kernel(
                 x = _load_rows(x_ptr, x_stride, rows, row_ok, start + cols, E)
                 t += _coefficients(x, read_ptr, start + cols, E, R)
         if ONLY_FINITE:
-            lost = tl.sum(t - t, axis=1)  # [ROWS]: 0, or NaN where a coefficient is not finite
-            if tl.sum(lost, axis=0) != 0.0:
+            lost = tl.sum(tl.where(t - t == 0.0, 0.0, 1.0), axis=1)  # [ROWS]: coefficients that are not finite
+            if tl.sum(lost, axis=0) > 0.0:
                 if SINGLE:
                     finite = _coefficients(_finite(x), read_ptr, cols, E, R)
                 else:
@@ -154,7 +154,7 @@ def rows_kernel(
                     for start in range(0, E, BLOCK):
                         x = _load_rows(x_ptr, x_stride, rows, row_ok, start + cols, E)
                         finite += _coefficients(_finite(x), read_ptr, start + cols, E, R)
-                t = tl.where((lost != 0.0)[:, None], finite, t)
+                t = tl.where((lost > 0.0)[:, None], finite, t)
         if HAS_OFFSET:
             t -= tl.load(offset_ptr + rank)[None, :]
         if KEEPS:

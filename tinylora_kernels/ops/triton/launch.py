@@ -244,7 +244,7 @@ def _backward(
     if rows == 0 or (t is None and target is None):
         return v.new_empty(0) if t is None else torch.zeros_like(v)
     if adapter_ids is None:
-        _, programs = _split(rows, _tile(source, target, onto).rows)
+        _, programs = _split(rows, _tile(source, onto).rows)
         kept = v.new_empty(programs, rank * rank) if t is not None else None  # dM of each program
         _launch_rows(source, target, onto, v, projection, None, None, None, t, kept, transposed=True)
         dv, grid = torch.empty_like(v) if t is not None else v.new_empty(0), 1
@@ -285,7 +285,7 @@ def _launch_rows(
 ) -> None:
     x, out = source.rows, source.rows if target is None else target.rows
     rows, rank = len(x), len(source.factor)
-    tile = _tile(source, target, onto)
+    tile = _tile(source, onto)
     tiles_per_program, programs = _split(rows, tile.rows)
     written, factor = (None, None) if target is None else target
     with _on_device_of(x):
@@ -294,7 +294,7 @@ def _launch_rows(
             x.stride(0), out.stride(0), rows, x.shape[1], out.shape[1], v.shape[-1], tiles_per_program,
             _rows_per_id(rows, adapter_ids), len(v),
             R=rank, ROWS=tile.rows, BLOCK=tile.block, BLOCK_U=_block_u(len(projection), rank),
-            SINGLE=onto is Onto.SOURCE and target is not None and x.shape[1] <= tile.block, ONTO=int(onto),
+            SINGLE=onto is Onto.SOURCE and x.shape[1] <= tile.block, ONTO=int(onto),
             TRANSPOSED=transposed, ONLY_FINITE=not transposed and onto is Onto.SOURCE,
             IN_PLACE=target is source or onto is Onto.TARGET, LORA_XS=projection.dim() == 2,
             HAS_OFFSET=offset is not None, HAS_BIAS=bias is not None, HAS_IDS=adapter_ids is not None,
@@ -303,9 +303,9 @@ def _launch_rows(
         )  # fmt: skip
 
 
-def _tile(source: Side, target: Side | None, onto: Onto) -> LaunchParameters:
+def _tile(source: Side, onto: Onto) -> LaunchParameters:
     rank, features = source.factor.shape
-    if onto is Onto.SOURCE and target is not None:
+    if onto is Onto.SOURCE:
         return launch_parameters(features, rank)
     return STREAMING[rank]
 
