@@ -118,7 +118,8 @@ def test_rows_of_the_bare_base_keep_their_bits(backend):
     inputs.y[bare] = -0.0
     out = run_parts(ops.BACKENDS[backend], inputs)
     assert bare.any() and torch.equal(out.y[bare], inputs.y[bare])
-    assert backend == "reference" or torch.signbit(out.y[bare]).all(), "a row to leave alone was written"
+    in_place = backend not in ("reference", "inductor")
+    assert not in_place or torch.signbit(out.y[bare]).all(), "a row to leave alone was written"
     assert torch.equal(out.g0[bare], inputs.g[bare])
     inputs.adapter_ids.fill_(-1)
     assert not run_parts(ops.BACKENDS[backend], inputs).dv.any()
