@@ -80,7 +80,7 @@ def matrix(versions: list[str]) -> None:
                 rows.append({"vllm": version, "result": f"does not install ({error.returncode})"})
                 continue
             paths = [str(ROOT / "tests/integrations/vllm" / name) for name in SHOWN]
-            command = [str(python), "-m", "pytest", "-q", "--timeout", "600", *paths]
+            command = [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--timeout", "600", *paths]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             last = done.stdout.strip().splitlines()[-1].strip("= ")
             rows.append({"vllm": version, "result": re.sub(r",? \d+ warnings?", "", last).split(" in ")[0]})

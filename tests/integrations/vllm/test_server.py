@@ -184,15 +184,17 @@ def test_a_file_that_appears_in_the_directory_is_served_and_a_broken_one_is_not(
         (adapters / "broken.safetensors").unlink()
 
 
-def test_a_killed_engine_gives_errors_and_no_text_of_another(base, adapters, spoken, tmp_path):
-    """An engine core dies among requests: each gets its own whole text or an error, and the server ends."""
+@pytest.mark.parametrize("killed, ranks", [("EngineCore", 1), ("Worker", 3)])
+def test_a_killed_process_gives_errors_and_no_text_of_another(killed, ranks, base, adapters, spoken, tmp_path):
+    """The core, or a rank of three, dies among requests: each gets its own whole text or an error; the server ends."""
     import psutil
 
-    server = Server(base, adapters, tmp_path / "log.txt")
+    server = Server(base, adapters, tmp_path / "log.txt", "--tensor-parallel-size", str(ranks))
     try:
         server.wait()
-        cores = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in p.name()]
-        assert len(cores) == 1, [p.name() for p in psutil.Process(server.process.pid).children(recursive=True)]
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        found = [process for process in children if killed in process.name()]
+        assert len(found) == ranks, [process.name() for process in children]
 
         def one(job: tuple[str, int]) -> str | None:
             with contextlib.suppress(OSError, AssertionError):
@@ -204,10 +206,10 @@ def test_a_killed_engine_gives_errors_and_no_text_of_another(base, adapters, spo
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             answers = [pool.submit(one, job) for job in jobs]
             time.sleep(0.2)
-            cores[0].send_signal(signal.SIGKILL)
-            found = [answer.result() for answer in answers]
-        assert None in found, "the engine died too late to say anything"
-        assert all(text in (None, spoken[name][i]) for text, (name, i) in zip(found, jobs, strict=True))
+            found[-1].send_signal(signal.SIGKILL)
+            texts = [answer.result() for answer in answers]
+        assert None in texts, "the engine died too late to say anything"
+        assert all(text in (None, spoken[name][i]) for text, (name, i) in zip(texts, jobs, strict=True))
         server.process.wait(PATIENCE)  # a server without an engine ends
     finally:
         server.stop()

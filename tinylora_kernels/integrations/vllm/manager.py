@@ -127,13 +127,12 @@ class Manager:
         """Write the slot of each token of the step into `ids`; mapping.index_mapping has their adapters, 0 for none."""
         if mapping is None or mapping.index_mapping == self._last:
             return
-        tokens = np.fromiter(mapping.index_mapping, dtype=np.int64, count=len(mapping.index_mapping))
-        distinct, inverse = np.unique(tokens, return_inverse=True)
-        running = set(distinct.tolist())
-        slots = [self._slot(lora_id, running) if lora_id > 0 else BARE for lora_id in distinct.tolist()]
-        step = np.array(slots, dtype=np.int32)[inverse]
+        tokens = mapping.index_mapping
+        running = set(tokens)
+        slots = {lora_id: self._slot(lora_id, running) if lora_id > 0 else BARE for lora_id in running}
+        step = np.fromiter(map(slots.__getitem__, tokens), np.int32, len(tokens))
         self.ids[: len(step)].copy_(torch.from_numpy(step))
-        self._last = mapping.index_mapping
+        self._last = tokens
 
     # Warming up
 
