@@ -162,7 +162,16 @@ def test_no_spill_on_any_target(target, dtype):
         assert launch.metadata.shared <= 48 * 1024
         used = resources(launch)
         assert used["spilled bytes"] == 0, f"{launch.kernel} {dtype}: {used}"
-        assert used["registers"] <= 65536 // (launch.metadata.num_warps * 32)
+        assert used["registers"] <= most_registers(launch), f"{launch.kernel} {dtype}: {used}"
+
+
+def most_registers(launch) -> int:
+    """Of a thread, so that a block fits: 65,536 a multiprocessor; of AMD's, 512 (gfx942) and 1,536 (gfx1100) a lane of
+    each of four units, over which a block's warps are spread."""
+    warps, target = launch.metadata.num_warps, launch.metadata.target
+    if target.backend == "cuda":
+        return 65536 // (warps * 32)
+    return min(256, (512 if target.warp_size == 64 else 1536) // max(1, warps // 4))
 
 
 def resources(launch) -> dict[str, int]:
@@ -335,4 +344,5 @@ def test_cpu_tensors_are_refused():
 
 def test_missing_triton_is_a_reason_and_not_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # what import then does is raise ImportError
+    monkeypatch.setattr(triton_kernels, "_import_problem", triton_kernels._import_problem.__wrapped__)  # ask again
     assert "pip install triton" in triton_kernels.why_not("cuda", torch.float32, 2)
