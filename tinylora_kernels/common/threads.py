@@ -39,9 +39,11 @@ class _Held:
     A thread that starts meanwhile finds a count of one, which is not its own: left to it, it would stay at that.
     """
 
-    lock = threading.Lock()
     inside: dict[int, int] = {}  # thread -> how deep
     before = 1
+
+
+_held_lock = threading.Lock()
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def one_thread_each() -> Iterator[Run]:
         return list(pool.map(function, arguments))
 
     def put_back() -> None:
-        with _Held.lock:
+        with _held_lock:
             if depth:
                 _Held.inside[own] = depth
             else:
@@ -71,7 +73,7 @@ def one_thread_each() -> Iterator[Run]:
             pool.shutdown()
 
     with followed_by(put_back):
-        with _Held.lock:
+        with _held_lock:
             found = torch.get_num_threads()
             if not _Held.inside:
                 _Held.before = found
