@@ -82,7 +82,8 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     weight, basis, projection = layer.base.weight, layer.basis, layer.projection
     v = layer.v.detach() * 1e-6  # every call works on y in place: a small v keeps repeated updates finite
     backend = ops.BACKENDS[ops.choose("cpu", x.dtype, len(basis))]
-    right = right_for(layer, x.detach().requires_grad_(training))  # then the backward pass updates dx, not g
+    held = right_for(layer, x.detach().requires_grad_(training))  # then the backward pass updates dx, not g
+    right = None if held is None else held.right
     dx = torch.zeros_like(x)
 
     order = 0 if right is None else order_of(weight, None, backend)
@@ -115,7 +116,7 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(g.shape[1], len(basis)), torch.randn(0, len(basis))
-        frozen = FrozenLinear(weight, None, basis, projection, None, right, order, backend)
+        frozen = FrozenLinear(weight, None, basis, projection, None, right, None, order, backend)
         calls |= {
             "apply": lambda: apply_linear(no_x, layer.v, frozen),
             "linear": lambda: nn.functional.linear(no_x, weight),
