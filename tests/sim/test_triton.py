@@ -171,7 +171,7 @@ def most_registers(launch) -> int:
     warps, target = launch.metadata.num_warps, launch.metadata.target
     if target.backend == "cuda":
         return 65536 // (warps * 32)
-    return min(256, (512 if target.warp_size == 64 else 1536) // max(1, warps // 4))
+    return (512 if target.warp_size == 64 else 1536) // max(1, warps // 4)
 
 
 def resources(launch) -> dict[str, int]:
@@ -226,8 +226,8 @@ MUTANTS = {  # name: (the case that shows it, what to replace in ops/triton/kern
     "one id a row though there is one a sequence": ("sequences", "ids_ptr + rows // rows_per_id", "ids_ptr + rows"),
     "an id without an adapter has a gradient": ("large bank",
         "wanted = (adapter >= 0) & (before == 0.0)", "wanted = before == 0.0"),
-    "every id sums for itself alone": ("large bank", "tl.where(wanted, count, 0), tl.where(",
-        "tl.where(wanted, (tl.program_id(1) + 1) * rows_per_id, 0), tl.where("),
+    "every id sums for itself alone": ("large bank", "mine = (ids == adapter)[:, None]",
+        "mine = ((ids == adapter) & (n // rows_per_id == tl.program_id(1)))[:, None]"),
     "the second pass starts over": ("long",
         "y = _add_term(y, gains, write_ptr, at", "y = _add_term(y, gains, write_ptr, cols"),
     "what dx holds is forgotten": ("around", "elif ONTO == 1:", "elif ONTO == 3:"),
