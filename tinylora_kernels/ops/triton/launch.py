@@ -421,8 +421,9 @@ def _widest(ends: Sequence[int]) -> int:
 
 
 def _part_parameters(ends: Sequence[int], rank: int) -> LaunchParameters:
-    """The tile for the widest part."""
-    return launch_parameters(_widest(ends), rank)
+    """The tile for the widest part: that of a row, but where the bounds beside 32 numbers a thread spill (sm_75)."""
+    tile = launch_parameters(_widest(ends), rank)
+    return tile._replace(threads=512) if tile.block == 8192 and tile.threads == 256 else tile
 
 
 def _part_constants(
