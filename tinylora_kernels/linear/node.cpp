@@ -181,7 +181,8 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 }  // namespace plain
 
 // Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Its second output is t, which
-// nobody reads: saved as an output it has a history, and gradients of gradients find their way (ops/autograd.py).
+// nobody reads: as an output it has a history, by which gradients of gradients find their way (ops/autograd.py). It gets that
+// history where one is asked for: a SavedVariable of an output makes two tensors more at every call.
 //
 // A node by hand: torch::autograd::Function keeps maps and lists on the heap for what any function might want, and that has
 // to be made and found again around every product.
@@ -206,7 +207,7 @@ struct TinyLoRALinear : torch::autograd::Node {
     TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(2);
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-    const Tensor saved = t.unpack(getptr());  // a checkpoint runs forward again here, with autograd
+    const Tensor saved = t.unpack();  // a checkpoint runs forward again here, with autograd
     expect_version("v", v, v_version);
     expect_version("the frozen weight", frozen.weight, weight_version);
     return grads[1].defined() || at::GradMode::is_enabled() ? differentiable(grads[0], grads[1], saved)
@@ -236,6 +237,11 @@ struct TinyLoRALinear : torch::autograd::Node {
   // g_t [N, r] is what came to t.
   variable_list differentiable(const Tensor& grad, const Tensor& g_t, const Tensor& saved) {
     const Tensor g = grad.defined() ? grad : at::zeros(sizes, frozen.weight.options());
+    Tensor own_t;
+    if (saved.defined()) {
+      own_t = saved.detach();
+      torch::autograd::impl::set_gradient_edge(own_t, {getptr(), /*output=*/1});
+    }
     const Tensor a = plain::project(g, frozen.basis);
     Tensor gains = plain::gains(a, v, frozen.projection, frozen.adapter_ids);
     if (g_t.defined()) gains = gains + g_t;
@@ -243,7 +249,7 @@ struct TinyLoRALinear : torch::autograd::Node {
     const Tensor delta = gains.matmul(frozen.basis).view(g.sizes());
     const Tensor g0 = (g.to(delta.scalar_type()) + delta).to(g.scalar_type());
     return {task_should_compute_output(0) ? g0.matmul(frozen.weight) : Tensor(),
-            saved.defined() ? plain::vector_gradient(a, saved, v, frozen.projection, frozen.adapter_ids) : Tensor()};
+            own_t.defined() ? plain::vector_gradient(a, own_t, v, frozen.projection, frozen.adapter_ids) : Tensor()};
   }
 
   static void expect_version(const char* name, const Tensor& tensor, int64_t expected) {
@@ -283,8 +289,8 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   node->v_version = v._version();
   node->weight_version = frozen.weight._version();
   torch::autograd::set_history(y, pointer);
-  torch::autograd::set_history(t, pointer);
-  if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/true);
+  node->add_input_metadata(t);
+  if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
   return y;
 }
 

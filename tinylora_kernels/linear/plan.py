@@ -31,6 +31,7 @@ _GLOBAL_HOOKS = (
     _all_modules._global_backward_hooks, _all_modules._global_backward_pre_hooks,
 )  # fmt: skip
 _in_transform = torch._C._are_functorch_transforms_active
+_modes_on = torch._C._len_torch_dispatch_stack
 twin = node.extension.Plan if node.extension is not None else None
 _changes = 0  # attributes set on adapted layers so far, in the whole process
 
@@ -138,8 +139,11 @@ class HeldRight(NamedTuple):
     right: Tensor
 
     def is_of(self, weight: Tensor, basis: Tensor) -> bool:
-        if self.weight is not weight or self.basis is not basis or _written(weight) != self.written:
-            return False
+        same = self.weight is weight and self.basis is basis and _written(weight) == self.written
+        return same and self.has_same_numbers(weight)
+
+    def has_same_numbers(self, weight: Tensor) -> bool:
+        """Of a weight that torch counts no write into since, and that may have been written through its .data."""
         if self.witness is None:
             return True
         return self.same_numbers(weight.data_ptr()) if self.same_numbers is not None else self.witness.knows(weight)
@@ -181,13 +185,14 @@ class Plan(NamedTuple):
             or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
             or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
             or (weight._version, weight.data_ptr()) != written
-            or _in_transform() or forward_ad._current_level >= 0 or modes.seen_by_a_mode()
-            or (self.held is not None and not self.held.is_of(weight, basis))
+            or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
             or (self.selected is not None and not self._selects(x))
         ):  # fmt: skip
             return None
-        return apply_linear(x, v, self.frozen)
+        y = apply_linear(x, v, self.frozen)
+        # Heard after the product, which has just brought the weight into the caches.
+        return y if self.held is None or self.held.has_same_numbers(weight) else None
 
     def _selects(self, x: Tensor) -> bool:
         assert self.selected is not None and self.table is not None  # which a bank has
