@@ -388,6 +388,15 @@ def test_a_new_file_is_as_the_umask_says(umask, tmp_path):
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "lora").iterdir()} == {0o666 & ~umask}
 
 
+def test_missing_directories_are_made_for_a_directory_and_named_for_a_file(tmp_path):
+    model = adapt(nn.ModuleDict({"l0": nn.Linear(8, 8)}), target_modules=["l0"])
+    export_lora(model, tmp_path / "runs" / "7" / "lora")
+    assert (tmp_path / "runs" / "7" / "lora" / "adapter_config.json").is_file()
+    with pytest.raises(FileNotFoundError, match=r"runs/8: there is no such directory to write to; make it first"):
+        save_adapter(model, tmp_path / "runs" / "8" / "adapter.safetensors")
+    assert not (tmp_path / "runs" / "8").exists()
+
+
 def test_an_owner_that_cannot_be_kept_costs_nothing_but_that(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"earlier")

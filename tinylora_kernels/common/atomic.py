@@ -82,6 +82,7 @@ def write_directory(target: str, files: dict[str, bytes]) -> None:
     each of them whole.
     """
     parent = os.path.dirname(target)
+    os.makedirs(parent, exist_ok=True)  # as save_pretrained does; of a file the directory has to be there
     remove_leftovers(parent)
     with _beside(parent, is_directory=True) as (fresh, descriptor):
         _keep_ownership(target, descriptor)
@@ -135,12 +136,16 @@ def _beside(directory: str, is_directory: bool = False) -> Iterator[tuple[str, i
         descriptor = -1
         try:
             # Until it is locked, another writer may take it for a leftover.
+            try:
+                if is_directory:
+                    os.mkdir(path)
+                else:
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{directory}: there is no such directory to write to; make it first") from None
             if is_directory:
-                os.mkdir(path)
                 with contextlib.suppress(FileNotFoundError):
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            else:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             if descriptor >= 0 and _lock(descriptor) is not False and _is_at(path, descriptor):
                 yield path, descriptor
                 return
