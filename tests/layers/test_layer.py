@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.cases import error
 from tests.paper import delta_weight
-from tinylora_kernels import ops
+from tinylora_kernels import TinyLoRAConfig, ops
 from tinylora_kernels.functional import tiny_lora_linear
 from tinylora_kernels.layers.layer import TinyLoRALayer
 from tinylora_kernels.linear import node, plan
@@ -51,6 +51,24 @@ def dense(layer: TinyLoRALayer, x: torch.Tensor) -> torch.Tensor:
 def test_output_equals_the_dense_weight(bias, shape):
     layer, x = linear(bias), torch.randn(shape)
     assert error(layer(x), dense(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_factors_in_a_layer_that_has_run(dtype):
+    """B^T was of the old U: what load_adapter does with a file that brings its basis, and refresh_factors."""
+    layer, x = linear(dtype=dtype), torch.randn(5, 16).to(dtype).requires_grad_()
+    layer.config = TinyLoRAConfig(trainable_dim=3)
+    for _ in range(3):
+        layer(x).sum().backward()
+    U, S, _ = torch.linalg.svd(layer.base.weight.detach().double(), full_matrices=False)
+    layer.set_factors(U[:, 3:5].T.float().contiguous(), S[3:5].float())
+    x.grad = None
+    y, truth = layer(x), dense(layer, x)
+    y.sum().backward()
+    twin = x.detach().double().requires_grad_()
+    dense(layer, twin).sum().backward()
+    bound = 4 * torch.finfo(dtype).eps
+    assert error(y.detach(), truth.detach()) < bound and error(x.grad, twin.grad) < bound
 
 
 def test_delta_weight_is_the_update_of_the_weight():

@@ -348,6 +348,8 @@ class TinyLoRALayer(nn.Module):
         self.sigma.copy_(sigma)
         self.projection.copy_(projection)
         self.take_witness()
+        self.__dict__.update(_plan=None, _right=None)  # B^T is of the old U
+        note_change()
 
     def keep(self) -> Callable[[], None]:
         """What puts the vector and the factors back as they are now."""
