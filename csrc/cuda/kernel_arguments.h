@@ -1,6 +1,6 @@
 // What the kernels are given: plain structures, passed by value, shared with the host code and the simulators.
 #pragma once
-#include <cstdint>
+#include "integers.h"
 
 namespace tinylora {
 

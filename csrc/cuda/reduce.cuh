@@ -1,6 +1,6 @@
 // Sums over lanes, warps and blocks, in a fixed order.
 #pragma once
-#include "launch_plan.h"
+#include "tiles.h"
 #include "port.h"
 
 namespace tinylora {

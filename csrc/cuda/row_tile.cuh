@@ -2,7 +2,7 @@
 #pragma once
 #include "element.cuh"
 #include "kernel_arguments.h"
-#include "launch_plan.h"
+#include "tiles.h"
 
 namespace tinylora {
 

@@ -42,7 +42,7 @@ __device__ __forceinline__ float finite_coefficients(const RowBlock<T>& source, 
     float dot[R] = {};
 #pragma unroll 1
     for (int c = threadIdx.x; c < source.features && r < source.rows; c += blockDim.x) {
-      const float x = to_float(__ldcg(source.first + r * source.stride + c));
+      const float x = to_float(load_element(source.first + r * source.stride + c));
       if (!is_finite(x)) continue;
 #pragma unroll
       for (int j = 0; j < R; ++j) dot[j] = fmaf(x, __ldg(source.factor + int64_t(j) * source.features + c), dot[j]);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void finish_gradient(const RowsArguments& p, const En
 }
 
 // Blocks of a multiprocessor at once, at least, which bounds the registers of a thread: 80 for three of 256 threads.
-constexpr int blocks_at_once(Tile tile, int element_bytes, int rank, bool ids) {
+TL_BOTH constexpr int blocks_at_once(Tile tile, int element_bytes, int rank, bool ids) {
 #ifdef __CUDA_ARCH__
   constexpr int kArchitecture = __CUDA_ARCH__;
 #else

@@ -80,21 +80,31 @@ def test_switched_off(build, monkeypatch, tmp_path):
 
 
 @needs_sources
-def test_a_failing_cuda_build_leaves_the_cpu_library(build, monkeypatch, tmp_path):
-    attempts = failing_cmake(build, monkeypatch, fails=lambda settings: "TINYLORA_CUDA" in settings)
-    monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/nvcc")
+def test_without_a_compiler_of_device_code_the_sources_are_embedded(build, monkeypatch, tmp_path):
+    """It is compiled where a GPU is found: nothing is missing from the library."""
+    archives = []
+    attempts = failing_cmake(build, monkeypatch, fails=lambda settings: False)
+    run_cmake = build.run_cmake
+
+    def look(cmake, settings, log):
+        archives.append(build.ARCHIVE["Archive"](Path(settings["TINYLORA_CUDA_ARCHIVE"]).read_bytes()))
+        run_cmake(cmake, settings, log)
+
+    monkeypatch.setattr(build, "run_cmake", look)
     monkeypatch.setenv("TINYLORA_CUDA_ARCHITECTURES", "90-real")
+    monkeypatch.setenv("TINYLORA_NVRTC", str(tmp_path / "libnvrtc.so"))
     record = build.build_native(tmp_path)
-    assert [("TINYLORA_CUDA" in settings) for settings in attempts] == [True, False]
-    assert attempts[0]["TINYLORA_ARCHITECTURES"] == "90-real" and attempts[0]["CMAKE_CUDA_COMPILER"] == "/opt/nvcc"
-    assert record["library"] and not record["cuda"]
-    assert record["cuda_reason"] == "the CUDA build failed: x.cu(3): error: no such thing"
+    assert len(attempts) == 1 and record["library"] and record["cuda"] and not record["device_code"]
+    reason = f"no device code for 90-real: TINYLORA_NVRTC={tmp_path}/libnvrtc.so does not load"
+    assert record["cuda_reason"].startswith(reason)
+    assert archives[0].targets == () and "rows_kernel" in archives[0].source
+    monkeypatch.delenv("TINYLORA_CUDA_ARCHITECTURES")
+    assert build.build_native(tmp_path)["cuda_reason"] is None
 
 
 @needs_sources
 def test_a_failing_build_leaves_a_reason(build, monkeypatch, tmp_path):
     failing_cmake(build, monkeypatch, fails=lambda settings: True)
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
     record = build.build_native(tmp_path)
     assert not record["library"] and record["reason"] == "the build failed: x.cu(3): error: no such thing"
 
@@ -104,7 +114,6 @@ def test_without_the_cpp_node_the_rest_is_built(build, monkeypatch, tmp_path):
     run_node = build.build_node
     failing_cmake(build, monkeypatch, fails=lambda settings: False)
     monkeypatch.setattr(build, "build_node", run_node)
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
     monkeypatch.setenv("CXX", str(compiler_that_fails(tmp_path)))
     record = build.build_native(tmp_path)
     assert record["library"] and record["node_reason"] == "cxx: node.cpp:1: error: no such header"
@@ -153,10 +162,12 @@ def test_why_the_node_is_not_there(monkeypatch, tmp_path):
 
 
 @needs_sources
-def test_cuda_can_be_switched_off(build, monkeypatch):
+def test_cuda_can_be_switched_off(build, monkeypatch, tmp_path):
+    attempts = failing_cmake(build, monkeypatch, fails=lambda settings: False)
     monkeypatch.setenv("TINYLORA_BUILD_CUDA", "0")
-    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/nvcc")
-    assert build.find_nvcc() is None
+    record = build.build_native(tmp_path)
+    assert record["cuda_reason"] == "switched off by TINYLORA_BUILD_CUDA=0" and not record["cuda"]
+    assert "TINYLORA_CUDA_ARCHIVE" not in attempts[0]
 
 
 @needs_sources

@@ -15,14 +15,14 @@ def test_the_table_has_a_line_for_each_environment_and_the_reasons(script):
     tried = {"python": "3.12.1", "torch": "2.13.0+cpu", "cuda_libraries": "none needed", "date": "2026-01-01"}
     rows = [
         tried | {"file": "+cpu", "result": "ok"},
-        tried | {"file": "+cu130", "result": "failed: ImportError: no such symbol"},
+        tried | {"file": "+gpu", "result": "failed: ImportError: no such symbol"},
         matrix.no_environment("3.13", "2.10.0", "this Python is not installed here"),
     ]
     lines = matrix.table(rows).splitlines()
-    assert lines[0].split() == ["python", "torch", "CUDA", "libraries", "+cpu", "+cu130"]
+    assert lines[0].split() == ["python", "torch", "CUDA", "libraries", "+cpu", "+gpu"]
     assert lines[1].split() == ["3.12.1", "2.13.0+cpu", "none", "needed", "ok", "failed"]
     assert lines[2].split() == ["3.13", "2.10.0", "not", "tried", "not", "tried"]
-    assert lines[3] == "3.12.1, torch 2.13.0+cpu, +cu130: failed: ImportError: no such symbol"
+    assert lines[3] == "3.12.1, torch 2.13.0+cpu, +gpu: failed: ImportError: no such symbol"
     assert lines[4] == "3.13, torch 2.10.0, all: not tried: this Python is not installed here"
 
 

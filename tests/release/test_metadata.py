@@ -56,7 +56,7 @@ def test_version_licence_and_python(metadata):
 
 
 def test_a_label_makes_a_local_version(tmp_path, monkeypatch):
-    monkeypatch.setenv("TINYLORA_LOCAL_VERSION", "cu130")
+    monkeypatch.setenv("TINYLORA_LOCAL_VERSION", "gpu")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert f"\nVersion: {__version__}+cu130\n" in (tmp_path / "tinylora_kernels.egg-info/PKG-INFO").read_text()
+    assert f"\nVersion: {__version__}+gpu\n" in (tmp_path / "tinylora_kernels.egg-info/PKG-INFO").read_text()

@@ -5,7 +5,7 @@ import pytest
 def test_a_flavour_names_its_machine(script, monkeypatch):
     wheels = script("wheels")
     monkeypatch.setattr(wheels.platform, "machine", lambda: "x86_64")
-    assert [wheels.machine_of(name) for name in ("cpu", "cu130", "cpu-aarch64")] == ["x86_64", "x86_64", "aarch64"]
+    assert [wheels.machine_of(name) for name in ("cpu", "gpu", "gpu-aarch64")] == ["x86_64", "x86_64", "aarch64"]
 
 
 def test_without_a_compiler_for_it_a_machine_is_refused_in_one_line(script, monkeypatch, tmp_path):

@@ -1,14 +1,14 @@
 """The CUDA backend on a GPU that is the PTX interpreter.
 
 `SimulatedCuda(capability)` has the update and update_backward of a backend. It hands the package's own launchers
-(launch.cu, compiled by nvcc) the arguments that csrc/cuda/ops.cu would; each launch they make runs the PTX of that
-very kernel, with the grid and block they chose, on the CPU tensors.
+(csrc/cuda/launch.cpp) the arguments that csrc/cuda/ops.cpp would; each launch they make runs the PTX of that very
+kernel, with the grid and block they chose, on the CPU tensors.
 """
 from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int32, c_int64, c_uint, c_void_p
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import nvcc
+from tinylora_kernels.ops.native.nvrtc import Target
+
+from . import compilers
+from .host import emulator
 from .ptx import Buffer, Kernel, Traffic, launch, parse
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum class Element
-STUB = Path(__file__).with_name("cuda_runtime_stub.cu")
 
 
 class Mixing(ctypes.Structure):  # csrc/cuda/kernel_arguments.h
@@ -59,51 +61,29 @@ class RightArguments(ctypes.Structure):
     ]  # fmt: skip
 
 
-_Callback = ctypes.CFUNCTYPE(None, c_char_p, POINTER(c_uint), POINTER(c_uint), c_size_t, POINTER(c_void_p))
-
-
-@dataclass(frozen=True)
-class Build:
-    """The launchers as a library, and the PTX of every kernel they can launch."""
-
-    library: ctypes.CDLL
-    ptx: dict[int, str]  # by capability
-    kernels: dict[tuple[int, str], Kernel] = field(default_factory=dict)  # parsed so far
-
-    def kernel(self, capability: int, name: str) -> Kernel:
-        key = capability, name
-        if key not in self.kernels:
-            self.kernels[key] = parse(self.ptx[capability], name)
-        return self.kernels[key]
+_Callback = ctypes.CFUNCTYPE(None, c_char_p, POINTER(c_uint), POINTER(c_uint), c_void_p)
 
 
 @functools.cache
-def build(dtype: torch.dtype, capabilities: tuple[int, ...], sources: Path, launchers: Path | None) -> Build:
-    """Compile the sources for one element type; PTX only, so that no card's assembler is involved.
-
-    Args:
-        launchers: other sources, with the same host code: these launch the kernels, and no second library is built.
-    """
-    element = f"-DTINYLORA_ELEMENT={ELEMENTS.index(dtype)}"
-    if launchers:
-        texts = {c: nvcc.ptx(STUB, c, element, include=sources) for c in capabilities}
-        return Build(build(dtype, capabilities, launchers, None).library, texts)
-    targets = [f"-gencode=arch=compute_{c},code=compute_{c}" for c in capabilities]
-    folder = nvcc.compile_cached(
-        STUB, "-shared", "-cudart=none", "-Xcompiler=-fPIC,-D__NV_LEGACY_LAUNCH", element, *targets,
-        include=sources, keep=f"{STUB.stem}*.ptx",
-    )  # fmt: skip
-    library = ctypes.CDLL(str(folder / "out"))
+def launchers(sources: Path) -> ctypes.CDLL:
+    """The launchers of these sources as a library."""
+    device = Path(__file__).with_name("ptx_device.cpp")
+    objects = [emulator.host_object(source, sources) for source in (device, *emulator.host_sources(sources))]
+    library = ctypes.CDLL(str(emulator.link_shared(objects)))
     library.simulate_scratch_words.restype = c_int64
     library.simulate_scratch_words.argtypes = [c_int, c_int, POINTER(RowsArguments)]
     library.simulate_rows.argtypes = [c_int, c_int, POINTER(RowsArguments), c_void_p, c_void_p, c_void_p, c_int]
     library.simulate_refresh_right.argtypes = [c_int, c_int, POINTER(RightArguments)]
     library.simulate_on_launch.argtypes = [_Callback]
-    texts = {}
-    for capability in capabilities:
-        name = f"{STUB.stem}.compute_{capability}.ptx" if len(capabilities) > 1 else f"{STUB.stem}.ptx"
-        texts[capability] = (folder / name).read_text()
-    return Build(library, texts)
+    return library
+
+
+@functools.cache
+def kernel_of(element: int, rank: int, capability: int, sources: Path, compiler: str | None, name: str) -> Kernel:
+    """A kernel by its mangled name, from the PTX of its module: no card's assembler is involved."""
+    target = Target(capability, ptx=True)
+    code = compilers.module(element, rank, target, "-lineinfo", sources=sources, compiler=compiler)
+    return parse(code.read_text(), name)
 
 
 @dataclass
@@ -117,9 +97,8 @@ class Launch:
 @dataclass
 class SimulatedCuda:
     capability: int
-    capabilities: tuple[int, ...] = ()  # what to compile for in one go; default: this one
-    sources: Path = nvcc.CUDA
-    launchers: Path | None = None  # sources with the same launchers, which are built already
+    sources: Path = compilers.CUDA
+    compiler: str | None = None  # one of compilers.COMPILERS; default: the first
     order: str = "forward"  # "reverse": atomics in descending thread order
     skew: int = 0  # elements by which rows miss 16-byte alignment
     bias_skew: int = 0
@@ -186,48 +165,43 @@ class SimulatedCuda:
         dv = torch.empty_like(v) if t is not None else v.new_empty(0)
         scratch = torch.empty(0)
         if t is not None:
-            self._describe_card(rows.dtype)
-            words = self._build(rows.dtype).library.simulate_scratch_words
+            self._library().simulate_card(*self.card)
+            words = self._library().simulate_scratch_words
             scratch = torch.empty(words(ELEMENTS.index(rows.dtype), rank, ctypes.byref(p)))
         elif not p.target.rows:
             return dv
         self._call(rows.dtype, rank, p, t, dv, scratch)
         return dv
 
-    def _build(self, dtype: torch.dtype) -> Build:
-        return build(dtype, self.capabilities or (self.capability,), self.sources, self.launchers)
-
-    def _describe_card(self, dtype: torch.dtype) -> None:
-        self._build(dtype).library.simulate_card(*self.card)
+    def _library(self) -> ctypes.CDLL:
+        return launchers(self.sources)
 
     def _call(self, dtype: torch.dtype, rank: int, p: RowsArguments, *tensors: Tensor | None) -> None:
-        self._describe_card(dtype)
+        self._library().simulate_card(*self.card)
         self._run(dtype, "simulate_rows", rank, p, *map(_pointer, tensors), self.capturing, written=set())
 
     def _run(self, dtype: torch.dtype, function: str, rank: int, p: ctypes.Structure, *rest, written: set[int]) -> None:
         """written: addresses of what is initialised before the first launch."""
-        built = self._build(dtype)
-        finding = []
+        element, finding = ELEMENTS.index(dtype), []
 
-        def on_launch(name, grid, block, shared, arguments):
+        def on_launch(name, grid, block, arguments):
             if finding:
                 return
             try:
-                self._launch(built, name.decode(), tuple(grid[:3]), tuple(block[:3]), shared, arguments[0], written)
+                self._launch(element, rank, name.decode(), tuple(grid[:3]), tuple(block[:3]), arguments, written)
             except BaseException as error:  # an exception cannot pass through C
                 finding.append(error)
 
         callback = _Callback(on_launch)
-        built.library.simulate_on_launch(callback)
-        getattr(built.library, function)(ELEMENTS.index(dtype), rank, ctypes.byref(p), *rest)
+        self._library().simulate_on_launch(callback)
+        getattr(self._library(), function)(element, rank, ctypes.byref(p), *rest)
         if finding:
             raise finding[0]
 
-    def _launch(self, built, name, grid, block, shared, address, written: set[int]) -> None:
+    def _launch(self, element, rank, name, grid, block, address, written: set[int]) -> None:
         kind = next(kind for word, kind in _KINDS.items() if word in name)
         arguments = kind.from_buffer_copy((ctypes.c_char * ctypes.sizeof(kind)).from_address(address))
-        itemsize = 4 if "_kernelIf" in name else 2
-        rank = int(name.split("Li")[1].split("E")[0])
+        itemsize = ELEMENTS[element].itemsize
         if kind is RowsArguments:
             buffers = _rows_buffers(arguments, rank, itemsize, blocks=grid[0])
         elif kind is RightArguments:
@@ -236,10 +210,10 @@ class SimulatedCuda:
             buffers = _bank_buffers(arguments, rank)
         for pointer, buffer in buffers.items():
             buffer.initialised = buffer.read_only or buffer.initialised or pointer in written
-        kernel = built.kernel(self.capability, name)
+        kernel = kernel_of(element, rank, self.capability, self.sources, self.compiler, name)
         traffic = launch(
-            kernel, grid, block, [lambda at: _translated(arguments, at)], dynamic_shared=shared,
-            reverse=self.order == "reverse", buffers=buffers,
+            kernel, grid, block, [lambda at: _translated(arguments, at)], reverse=self.order == "reverse",
+            buffers=buffers,
         )  # fmt: skip
         written.update(pointer for pointer, buffer in buffers.items() if not buffer.read_only)
         self.launches.append(Launch(name, grid, block, traffic))

@@ -1,6 +1,5 @@
 // Small kernels, each with one bug that a GPU would let pass, and the same kernel without it (-DPLANT=0).
 // test_ptx_harness.py holds the list of what the interpreter must say about each.
-#include <cstdint>
 #if PLANT
 #define BUG(wrong, right) wrong
 #else

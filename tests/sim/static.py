@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels, per architecture: registers, stack, shared memory, memory instructions.
 
-Everything is read from compiled code: resources and SASS through cuobjdump, PTX as nvcc writes it.
+Everything is read from compiled code: resources and SASS through cuobjdump, PTX as the compiler writes it.
 """
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinylora_kernels.method.parts import SPECIALISED_RANKS
+from tinylora_kernels.ops.native.nvrtc import Target
 
-from . import nvcc
+from . import compilers
 from .host.plan import TILES, shape
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-ELEMENTS = {"float32": ("float", 4), "bfloat16": ("__nv_bfloat16", 2), "float16": ("__half", 2)}
+ELEMENTS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes; in the order of enum class Element
 RANKS = SPECIALISED_RANKS
 REGISTERS_OF_A_BLOCK = 65536
 SHARED_LIMIT = 48 << 10  # bytes of static shared memory of a block, on every architecture
 RESERVED_SHARED = 1024  # of which the system takes this much from sm_80 on
-NO_SPILLS = "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"
 
 
 @dataclass(frozen=True)
@@ -46,35 +46,37 @@ def cuobjdump() -> str | None:
     return str(copy) if copy and copy.is_file() else None
 
 
-def compile_instances(element: str, ranks: tuple[int, ...], target: str, *flags: str) -> Path:
-    defines = (f"-DELEMENT={ELEMENTS[element][0]}", "-DRANKS=" + " ".join(f"RANK({r})" for r in ranks))
-    source = Path(__file__).with_name("instances.cu")
-    return nvcc.compile_cached(source, f"-arch={target}", *flags, *defines, include=nvcc.CUDA) / "out"
+def compile_module(element: str, rank: int, target: Target, compiler: str | None = None) -> Path:
+    """The code of a module."""
+    return compilers.module(list(ELEMENTS).index(element), rank, target, compiler=compiler)
 
 
 def kernel_name(mangled: str) -> str:
-    """rows_kernel<float, 2, Short, true> -> 'r2 Short ids'; bank_grad_kernel<2> -> 'r2 bank'."""
+    """rows_kernel<float, 2, Short, true> -> 'r2 Short ids'; bank_grad_kernel<2> -> 'r2 bank'; 'r2 right'."""
     if found := re.search(r"rows_kernel.*Li(\d)ELNS_4TileE(\d)ELb(\d)E", mangled):
         return f"r{found[1]} {TILES[int(found[2])]}{' ids' if found[3] == '1' else ''}"
-    found = re.search(r"bank_grad_kernelILi(\d)E", mangled)
-    return f"r{found[1]} bank"
+    found = re.search(r"(bank)_grad_kernelILi(\d)E|refresh_(right)_kernel.*Li(\d)E", mangled)
+    return f"r{found[2] or found[4]} {found[1] or found[3]}"
 
 
-def inspect(element: str, ranks: tuple[int, ...], architecture: int) -> dict[str, Compiled]:
-    """Compile for one architecture; a spill or any local memory already fails here. Kernel name -> what it became."""
-    cubin = compile_instances(element, ranks, f"sm_{architecture}", "-cubin", NO_SPILLS)
-    resources = _cuobjdump("--dump-resource-usage", cubin)
-    used = r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    counts = _sass_counts(_cuobjdump("-sass", cubin))
-    return {
-        kernel_name(name): Compiled(int(reg), int(stack), int(local), int(shared), counts[name])
-        for name, reg, stack, shared, local in re.findall(used, resources)
-    }
+def inspect(
+    element: str, ranks: tuple[int, ...], architecture: int, compiler: str | None = None
+) -> dict[str, Compiled]:
+    """Compile for one architecture. Kernel name -> what it became."""
+    found = {}
+    for rank in ranks:
+        cubin = compile_module(element, rank, Target(architecture, ptx=False), compiler)
+        resources = _cuobjdump("--dump-resource-usage", cubin)
+        used = r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+        counts = _sass_counts(_cuobjdump("-sass", cubin))
+        for name, reg, stack, shared, local in re.findall(used, resources):
+            found[kernel_name(name)] = Compiled(int(reg), int(stack), int(local), int(shared), counts[name])
+    return found
 
 
 def memory_order(element: str, rank: int, architecture: int, tile: str) -> list[str]:
     """The memory, shuffle and barrier instructions of a kernel without ids, in the order of its code."""
-    cubin = compile_instances(element, (2, 8), f"sm_{architecture}", "-cubin", NO_SPILLS)
+    cubin = compile_module(element, rank, Target(architecture, ptx=False))
     for part in re.split(r"\n\s*Function : ", _cuobjdump("-sass", cubin))[1:]:
         name, body = part.split("\n", 1)
         if kernel_name(name) == f"r{rank} {tile}":
@@ -108,11 +110,12 @@ def _plain(opcode: str) -> str:
 
 def ptx_counts(element: str, ranks: tuple[int, ...], capability: int = 90) -> dict[str, Counter]:
     """Kernel name -> how often each global, local or shared memory instruction occurs in the PTX."""
-    text = compile_instances(element, ranks, f"compute_{capability}", "-ptx").read_text()
     counts = {}
-    for part in re.split(r"\.entry\s+", text)[1:]:
-        name = re.match(r"\w+", part)[0]
-        counts[kernel_name(name)] = Counter(re.findall(r"\b(?:ld|st|red|atom)\.(?:global|local)[.\w]*", part))
+    for rank in ranks:
+        text = compile_module(element, rank, Target(capability, ptx=True)).read_text()
+        for part in re.split(r"\.entry\s+", text)[1:]:
+            name = re.match(r"\w+", part)[0]
+            counts[kernel_name(name)] = Counter(re.findall(r"\b(?:ld|st|red|atom)\.(?:global|local)[.\w]*", part))
     return counts
 
 

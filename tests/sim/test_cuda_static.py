@@ -5,29 +5,30 @@ Here bfloat16 with r = 2 and 8 for every architecture, and the PTX of every type
 import pytest
 
 from . import static
+from .compilers import COMPILERS, needs_compiler
 from .host.plan import TILES, plan_rows, shape
-from .nvcc import needs_nvcc
 
-pytestmark = needs_nvcc
-BANK_THREADS = 512
+pytestmark = needs_compiler
+THREADS = {"bank": 512, "right": 256}
 needs_cuobjdump = pytest.mark.skipif(static.cuobjdump() is None, reason="needs cuobjdump (it comes with triton)")
 
 
 @needs_cuobjdump
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("architecture", static.ARCHITECTURES)
-def test_compiled_code(architecture):
-    kernels = static.inspect("bfloat16", (2, 8), architecture)
-    assert len(kernels) == 2 * (2 * len(TILES) + 1)
+def test_compiled_code(architecture, compiler):
+    kernels = static.inspect("bfloat16", (2, 8), architecture, compiler)
+    assert len(kernels) == 2 * (2 * len(TILES) + 2)
     for name, kernel in kernels.items():
         rank, tile = int(name[1]), name.split()[1]
-        threads = BANK_THREADS if tile == "bank" else shape(tile, 2).threads
+        threads = THREADS.get(tile) or shape(tile, 2).threads
         assert kernel.stack == kernel.local == 0, f"{name}: local memory"
         assert kernel.registers <= min(255, static.REGISTERS_OF_A_BLOCK // threads), f"{name}: a block does not fit"
         assert kernel.shared <= static.SHARED_LIMIT, f"{name}: {kernel.shared} bytes of shared memory"
         counts = kernel.instructions
         assert not [op for op in counts if op.startswith(("LDL", "STL", "RED", "LD.", "ST."))], f"{name}: {counts}"
         atomics = sum(n for op, n in counts.items() if op.startswith("ATOM"))
-        if tile == "bank":
+        if tile in THREADS:
             assert atomics == 0
             continue
         assert atomics == counts["ATOMG.INC"] == (0 if name.endswith("ids") else 1), f"{name}: {counts}"
@@ -67,11 +68,11 @@ def test_rows_are_asked_for_before_anything_is_waited_for(tile):
 @pytest.mark.parametrize("element", static.ELEMENTS)
 def test_accesses_in_the_ptx(element):
     """Every packet of a row is loaded once and stored once, past L1; the factor comes through the read-only cache."""
-    size = static.ELEMENTS[element][1]
+    size = static.ELEMENTS[element]
     vector = "v4.u32" if size == 4 else "v2.u32"
     for name, counts in static.ptx_counts(element, (2, 4)).items():
         rank, tile = int(name[1]), name.split()[1]
-        if tile == "bank":
+        if tile in THREADS:
             continue
         expected = static.expected_packets(tile, size, rank)
         if shape(tile, size).width > 1:

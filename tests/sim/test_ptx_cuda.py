@@ -1,9 +1,9 @@
-"""The CUDA kernels, executed from nvcc's PTX: results against float64, findings of the interpreter, exact traffic.
+"""The CUDA kernels, executed from the PTX of NVRTC and of nvcc: results against float64, findings of the interpreter,
+exact traffic.
 
 The launchers of csrc/cuda choose kernel, grid and block, so what runs here is what a GPU would be given.
 """
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +11,12 @@ import torch
 from tests.cases import CASES, DTYPES, Case, Inputs, Outputs, assert_within_budget, make_case, run_ops
 
 from .checks import CHECKS, assert_equal_to_one_rounding, draws, look_for
+from .compilers import COMPILERS, CUDA, needs_compiler
 from .cuda_gpu import SimulatedCuda
 from .host import emulator
-from .mutants import MUTANTS, RIGHT_MUTANTS, Edit, edited_copy
-from .nvcc import CUDA, needs_nvcc
+from .mutants import MUTANTS, RIGHT_MUTANTS, edited_copy
 from .ptx import SimulationError
 
-CAPABILITIES = (80, 90, 100, 120)
 GRID = [case for case in CASES if case.rank in (1, 2, 4, 8)] + [
     Case(7, 2056, rank=4, numbers=3),  # several vectors a thread, not all of them in use
     Case(9, 5000, rank=4, numbers=3),
@@ -28,19 +27,15 @@ GRID = [case for case in CASES if case.rank in (1, 2, 4, 8)] + [
 ]
 _SIZES = (35, 561, 576, 26208, 58368, 80002, 4096, 4800, 650, 18981)  # rows x features: every rank, tile and option
 EVERYWHERE = [case for case in GRID if case.rows * case.features in _SIZES]
-pytestmark = needs_nvcc
-
-
-def _simulated(capability: int, **options) -> SimulatedCuda:
-    return SimulatedCuda(capability, CAPABILITIES, **options)
+pytestmark = needs_compiler
 
 
 def _ids(value) -> str:
     return str(value).removeprefix("torch.")
 
 
-def _run(inputs: list[Inputs], case: Case, capability: int) -> list[Outputs]:
-    gpu = _simulated(capability)
+def _run(inputs: list[Inputs], case: Case, capability: int, compiler: str) -> list[Outputs]:
+    gpu = SimulatedCuda(capability, compiler=compiler)
     outputs = [run_ops(gpu, i) for i in inputs]
     if case.rows:
         backward = 2 if case.adapters else 1  # launches: what a bank's rows have in common is summed by a second one
@@ -62,55 +57,35 @@ def _assert_traffic(case: Case, inputs: Inputs, forward, backward) -> None:
         assert forward.of("y").excess == backward.of("g").excess == backward.of("g0").excess == 1.0
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
 @pytest.mark.parametrize("case", GRID, ids=str)
-def test_grid(case, dtype):
+def test_grid(case, dtype, compiler):
     inputs = draws(case, dtype)
-    assert_within_budget(_run(inputs, case, 90), inputs)
+    assert_within_budget(_run(inputs, case, 90, compiler), inputs)
 
 
 @functools.cache
 def _on_the_grids_target(case: Case, dtype: torch.dtype) -> tuple[Inputs, Outputs]:
     inputs = make_case(case, dtype)
-    return inputs, run_ops(_simulated(90), inputs)
+    return inputs, run_ops(SimulatedCuda(90), inputs)
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
-@pytest.mark.parametrize("capability", (80, 100, 120))
+@pytest.mark.parametrize("capability", (75, 80, 100, 120))
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
-def test_every_target(case, capability, dtype):
-    """To one rounding what the target gives that the grid holds to its budget."""
+def test_every_target(case, capability, dtype, compiler):
+    """To one rounding what the target gives that the grid holds to its budget. compute_100 is what the wheels hold."""
     inputs, expected = _on_the_grids_target(case, dtype)
-    (found,) = _run([inputs], case, capability)
+    (found,) = _run([inputs], case, capability, compiler)
     assert_equal_to_one_rounding(found, expected)
 
 
-# One rank is enough to find a bug in, and builds four times as fast.
-ONE_RANK = tuple(
-    Edit(file, f"    case {rank}: {call};\n", "")
-    for rank in (1, 4, 8)
-    for file, call in (
-        ("launch_rows.cuh",
-         f"return ids ? kernel_of_rank<T, {rank}, true>(tile) : kernel_of_rank<T, {rank}, false>(tile)"),
-        ("bank_grad.cu", f"TL_LAUNCH(bank_grad_kernel<{rank}>, grid, block, stream, arguments); break"),
-    )
-)  # fmt: skip
-
-
-def _maker(sources: Path, launchers: Path | None = None):
-    """A maker of backends, as tests/sim/checks.py wants it."""
-    return lambda **options: SimulatedCuda(90, sources=sources, launchers=launchers, **options)
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    return edited_copy(CUDA, tmp_path_factory.mktemp("one_rank"), ONE_RANK)
-
-
 @pytest.mark.parametrize("check", [name for name in CHECKS if name not in ("bounds", "races", "races around a NaN")])
-def test_checks(one_rank, check):
+def test_checks(check):
     """Each looks for stray accesses and races on the way."""
-    CHECKS[check](_maker(one_rank))
+    CHECKS[check](lambda **options: SimulatedCuda(90, **options))
 
 
 @pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
@@ -120,14 +95,13 @@ def test_agrees_with_the_host_emulator():
     for case in GRID:
         if case.rank == 2 and case.rows:
             inputs = make_case(case, torch.bfloat16)
-            assert_equal_to_one_rounding(run_ops(emulated, inputs), run_ops(_simulated(90), inputs))
+            assert_equal_to_one_rounding(run_ops(emulated, inputs), run_ops(SimulatedCuda(90), inputs))
 
 
 @pytest.mark.parametrize(
     "mutant", [mutant for mutant in MUTANTS + RIGHT_MUTANTS if mutant.one_order], ids=lambda mutant: mutant.name
 )
-def test_every_mutant_is_caught(tmp_path, one_rank, mutant):
-    sources = edited_copy(CUDA, tmp_path, (*ONE_RANK, mutant.edit))
-    only_kernels = mutant.file.endswith(".cuh")  # the launchers are in .cu and .h files
+def test_every_mutant_is_caught(tmp_path, mutant):
+    sources = edited_copy(CUDA, tmp_path, (mutant.edit,))
     with pytest.raises((SimulationError, AssertionError, pytest.fail.Exception)):
-        look_for(mutant, _maker(sources, one_rank if only_kernels else None))
+        look_for(mutant, lambda **options: SimulatedCuda(90, sources=sources, **options))

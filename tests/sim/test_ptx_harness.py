@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from .nvcc import needs_nvcc, ptx
+from .compilers import needs_compiler, ptx
 from .ptx import (
     Buffer,
     DivergentBarrier,
@@ -51,7 +51,7 @@ FOUND = {
 }
 COUNTED = ("uncoalesced", "reads_twice")
 _ZEROED = ("unordered_blocks", "missing_fence")  # their y carries a counter
-pytestmark = needs_nvcc
+pytestmark = needs_compiler
 
 
 def _run(name: str, planted: bool, reverse: bool = False) -> Traffic:

@@ -1,41 +1,14 @@
 // One call of one op on the emulated GPU: the case comes in through standard input, the results leave through standard
 // output (see emulator.py for the format). Exit status 3 and a line on standard error if the launch faults.
 //
-// RANKS and ELEMENTS list what is compiled in, so that a mutant of the kernels builds in seconds. launch.cu and
-// bank_grad.cu are compiled beside this file, unchanged.
+// The kernels of the element types and ranks that are wanted are linked to it, and csrc/cuda/launch.cpp, unchanged.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
 #include "emulator.h"
-#include "launch_rows.cuh"
-
-namespace tinylora {
-
-template <class T>
-RowsKernel built_kernel_of(int rank, Tile tile, bool ids) {
-  RowsKernel kernel = nullptr;
-  const auto try_rank = [&](auto r) {
-    if (rank == r.value) kernel = ids ? kernel_of_rank<T, r.value, true>(tile) : kernel_of_rank<T, r.value, false>(tile);
-  };
-  const auto try_ranks = [&](auto... ranks) { (try_rank(ranks), ...); };
-  try_ranks(RANKS);
-  return kernel;
-}
-#define BUILD(T)                                                   \
-  template <>                                                      \
-  RowsKernel rows_kernel_of<T>(int rank, Tile tile, bool ids) {    \
-    return built_kernel_of<T>(rank, tile, ids);                    \
-  }
-#define LEAVE_OUT(T)                                                               \
-  template <>                                                                      \
-  RowsKernel rows_kernel_of<T>(int, Tile, bool) {                                  \
-    throw emulator::Fault("this driver was built without that element type");     \
-  }
-ELEMENTS
-
-}  // namespace tinylora
+#include "launch.h"
 
 namespace {
 
@@ -111,7 +84,7 @@ void run_case() {
   emulator::settings().seed = static_cast<unsigned>(read_number());
   emulator::settings().multiprocessors = static_cast<int>(read_number());
   emulator::settings().resident = static_cast<int>(read_number());
-  const auto stream = reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(capturing));
+  const auto stream = reinterpret_cast<Stream>(static_cast<uintptr_t>(capturing));
 
   const Buffer source = Buffer::from_input(skew), target = Buffer::from_input(skew), bias = Buffer::from_input(bias_skew);
   const Buffer factor = Buffer::from_input(0), other = Buffer::from_input(0), v = Buffer::from_input(0);
@@ -128,17 +101,18 @@ void run_case() {
   p.mixing.ids = ids.as<void>();
 
   const float* const t = t_input.as<float>();
-  const LaunchPlan plan = plan_rows(element, rank, p);
+  const Device device(0);
+  const LaunchPlan plan = plan_rows(device, element, rank, p);
   const Buffer coefficients(transposed ? 0 : size_t(p.rows) * rank * sizeof(float), 0);
   const Buffer dv(t ? sizeof(float) * p.mixing.adapters * p.mixing.numbers : 0, 0);
   const Buffer scratch(t ? scratch_words(rank, plan, p) * 4 : 0, 0);
   if (!transposed) {
     p.coefficients = coefficients.as<float>();
-    run_rows(element, rank, plan, p, stream);
+    run_rows(device, element, rank, plan, p, stream);
   } else if (!t) {
-    run_rows(element, rank, plan, p, stream);
+    run_rows(device, element, rank, plan, p, stream);
   } else {
-    run_rows_and_gradient(element, rank, plan, p, t, dv.as<float>(), scratch.as<float>(), stream);
+    run_rows_and_gradient(device, element, rank, plan, p, t, dv.as<float>(), scratch.as<float>(), stream);
   }
   const unsigned* const ticket = emulator::settings().ticket;
   if (ticket && *ticket) throw emulator::Fault("a ticket is left at " + std::to_string(*ticket));

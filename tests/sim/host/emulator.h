@@ -4,26 +4,29 @@
 // thread runs alone. Shared memory is poisoned with NaN and has its exact size: AddressSanitizer sees its edges.
 // What the kernels need beyond plain C++ is here; what they do not use is not.
 #pragma once
-#include <cuda_bf16.h>  // the toolkit's own headers: vector types, 16-bit types, host API declarations
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
-#undef __global__
-#undef __device__
-#undef __forceinline__
-#undef __launch_bounds__
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+
+struct alignas(8) uint2 { unsigned x, y; };
+struct uint3 { unsigned x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  constexpr dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
 
 namespace emulator {
 
@@ -50,6 +53,14 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments&&... arguments) {
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
   run(grid, block, [&] { std::apply(kernel, values); });
+}
+
+// Kernels by the name under which a GPU would have them (kernels.cpp): what a thread of one does, given its arguments.
+using Body = std::function<void(const void* arguments)>;
+std::map<std::string, Body>& kernels();
+template <class Arguments>
+Body body_of(void (*kernel)(Arguments)) {
+  return [kernel](const void* arguments) { kernel(*static_cast<const Arguments*>(arguments)); };
 }
 
 // Below: called by kernels, on the fiber of the current thread.
@@ -89,8 +100,6 @@ inline unsigned lane() {
 #define TL_SHARED(T, name, count)      \
   static const char name##_identity = 0; \
   T* const name = static_cast<T*>(emulator::shared(&name##_identity, sizeof(T) * (count)))
-#define TL_LAUNCH(kernel, grid, block, stream, ...) \
-  (static_cast<void>(stream), emulator::launch(kernel, grid, block, __VA_ARGS__))
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::barrier(line); }
 inline int __syncthreads_or(int holds, int line = __builtin_LINE()) { return emulator::barrier_or(holds, line); }
@@ -115,3 +124,17 @@ template <class V>
 V __ldcg(const V* address) { return *address; }
 using std::max;
 using std::min;
+
+namespace tinylora {
+inline float half_to_float(unsigned short bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline unsigned short half_bits(float x) {
+  const _Float16 rounded = static_cast<_Float16>(x);
+  unsigned short bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  return bits;
+}
+}  // namespace tinylora

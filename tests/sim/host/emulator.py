@@ -16,18 +16,18 @@ import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tinylora_kernels.method.parts import SPECIALISED_RANKS
+from tinylora_kernels.ops.native import nvrtc
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
 MODES = ("plain", "asan", "race")
-ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum class Element
 RANKS = SPECIALISED_RANKS
 ORDERS = ("forward", "reverse", "random")
 
@@ -45,20 +45,9 @@ class Fault(Exception):
     """The emulated launch did something a GPU launch must not; the message is the emulator's or the sanitizer's."""
 
 
-@cache
-def cuda_include() -> Path | None:
-    """The toolkit's headers: beside nvcc, in $CUDA_HOME, or where the toolkit installs itself."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    includes = [Path(home) / "include" for home in homes if home]
-    return next((include for include in includes if (include / "cuda_bf16.h").is_file()), None)
-
-
 def why_not() -> str | None:
     """Why the emulator cannot be built here, or None."""
-    if shutil.which("g++") is None:
-        return "g++ is not installed"
-    return None if cuda_include() else "the CUDA toolkit's headers are not installed"
+    return None if shutil.which("g++") else "g++ is not installed"
 
 
 def _cache_directory() -> Path:
@@ -78,14 +67,14 @@ def _included(source: Path, includes: list[Path]) -> list[Path]:
     return found
 
 
-def _object(source: Path, flags: list[str], includes: list[Path]) -> Path:
+def compile_object(source: Path, flags: list[str], includes: list[Path]) -> Path:
     """Compile one file, unless an object from the same bytes and flags is in the cache."""
     digest = hashlib.sha256(" ".join(flags).encode())
     for path in _included(source, includes):
         digest.update(path.name.encode() + path.read_bytes())
     target = _cache_directory() / f"{source.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
-        command = ["g++", *flags, *(f"-I{d}" for d in includes), "-isystem", str(cuda_include())]
+        command = ["g++", *flags, *(f"-I{d}" for d in includes)]
         partial = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
         if done.returncode:
@@ -106,55 +95,65 @@ def link(objects: list[Path], mode: str) -> Path:
     return target
 
 
-def build_shared(source: Path, includes: list[Path]) -> Path:
-    """A shared library from one plain C++ file."""
-    compiled = _object(source, ["-std=c++17", "-O1", "-fPIC"], includes)
-    target = compiled.with_suffix(".so")
+def host_object(source: Path, kernels: Path = KERNELS) -> Path:
+    """One plain C++ file that includes headers of the kernels' folder."""
+    return compile_object(source, ["-std=c++17", "-O1", "-fPIC"], [kernels])
+
+
+def host_sources(kernels: Path = KERNELS) -> list[Path]:
+    """The launchers."""
+    return [kernels / "launch.cpp", kernels / "kernel.cpp"]
+
+
+def link_shared(objects: list[Path], *libraries: str) -> Path:
+    """One shared library from these objects, cached like them."""
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    target = _cache_directory() / f"{objects[0].stem}-{digest}.so"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(["g++", "-shared", str(compiled), "-o", str(partial)], check=True)
+        subprocess.run(["g++", "-shared", *map(str, objects), *libraries, "-o", str(partial)], check=True)
         partial.rename(target)
     return target
 
 
 def runtime_objects(mode: str) -> list[Path]:
     flags = COMMON + [flag for flag in SANITIZERS[mode] if flag != "-fsanitize=thread"]
-    names = ["scheduler.cpp", "runtime.cpp"] + (["race.cpp"] if mode == "race" else [])
-    return [_object(HERE / name, flags, [HERE]) for name in names]
+    names = ["scheduler.cpp", "device.cpp"] + (["race.cpp"] if mode == "race" else [])
+    return [compile_object(HERE / name, flags, [HERE, KERNELS]) for name in names]
 
 
 def kernel_object(source: Path, mode: str, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) -> Path:
-    return _object(source, [*COMMON, *SANITIZERS[mode], *defines], [kernels, HERE])
+    return compile_object(source, [*COMMON, *SANITIZERS[mode], *defines], [kernels, HERE])
+
+
+def kernel_objects(mode: str, kernels: Path, ranks, dtypes) -> list[Path]:
+    """The kernels of these ranks and element types."""
+    modules = [nvrtc.defines(ELEMENTS.index(dtype), rank) for dtype in dtypes for rank in ranks]
+    return [kernel_object(HERE / "kernels.cpp", mode, kernels, tuple(defines)) for defines in modules]
+
+
+def host_objects(mode: str, kernels: Path) -> list[Path]:
+    """The launchers; host code, in which there is no race to look for."""
+    return [kernel_object(source, "plain" if mode == "race" else mode, kernels) for source in host_sources(kernels)]
 
 
 def build_torch_ops() -> Path:
     """A library for torch.ops.load_library: the CUDA entry points, registered for CPU tensors in tinylora_emulated."""
     torch_directory = Path(torch.__file__).parent
     abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", f"{torch_directory}/include"]
-    includes = [KERNELS, HERE, KERNELS.parent, KERNELS.parent / "common"]
-    objects = [_object(source, COMMON + abi, includes) for source in (
+    includes = [KERNELS, HERE, KERNELS.parent]
+    objects = [compile_object(source, COMMON + abi, includes) for source in (
         HERE / "torch_ops.cpp", KERNELS.parent / "common" / "arguments.cpp"
     )]  # fmt: skip
-    names = ("launch.cu", "bank_grad.cu", "right.cu", "rows_f32.cu", "rows_bf16.cu", "rows_f16.cu")
-    objects += [kernel_object(KERNELS / name, "plain") for name in names] + runtime_objects("plain")
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-    target = _cache_directory() / f"ops-{digest}.so"
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        libraries = [f"-L{torch_directory}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-        subprocess.run(["g++", "-shared", *map(str, objects), *libraries, "-o", str(partial)], check=True)
-        partial.rename(target)
-    return target
+    objects += kernel_objects("plain", KERNELS, RANKS, ELEMENTS) + host_objects("plain", KERNELS)
+    objects += runtime_objects("plain")
+    return link_shared(objects, f"-L{torch_directory}/lib", "-ltorch", "-ltorch_cpu", "-lc10")
 
 
-def build(mode: str, *, kernels: Path = KERNELS, ranks=RANKS, dtypes=tuple(ELEMENTS)) -> Path:
+def build(mode: str, *, kernels: Path = KERNELS, ranks=RANKS, dtypes=ELEMENTS) -> Path:
     """The driver for the kernels in that directory, with these ranks and element types compiled in."""
-    rank_list = ",".join(f"std::integral_constant<int,{r}>()" for r in ranks)
-    elements = " ".join(f"{'BUILD' if d in dtypes else 'LEAVE_OUT'}({name})" for d, name in ELEMENTS.items())
-    defines = (f"-DRANKS={rank_list}", f"-DELEMENTS={elements}")
-    objects = [kernel_object(HERE / "driver.cpp", mode, kernels, defines)]
-    objects += [kernel_object(kernels / "bank_grad.cu", mode, kernels)]
-    objects += [kernel_object(kernels / "launch.cu", "plain" if mode == "race" else mode, kernels)]  # runs on the host
+    objects = [kernel_object(HERE / "driver.cpp", mode, kernels), *kernel_objects(mode, kernels, ranks, dtypes)]
+    objects += host_objects(mode, kernels)
     return link(objects + runtime_objects(mode), mode)
 
 
@@ -240,7 +239,7 @@ class Emulated:
         count, width = source.shape
         written = source if target is None else target
         header = [
-            transposed, stays, self.capturing, onto, list(ELEMENTS).index(source.dtype), len(factor), count,
+            transposed, stays, self.capturing, onto, ELEMENTS.index(source.dtype), len(factor), count,
             width, source.stride(0), written.shape[1], written.stride(0),
             v.shape[-1], 1 if ids is None else len(v), 1 if ids is None or not len(ids) else count // len(ids),
             ids is not None and ids.dtype is torch.int64, projection.dim() == 2,

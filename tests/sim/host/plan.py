@@ -5,7 +5,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
-from .emulator import HERE, KERNELS, build_shared
+from .emulator import HERE, host_object, link_shared
 
 TILES = ("Few", "Short", "Medium", "Long", "Stream", "Scalar")  # in the order of enum class Tile
 
@@ -37,7 +37,7 @@ class LaunchPlan:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(build_shared(HERE / "plan.cpp", [KERNELS])))
+    return ctypes.CDLL(str(link_shared([host_object(HERE / "plan.cpp")])))
 
 
 @functools.cache

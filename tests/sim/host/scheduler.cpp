@@ -176,6 +176,10 @@ void run_block(std::mt19937& random) {
 }  // namespace
 
 Settings& settings() { return m.settings; }
+std::map<std::string, Body>& kernels() {
+  static std::map<std::string, Body> all;
+  return all;
+}
 uint3 thread_index() { return m.current->index; }
 uint3 block_index() { return m.block; }
 uint3 block_size() { return m.block_size; }

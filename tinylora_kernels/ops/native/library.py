@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._version import __version__
 from ...method.parts import SPECIALISED_RANKS
 from ..schema import ACTIVATION_DTYPES
-from . import cuda_driver, library_file
+from . import cuda, cuda_code, library_file
 
 LIBRARY = library_file.PACKAGE / "libtinylora.so"
 RECORD = library_file.PACKAGE / "_build_record.json"
@@ -35,9 +35,9 @@ class Status:
     Attributes:
         path: the library file, whether or not it could be loaded.
         error: None if it is loaded, else one line that says why not and what would change it.
-        has_cuda: it holds CUDA kernels.
+        has_cuda: it runs on NVIDIA GPUs.
         isa: instruction set the CPU kernels run with, one of CPU_ISAS.
-        build: facts of the build: version, compiler, cuda (architectures), torch_target.
+        build: facts of the build: version, compiler, torch_target, cuda (what device code is embedded, "sm_90 ...").
         record: what setup.py wrote about its attempt, {} if it left nothing.
     """
 
@@ -73,7 +73,10 @@ def load() -> Status:
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     refusal = isa.removeprefix("error: ") if isa.startswith("error: ") else None
-    return Status(LIBRARY, refusal, bool(build["cuda"]), None if refusal else isa, build, record)
+    archive = cuda_code.archive_of(library)
+    if archive:
+        build |= {"cuda": " ".join(archive.targets), "cuda_compiler": archive.compiler}
+    return Status(LIBRARY, refusal, archive is not None, None if refusal else isa, build, record)
 
 
 def _unusable(reason: str, fix: str | None, record: Record) -> Status:
@@ -182,13 +185,15 @@ def why_not_cuda(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
     if status.error:
         return status.error
     if not status.has_cuda:
-        reason = status.record.get("cuda_reason") or "no nvcc"
+        reason = status.record.get("cuda_reason") or "switched off"
         return f"built without CUDA: {reason}. To change that: {library_file.reinstall_command()}"
     if torch.version.hip:
         return "it runs on NVIDIA GPUs, this torch is for AMD"
     if rank not in SPECIALISED_RANKS:
         return f"rank {rank}: the CUDA kernels exist for ranks {', '.join(map(str, SPECIALISED_RANKS))}"
-    return _why_not_dtype(dtype) or cuda_driver.why_not(status.build.get("cuda_toolkit", "0"), status.build["cuda"])
+    if dtype not in cuda_code.ELEMENTS:
+        return f"{dtype} activations: the CUDA kernels take float32, bfloat16 and float16"
+    return cuda.why_not(ctypes.CDLL(str(LIBRARY)), dtype, rank)
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:

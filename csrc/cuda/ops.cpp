@@ -11,7 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/arguments.h"
-#include "launch.h"
+#include "cuda/launch.h"
 
 // Weak: a torch without CUDA has no such function, and the library must load beside it all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -19,7 +19,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace tinylora {
 namespace {
 
-cudaStream_t current_stream(const Tensor& tensor) {
+Stream current_stream(const Tensor& tensor) {
   if (!aoti_torch_get_current_cuda_stream) {
     throw std::runtime_error("tinylora: this torch has no CUDA; install a CUDA build of torch");
   }
@@ -27,7 +27,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
   if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != 0) {
     throw std::runtime_error("tinylora: torch did not give its current CUDA stream");
   }
-  return static_cast<cudaStream_t>(stream);
+  return stream;
 }
 
 Element element_of(Dtype dtype) {
@@ -82,41 +82,41 @@ Side side_of(const OtherSide& out) {
   return {out.activation, out.stride, static_cast<const float*>(out.factor), static_cast<int32_t>(out.features)};
 }
 
-void check_launch() {
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("tinylora: the CUDA launch failed: ") + cudaGetErrorString(status));
-  }
-}
+// A GPU while an op runs on it: torch's current device, for what torch allocates, and the driver's.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard torch;
+  Device device;
+
+  explicit OnDevice(const Tensor& tensor) : torch(tensor.get_device_index()), device(tensor.get_device_index()) {}
+};
 
 // Coefficients [N, R] of the rows of `p`, and its target written.
 Tensor run_forward(const Tensor& like, const Arguments& call, RowsArguments p) {
   const Element element = element_of(call.dtype);
+  const OnDevice on(like);
   const int rank = static_cast<int>(call.rank);
   Tensor t = empty_matrix(like, /*accumulate=*/true, call.rows, rank);
   p.coefficients = static_cast<float*>(t.mutable_data_ptr());
-  run_rows(element, rank, plan_rows(element, rank, p), p, current_stream(like));
-  check_launch();
+  run_rows(on.device, element, rank, plan_rows(on.device, element, rank, p), p, current_stream(like));
   return t;
 }
 
 // dv like v where it is wanted, and the target of `p` written.
 Tensor run_backward(const Tensor& g, const Arguments& call, const Tensor& v, bool need_v_grad, RowsArguments p) {
   const Element element = element_of(call.dtype);
+  const OnDevice on(g);
   const int rank = static_cast<int>(call.rank);
-  const LaunchPlan plan = plan_rows(element, rank, p);
+  const LaunchPlan plan = plan_rows(on.device, element, rank, p);
   p.transposed = true;
   if (!need_v_grad) {
-    if (p.target.rows) run_rows(element, rank, plan, p, current_stream(g));
-    check_launch();
-    return empty_vector(v);
+    if (p.target.rows) run_rows(on.device, element, rank, plan, p, current_stream(g));
+      return empty_vector(v);
   }
   Tensor dv = empty_contiguous_like(v);
   Tensor scratch = empty_matrix(g, /*accumulate=*/true, 1, scratch_words(rank, plan, p));
-  run_rows_and_gradient(element, rank, plan, p, static_cast<const float*>(call.t),
+  run_rows_and_gradient(on.device, element, rank, plan, p, static_cast<const float*>(call.t),
                         static_cast<float*>(dv.mutable_data_ptr()), static_cast<float*>(scratch.mutable_data_ptr()),
                         current_stream(g));
-  check_launch();
   return dv;
 }
 
@@ -124,7 +124,6 @@ Tensor update_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, const 
                    const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& adapter_ids) {
   const Arguments call = check_update(y, basis, v, projection, offset, bias, adapter_ids);
-  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   RowsArguments p = rows_arguments(call);
   p.target = p.source;
   p.onto = Onto::Source;
@@ -137,7 +136,6 @@ std::tuple<Tensor, Tensor> update_backward_cuda(const Tensor& g, const Tensor& b
                                                 const Tensor& projection, const std::optional<Tensor>& t,
                                                 const std::optional<Tensor>& adapter_ids, bool need_input_grad) {
   const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
-  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
   RowsArguments p = rows_arguments(call);
   p.target = {need_input_grad ? g0.mutable_data_ptr() : nullptr, call.features, p.source.factor, p.source.features};
@@ -150,7 +148,6 @@ std::tuple<Tensor, Tensor> low_rank_cuda(const Tensor& x, const Tensor& right, c
                                          const std::optional<Tensor>& adapter_ids) {
   OtherSide out;
   const Arguments call = check_low_rank(x, right, basis, v, projection, bias, adapter_ids, out);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = empty_rows_like(x, out.features);
   out.activation = y.mutable_data_ptr();
   out.stride = out.features;
@@ -166,7 +163,6 @@ Tensor update_input_grad_cuda(const Tensor& dx, const Tensor& right, const Tenso
                               const std::optional<Tensor>& adapter_ids, bool add) {
   const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
   const OtherSide out = check_input_grad(dx, right, call);
-  const torch::stable::accelerator::DeviceGuard guard(g.get_device_index());
   RowsArguments p = rows_arguments(call);
   p.target = side_of(out);
   p.onto = add ? Onto::Target : Onto::Nothing;
@@ -176,14 +172,13 @@ Tensor update_input_grad_cuda(const Tensor& dx, const Tensor& right, const Tenso
 void refresh_right_cuda(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
                         bool force) {
   const KeptRight kept = check_refresh_right(right, samples, weight, basis, kRightColumns, kRightThreads);
-  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   const Element element = element_of(kept.dtype);
   at_most("features", std::max(kept.rows, kept.columns), kMaxExtent, "use the reference backend");
   const RightArguments p = {kept.weight, kept.row_stride, kept.column_stride, static_cast<const float*>(kept.basis),
                             static_cast<float*>(kept.right), static_cast<uint32_t*>(kept.samples),
                             static_cast<int32_t>(kept.rows), static_cast<int32_t>(kept.columns), force};
-  run_refresh_right(element, rank_of(kept.rank), p, current_stream(weight));
-  check_launch();
+  const OnDevice on(weight);
+  run_refresh_right(on.device, element, rank_of(kept.rank), p, current_stream(weight));
 }
 
 }  // namespace

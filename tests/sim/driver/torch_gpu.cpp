@@ -1,0 +1,108 @@
+// A torch without CUDA, given "cuda" devices: those of the stand-in driver, whose memory is host memory. Its current
+// device is the driver's current context, as with the CUDA runtime. To be loaded before torch, which asks for its hooks
+// once; unknown operations run on the CPU, on the same memory.
+#include <ATen/ATen.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
+
+#include <set>
+
+extern "C" {
+void* standin_allocate(int device, size_t bytes);
+void standin_free(void* memory);
+int standin_devices();
+void standin_set_device(int device);
+void* standin_stream(int device);
+}
+
+namespace {
+
+using at::Tensor;
+constexpr auto kCUDA = c10::DeviceType::CUDA;
+
+thread_local int device_now = 0;
+thread_local void* stream_now[16] = {};
+
+void set_device(int device) {
+  if (device == device_now) return;  // torch's own shortcut: a fresh thread of device 0 gets no context
+  device_now = device;
+  standin_set_device(device);
+}
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  Guard(c10::DeviceType = kCUDA) {}
+  c10::DeviceType type() const override { return kCUDA; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const int before = device_now;
+    set_device(device.index());
+    return {kCUDA, static_cast<c10::DeviceIndex>(before)};
+  }
+  c10::Device getDevice() const override { return {kCUDA, static_cast<c10::DeviceIndex>(device_now)}; }
+  void setDevice(c10::Device device) const override { set_device(device.index()); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { set_device(device.index()); }
+  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(standin_devices()); }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+
+struct CUDAHooks final : at::CUDAHooksInterface {  // torch looks for this name
+  explicit CUDAHooks(at::CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return static_cast<c10::DeviceIndex>(standin_devices()); }
+  c10::DeviceIndex getCurrentDevice() const override { return static_cast<c10::DeviceIndex>(device_now); }
+};
+
+Tensor new_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, c10::ScalarType dtype, c10::Device device) {
+  int64_t count = 1;
+  for (size_t i = 0; i < sizes.size(); ++i) count = sizes[i] ? count + (sizes[i] - 1) * strides[i] : 0;
+  void* const memory = standin_allocate(device.index(), std::max<int64_t>(count, 0) * c10::elementSize(dtype));
+  const auto options = at::TensorOptions().dtype(dtype).device(device);
+  return at::from_blob(memory, sizes, strides, standin_free, options, device);
+}
+
+Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<c10::ScalarType> dtype,
+                     std::optional<c10::Layout>, std::optional<c10::Device> device, std::optional<bool>) {
+  c10::Device where = device.value_or(c10::Device(kCUDA, device_now));
+  if (!where.has_index()) where = {kCUDA, static_cast<c10::DeviceIndex>(device_now)};
+  return new_tensor(sizes, strides, dtype.value_or(at::kFloat), where);
+}
+
+// The same memory as a tensor of the CPU.
+Tensor on_cpu(const Tensor& tensor) {
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [keep = tensor](void*) {},
+                       tensor.options().device(at::kCPU), at::kCPU);
+}
+
+Tensor to_gpu(const Tensor& tensor, int64_t device) {
+  Tensor out = new_tensor(tensor.sizes(), tensor.strides(), tensor.scalar_type(),
+                          {kCUDA, static_cast<c10::DeviceIndex>(device)});
+  on_cpu(out).copy_(tensor);
+  return out;
+}
+
+}  // namespace
+
+namespace at {
+REGISTER_CUDA_HOOKS(CUDAHooks);
+}
+TORCH_LIBRARY_IMPL(aten, CUDA, m) { m.impl("empty_strided", empty_strided); }
+TORCH_LIBRARY(standin, m) {
+  m.def("to_gpu(Tensor tensor, int device) -> Tensor", to_gpu);
+  m.def("on_cpu(Tensor tensor) -> Tensor", on_cpu);
+}
+
+// Of a CUDA torch; the library finds it by this name.
+extern "C" __attribute__((visibility("default"))) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
+  *stream = stream_now[device];
+  return 0;
+}
+extern "C" __attribute__((visibility("default"))) void standin_use_stream(int device, void* stream) {
+  stream_now[device] = stream;
+}

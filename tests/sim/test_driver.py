@@ -1,0 +1,194 @@
+"""The library on a driver that checks every call: ops from Python to the launch, devices, threads, graphs, errors.
+
+The driver is a stand-in (driver/libcuda.cpp), which the library opens as it would NVIDIA's; the device code that it is
+given was compiled by NVRTC on the way.
+"""
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from tinylora_kernels.ops.native import library as native
+from tinylora_kernels.ops.native import nvrtc
+
+from . import standin
+from .host import emulator
+
+
+def _why_not() -> str | None:
+    if sys.platform != "linux" or torch.version.cuda:
+        return "needs a torch without CUDA, on Linux"
+    if native.load().error or not native.load().has_cuda:
+        return f"native library: {native.load().error or native.load().record.get('cuda_reason')}"
+    try:
+        nvrtc.find()
+    except nvrtc.CompileError as error:
+        return str(error)
+    return emulator.why_not()
+
+
+pytestmark = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+READY = """
+import json, os, threading, torch
+from tests.cases import CASES, Case, make_case, run_ops, assert_within_budget
+from tests.sim import checks
+from tinylora_kernels.ops.native import library
+for dtype in (torch.float32, torch.bfloat16):
+    assert library.why_not_cuda("cuda", dtype, 2) is None, library.why_not_cuda("cuda", dtype, 2)
+Gpu = standin.Gpu
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """run(script, variables) on the machine with a stand-in driver; what it printed."""
+    folder, cache = standin.build(), tmp_path_factory.mktemp("cache")
+
+    def run(script: str, **variables: str) -> str:
+        done = standin.run(folder, script, TINYLORA_CACHE=str(cache), **variables)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+def test_the_ops_end_to_end(machine):
+    """Every check of the simulators that needs no order of execution, through torch's dispatcher and the driver."""
+    names = machine(READY + """
+for name in ("budget", "around", "not finite", "rounding", "bare rows", "kept right"):
+    options = {} if name in ("rounding", "bare rows") else {"dtypes": (torch.float32, torch.bfloat16)}
+    if name == "kept right":
+        continue
+    checks.CHECKS[name](Gpu, **options)
+assert not standin.report(), standin.report()
+print(*sorted(set(standin.launched())))
+""").split()
+    assert len([name for name in names if "rows_kernel" in name]) >= 14 and any("bank_grad" in name for name in names)
+
+
+def test_two_devices_and_threads_without_a_context(machine):
+    """Each device its own code and context, left as they were found; the same bits on both of one architecture."""
+    assert "done" in machine(READY + """
+inputs = make_case(Case(100, 64, numbers=13), torch.bfloat16)
+found = [run_ops(Gpu(device), inputs) for device in (0, 1, 0, 2, 1)]
+for one in found[1:]:
+    checks.assert_same_outputs(found[0], one)
+alone = []
+def work(device):
+    alone.append(run_ops(Gpu(device), inputs))
+for device in (0, 1):
+    thread = threading.Thread(target=work, args=(device,))
+    thread.start()
+    thread.join()
+for one in alone:
+    checks.assert_same_outputs(found[0], one)
+assert standin.driver.standin_calls(b"cuCtxPushCurrent") == standin.driver.standin_calls(b"cuCtxPopCurrent") > 0
+assert standin.driver.standin_calls(b"cuDevicePrimaryCtxRetain") == 3
+assert not standin.report(), standin.report()
+print("done")
+""", STANDIN_CARDS="90,90,86")
+
+
+def test_a_graph_that_is_captured_before_anything_was_loaded(machine):
+    """Nothing runs while it is captured, nothing forbidden is called, and what is run later has the bits of a call."""
+    assert "done" in machine(READY + """
+inputs = make_case(Case(100, 64, numbers=13), torch.bfloat16)
+gpu = {name: standin.ops_to_gpu(getattr(inputs, name), 0) for name in ("y", "g", "basis", "v", "projection", "offset")}
+cpu = torch.ops.standin.on_cpu
+ops, factors = torch.ops.tinylora, (gpu["basis"], gpu["v"], gpu["projection"])
+stream = standin.driver.standin_stream(0)
+standin.glue.standin_use_stream(0, __import__("ctypes").c_void_p(stream))
+pointer = __import__("ctypes").c_void_p(stream)
+standin.driver.standin_capture(pointer, 1)
+t = ops.update.default(gpu["y"], *factors, gpu["offset"], None, None)
+g0, dv = ops.update_backward.default(gpu["g"], *factors, t, None, True)
+standin.driver.standin_capture(pointer, 0)
+assert torch.equal(cpu(gpu["y"]), inputs.y) and cpu(t).isnan().all()
+assert standin.driver.standin_replay(pointer) == 3  # the update, a ticket set to zero, its gradient
+expected = run_ops(Gpu(), inputs)
+for name, found in (("y", gpu["y"]), ("t", t), ("g0", g0), ("dv", dv)):
+    assert checks.same_bits(cpu(found), getattr(expected, name)), name
+before = cpu(dv).clone()
+standin.driver.standin_replay(pointer)
+assert not standin.report(), standin.report()
+print("done")
+""")
+
+
+def test_every_call_that_fails_is_one_line(machine):
+    """The call, what it was about, the driver's word for it; and the next op works."""
+    lines = json.loads(machine("""
+import json, os, threading, torch
+from tests.cases import Case, make_case, run_ops
+from tinylora_kernels.ops.native import cuda_code, library
+import ctypes
+loaded = ctypes.CDLL(str(library.LIBRARY))
+assert library.load().error is None
+cuda_code.make_ready(loaded, torch.bfloat16, 2, 90)
+inputs, empty = make_case(Case(100, 64, numbers=13), torch.bfloat16), make_case(Case(0, 64, numbers=13), torch.bfloat16)
+lines = {}
+def attempt(name, inputs):
+    os.environ["STANDIN_FAIL"] = name + ":719"
+    try:
+        run_ops(standin.Gpu(), inputs)
+    except RuntimeError as error:
+        lines[name] = str(error)
+    os.environ["STANDIN_FAIL"] = ""
+calls = ("cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent",
+         "cuCtxPushCurrent", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData", "cuLibraryGetKernel",
+         "cuKernelGetFunction", "cuOccupancyMaxActiveBlocksPerMultiprocessor", "cuLibraryGetGlobal", "cuLaunchKernel")
+for name in calls:
+    attempt(name, inputs)
+attempt("cuMemsetD32Async", empty)
+standin.driver.standin_set_device(0)
+attempt("cuCtxGetDevice", inputs)
+assert set(lines) == {*calls, "cuMemsetD32Async", "cuCtxGetDevice"}, lines
+run_ops(standin.Gpu(), inputs)
+for name in ("cuStreamIsCapturing", "cuStreamGetId"):  # then a ticket of the launch's own
+    os.environ["STANDIN_FAIL"] = name + ":719"
+    run_ops(standin.Gpu(), inputs)
+print(json.dumps(lines))
+"""))
+    for name, line in lines.items():
+        assert re.search(rf"tinylora: {name}( of \S.*)? failed: CUDA_ERROR_LAUNCH_FAILED", line), line
+        assert "\n" not in line.split("\nException raised from")[0]
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({"STANDIN_MISSING": "cuLibraryGetKernel"}, "the NVIDIA driver has no cuLibraryGetKernel of CUDA 12.0: install "
+         "driver 525"),
+        ({"STANDIN_VERSION": "11080"}, "the NVIDIA driver is too old: it runs CUDA 11.8, expected 12.0 or later"),
+        ({"STANDIN_CARDS": "70"}, "the GPU is sm_70, expected sm_75 or later"),
+        ({"STANDIN_CARDS": "90,70"}, "the GPU is sm_70, expected sm_75 or later"),
+        ({"STANDIN_FAIL": "cuLibraryLoadData:200"}, "the driver refuses: tinylora: cuLibraryLoadData of code for "
+         "sm_90 on sm_90 failed: CUDA_ERROR_INVALID_IMAGE"),
+    ],
+)  # fmt: skip
+def test_a_machine_that_cannot_has_one_line_and_the_next_backend(machine, variables, reason):
+    out = machine("""
+import torch, warnings
+from tinylora_kernels.ops import dispatch
+from tinylora_kernels.ops.native import library
+print(library.why_not_cuda("cuda", torch.bfloat16, 2))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(dispatch.choose("cuda", torch.bfloat16, 2))
+print(sum("backend 'cuda' is not used" in str(warning.message) for warning in caught))
+""", **variables)
+    line, chosen, warned = out.strip().split("\n")
+    assert reason in line and chosen in ("triton", "reference") and warned == "1"
+
+
+def test_a_card_of_tomorrow_takes_ptx(machine):
+    assert "done" in machine(READY + """
+assert all(name for name in run_ops(Gpu(), make_case(Case(9, 64, numbers=3), torch.bfloat16)).__dict__)
+checks.CHECKS["rounding"](Gpu)
+assert not standin.report(), standin.report()
+print("done")
+""", STANDIN_CARDS="160")
