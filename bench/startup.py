@@ -113,7 +113,7 @@ def measure_ours(layers: int) -> list[dict]:
 
 def measure_cached_reload() -> dict:
     """Read every entry of a whole model back from the disk cache, without the hash that names it."""
-    keys = [path.stem for path in factor_cache.cache_directory().iterdir()]
+    keys = [path.stem for path in factor_cache.cache_directory().glob(f"*{factor_cache.SUFFIX}")]
     clock = Clock()
     for number in range(LAYERS * len(SHAPES)):
         with clock:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..common.atomic import open_regular, take_name
+from ..common.cached import cache_directory, make_directory
 from ..common.finite import finite_number
 from ..common.threads import one_thread_each
 
@@ -46,15 +47,6 @@ def weight_fingerprint(weight: Tensor) -> str:
         for digest in run(lambda begin: _chunk_digest(weight[begin : begin + rows]), range(0, m, rows)):
             whole.update(digest)
     return whole.hexdigest()[:32]
-
-
-def cache_directory() -> Path | None:
-    """TINYLORA_CACHE, or ~/.cache/tinylora_kernels; None where neither exists (no home directory)."""
-    named = os.environ.get("TINYLORA_CACHE")
-    try:
-        return Path(named).expanduser() if named else Path.home() / ".cache" / "tinylora_kernels"
-    except RuntimeError:
-        return None
 
 
 def size_limit() -> int:
@@ -98,7 +90,7 @@ def store(key: str, tensors: dict[str, Tensor]) -> None:
         return
     payload = safetensors.torch.save(tensors)
     try:
-        _make(directory)
+        make_directory(directory)
         permissions = directory.stat().st_mode & 0o666
         shared = permissions & stat.S_IWGRP  # what a group writes, it may read
         take_name(directory / f"{key}{SUFFIX}", _digest(key, payload) + payload, permissions if shared else None)
@@ -109,17 +101,6 @@ def store(key: str, tensors: dict[str, Tensor]) -> None:
 
 def _digest(key: str, payload: bytes) -> bytes:
     return _DIGEST(f"tinylora factors {key}\n".encode() + payload).digest()
-
-
-def _make(directory: Path) -> None:
-    """The directory and those above it; below one that hands its group on (setgid), as open to it as that one."""
-    if directory.is_dir():
-        return
-    _make(directory.parent)
-    directory.mkdir(exist_ok=True)
-    above = directory.parent.stat().st_mode
-    if above & stat.S_ISGID:
-        directory.chmod(stat.S_IMODE(directory.stat().st_mode | above & (stat.S_ISGID | stat.S_IRWXG)))
 
 
 def _trim(directory: Path, limit: int) -> None:
