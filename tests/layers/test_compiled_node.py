@@ -544,12 +544,12 @@ def test_what_was_compiled_is_not_compiled_again(in_python):
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 
-def test_a_backward_pass_that_is_compiled_is_of_nodes_in_python(in_python, monkeypatch):
+def test_a_backward_pass_that_is_compiled_is_of_nodes_in_python(in_python):
     model, tokens = adapted(), torch.randint(17, (2, 5))
     expected = step(model, tokens)
     in_python()
-    monkeypatch.setattr(torch._dynamo.config, "compiled_autograd", True)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+    enabled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+    with torch._dynamo.config.patch(compiled_autograd=True), enabled:
         found = step(model, tokens)
     assert type(model.layers[0].q_proj._plan) is plan.Plan
     for one, two in zip(expected, found, strict=True):

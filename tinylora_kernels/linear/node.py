@@ -32,7 +32,7 @@ _is_compiling = torch.compiler.is_compiling
 def twin_serves(backend: Backend) -> bool:
     """Whether the twin runs calls of a backend: not where their backward pass is to be compiled, which refuses it."""
     dynamo = sys.modules.get("torch._dynamo")
-    return backend.name in TWIN_BACKENDS and not (dynamo is not None and dynamo.config.compiled_autograd)
+    return backend.name in TWIN_BACKENDS and not (dynamo and getattr(dynamo.config, "compiled_autograd", False))
 
 
 def take_twin(compiled_since: ModuleType) -> None:
