@@ -29,10 +29,10 @@ TWIN_BACKENDS = ("cpu", "cuda")
 _is_compiling = torch.compiler.is_compiling
 
 
-def twin_serves(backend: Backend) -> bool:
-    """Whether the twin runs calls of a backend: not where their backward pass is to be compiled, which refuses it."""
+def backward_is_compiled() -> bool:
+    """Whether compiled autograd is on, which refuses nodes in C++."""
     dynamo = sys.modules.get("torch._dynamo")
-    return backend.name in TWIN_BACKENDS and not (dynamo and getattr(dynamo.config, "compiled_autograd", False))
+    return dynamo is not None and getattr(dynamo.config, "compiled_autograd", False)
 
 
 def take_twin(compiled_since: ModuleType) -> None:
@@ -69,9 +69,11 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """The updated output of a linear layer, by the shortest node there is; by none where nothing wants a gradient."""
     compiling = _is_compiling()  # asked first: a graph that had looked at the twin would be of one that is not there
-    if not compiling and twin is not None and twin_serves(frozen.backend) and not modes.seen_by_a_mode():
-        return twin(x, v, *frozen[:-1])
-    if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
+    live = torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)
+    if not compiling and twin is not None and frozen.backend.name in TWIN_BACKENDS and not modes.seen_by_a_mode():
+        if not (live and backward_is_compiled()):
+            return twin(x, v, *frozen[:-1])
+    if not live:
         return _updated_linear(x, v, frozen)[0]
     return TracedLinear.apply(x, v, frozen) if compiling else _apply_untransformed(x, v, frozen)[0]
 

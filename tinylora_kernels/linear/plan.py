@@ -255,7 +255,7 @@ def make_plan(
         asked_at, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
         parameters, v, lacks_right, held, frozen, *of_bank,
     )  # fmt: skip
-    if not node.twin_serves(backend):
+    if backend.name not in node.TWIN_BACKENDS or node.backward_is_compiled():
         return plan
     if node.extension is None:
         compiled.wanted(take_twin)
