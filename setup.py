@@ -232,7 +232,7 @@ def build_native(destination: Path) -> dict:
             run_cmake(cmake, settings, log)
         record["library"] = True
         log.unlink()
-        record["node_reason"] = build_node(torch, destination, compiler)
+        record["node_reason"] = build_node(torch, destination)
     except BuildFailure as failure:
         record |= {"reason": failure.reason, "fix": failure.fix}
     except subprocess.CalledProcessError as error:
@@ -266,12 +266,12 @@ def write_archive(record: dict, kept: Path) -> Path:
     return path
 
 
-def build_node(torch: Path, destination: Path, compiler: list[str]) -> str | None:
+def build_node(torch: Path, destination: Path) -> str | None:
     """Compile the C++ autograd node; None, or why layers will run the one in Python instead."""
     if os.environ.get("TINYLORA_BUILD_NODE", "1") == "0":
         return "switched off by TINYLORA_BUILD_NODE=0"
     try:
-        NODE["compile_for"](torch, destination, compiler)
+        NODE["compile_for"](torch, destination)
         return None
     except NODE["CompileError"] as error:
         announce([f"no C++ autograd node: {error}", "layers run the one in Python"])

@@ -4,7 +4,7 @@ A row of layers, called one after another as a model calls them: each product em
 next layer, which is most of what a layer then costs. The update itself takes a microsecond here.
 
     no plan          linear/node.py, and all questions asked at every call
-    in Python        linear/node.py and plan.py (TINYLORA_NODE=0, or a wheel as it comes)
+    in Python        linear/node.py and plan.py (TINYLORA_NODE=0, or a wheel before its node is compiled)
     node             linear/node.cpp, plan.py
     node and plan    linear/node.cpp, plan.inl
 

@@ -113,7 +113,8 @@ def measure_ours(layers: int) -> list[dict]:
 
 def measure_cached_reload() -> dict:
     """Read every entry of a whole model back from the disk cache, without the hash that names it."""
-    entries = [(path.stem, path.stat().st_size) for path in factor_cache.cache_directory().iterdir()]
+    paths = factor_cache.cache_directory().glob(f"*{factor_cache.SUFFIX}")
+    entries = [(path.stem, path.stat().st_size) for path in paths]
     clock = Clock()
     for number in range(LAYERS * len(SHAPES)):
         key, size = entries[number % len(entries)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinylora_kernels.factors.cache import cache_directory
+from tinylora_kernels.common.caches import cache_directory
 
 from . import tiny
 

@@ -86,7 +86,7 @@ class Environment:
         listing = "import importlib.metadata, json; print(json.dumps(importlib.metadata.requires('torch')))"
         needs = [need for need in json.loads(run([self.python, "-c", listing])) if "extra ==" not in need]
         run([*self.pip, *(n for n in needs if not re.match(r"nvidia|cuda|triton", n)), *requirements])
-        self.variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TINYLORA_NODE": "ready"}
         for name in ("PYTHONPATH", "TINYLORA_BACKEND", "TINYLORA_CPU_ISA"):
             self.variables.pop(name, None)
         self.cuda_libraries = self._complete_torch()

@@ -9,7 +9,7 @@ import platform
 import torch
 
 from ._version import __version__
-from .linear import node
+from .linear import compiled, node
 from .ops import dispatch
 from .ops.native import cuda_driver
 from .ops.native import library as native
@@ -39,7 +39,7 @@ def collect(rank: int = 2) -> dict:
             "cpu_isa": status.isa,
             "cuda_architectures": status.build.get("cuda", ""),
             "compiler": status.build.get("compiler"),
-            "node_error": node.why_no_twin,
+            "node_error": f"{node.why_no_twin}; {compiled.outlook()}" if node.why_no_twin else None,
             "build_record": status.record,
         },
         "requested": dispatch.requested_backend(),

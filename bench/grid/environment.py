@@ -5,6 +5,7 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinylora_kernels._version import __version__
 from tinylora_kernels.linear import build, node
 from tinylora_kernels.ops.native import library as native
 
+os.environ.setdefault("TINYLORA_NODE", "ready")  # what runs is not to change in the midst of a measurement
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, where this is one
 
 

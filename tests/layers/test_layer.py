@@ -276,7 +276,7 @@ def test_a_right_factor_that_the_device_looks_after_follows_its_weight(backend, 
         change()
         for one, two in zip(results(layer), results(plain), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-    looked = rows == 600 and backend == "reference"  # the node in C++ calls the op itself
+    looked = rows == 600 and (backend == "reference" or node.twin is None)  # the node in C++ calls the op itself
     assert looks == [True] + 3 * [False] * looked
 
 
@@ -380,7 +380,7 @@ class Counter(torch.overrides.TorchFunctionMode):
         self.products = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.products += func is torch.ops.tinylora.linear.default or func is nn.functional.linear
+        self.products += func in (node.twin, nn.functional.linear, torch.Tensor.addmm_)
         return func(*args, **(kwargs or {}))
 
 

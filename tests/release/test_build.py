@@ -16,6 +16,7 @@ import torch
 from tinylora_kernels import __main__ as command_line
 from tinylora_kernels import _version, diagnostics
 from tinylora_kernels.linear import build as node_build
+from tinylora_kernels.linear import compiled
 from tinylora_kernels.ops.native import library as native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,24 +142,27 @@ def test_the_node_belongs_to_one_torch(tmp_path):
 def test_compiling_the_node_fails_in_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys):
     compiler, destination = compiler_that_fails(tmp_path), tmp_path / "package"
     destination.mkdir()
+    monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(node_build.CompileError, match="^cxx: node.cpp:1: error: no such header$"):
-        node_build.compile_for(Path(torch.__file__).parent, destination, [str(compiler)])
+        node_build.compile_for(Path(torch.__file__).parent, destination)
     assert not list(destination.iterdir())
     monkeypatch.setattr(node_build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(node_build.CompileError, match=r"^no Python.h in .*: install the headers of Python"):
-        node_build.compile_for(Path(torch.__file__).parent, destination, [str(compiler)])
+        node_build.compile_for(Path(torch.__file__).parent, destination)
     monkeypatch.setattr(node_build, "find_compiler", lambda: None)
     assert command_line.main(["compile"]) == 1
-    assert capsys.readouterr().err == "compile: no C++ compiler found\n"
+    assert capsys.readouterr().err == "compile: no C++ compiler found (Debian, Ubuntu: apt install g++)\n"
 
 
 def test_why_the_node_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setattr(node_build, "PACKAGE", tmp_path)
-    assert node_build.load()[1].startswith(f"not compiled for torch {torch.__version__}. To change that: python -m ")
-    (tmp_path / node_build.file_name(Path(torch.__file__).parent)).write_bytes(b"cut short")
-    assert " does not load: " in node_build.load()[1]
+    monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
+    assert compiled.load() == (None, f"not compiled for torch {torch.__version__}")
+    path = tmp_path / node_build.file_name(Path(torch.__file__).parent)
+    path.write_bytes(b"cut short")
+    assert compiled.load() == (None, f"{path} does not load: it is not a Linux library, or was cut short")
     monkeypatch.setenv("TINYLORA_NODE", "0")
-    assert node_build.load() == (None, "switched off by TINYLORA_NODE=0")
+    assert compiled.load() == (None, "switched off by TINYLORA_NODE=0")
 
 
 @needs_sources

@@ -1,17 +1,20 @@
-"""The C++ of an adapted nn.Linear: its node of autograd (node.cpp), and the plan by which it is called (plan.inl).
+"""Compiles the C++ of an adapted nn.Linear: its node of autograd (node.cpp), and the plan by which it is called
+(plan.inl).
 
 The kernels use torch's stable ABI, which has no autograd, so that one file of them serves every torch and every
 Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
-is compiled where the package is installed from its sources, or by `python -m tinylora_kernels compile`, in half a
-minute. Beside any other torch or Python, and with Triton, node.py has the same node and plan.py the same plan: the same
-bits, slower: bench/results/dispatch.csv has what one token costs a layer either way (bench/dispatch.py).
+is compiled where the package is installed from its sources, behind the first call that would run it (compiled.py), or
+by `python -m tinylora_kernels compile`; that takes half a minute and a gigabyte of memory. Beside any other torch or
+Python, and with Triton, node.py has the same node and plan.py the same plan: the same bits, slower:
+bench/results/dispatch.csv has what one token costs a layer either way (bench/dispatch.py).
 
-setup.py runs this file without the package, and pip without torch: it imports neither at the top.
+setup.py runs this file without the package, pip without torch, and compiled.py as a program: it imports neither.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
+import json
 import os
 import re
 import shlex
@@ -19,13 +22,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE = Path(__file__).with_name("node.cpp")
 INCLUDED = Path(__file__).with_name("plan.inl")
 COMMAND = "python -m tinylora_kernels compile"
+UNFINISHED = ".compiling-"  # begins the name of a folder in which one is being compiled
+KEPT = 8  # libraries in a cache: those used last
 
 
 class CompileError(Exception):
@@ -46,7 +52,7 @@ def file_name(torch_directory: Path) -> str:
     return f"libtinylora_node-{release}-{commit.group(1)[:8] if commit else 'unknown'}-{sources}{suffix}"
 
 
-def _of_other_sources(name: str) -> str:
+def of_other_sources(name: str) -> str:
     """A pattern for the libraries of the same torch and Python, whatever sources they were compiled from."""
     return re.sub(r"-[0-9a-f]{8}(?=\.)", "-" + 8 * "[0-9a-f]", name, count=1)
 
@@ -65,13 +71,26 @@ def find_compiler() -> list[str] | None:
     return next(([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
-def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: list[str] | None = None) -> Path:
-    """Compile the node for an installed torch.
+def find_tools() -> tuple[list[str], Path]:
+    """find_compiler(), and the folder of Python's headers.
+
+    Raises:
+        CompileError: one of them is missing.
+    """
+    if (compiler := find_compiler()) is None:
+        raise CompileError("no C++ compiler found (Debian, Ubuntu: apt install g++)")
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        raise CompileError(f"no Python.h in {headers}: install the headers of Python (python3-dev, python3-devel)")
+    return compiler, headers
+
+
+def compile_for(torch_directory: Path, destination: Path = PACKAGE) -> Path:
+    """Compile the node for an installed torch, in the place of those of older sources.
 
     Args:
         torch_directory: the torch package, with its headers and libraries.
-        destination: the folder that gets the library.
-        compiler: the command of a C++20 compiler; None: find_compiler().
+        destination: the folder that gets the library: whole, by a rename.
 
     Returns:
         The library's path.
@@ -79,60 +98,107 @@ def compile_for(torch_directory: Path, destination: Path = PACKAGE, compiler: li
     Raises:
         CompileError: no compiler, or what it said.
     """
-    if compiler is None and (compiler := find_compiler()) is None:
-        raise CompileError("no C++ compiler found")
-    headers = Path(sysconfig.get_paths()["include"])
-    if not (headers / "Python.h").is_file():
-        raise CompileError(f"no Python.h in {headers}: install the headers of Python (python3-dev, python3-devel)")
+    compiler, headers = find_tools()
     library = destination / file_name(torch_directory)
-    unfinished = library.with_name(f"{library.name}.{os.getpid()}")  # a library that is there may be in use
     include, libraries = torch_directory / "include", torch_directory / "lib"
     python = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []  # the interpreter has its own symbols
-    command = [
-        *compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w", str(SOURCE), "-o",
-        str(unfinished), f"-isystem{headers}", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}",
-        f"-L{libraries}", *python, "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python",
-    ]  # fmt: skip
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            lines = done.stdout.splitlines() or ["no output"]
-            error = next((line for line in lines if "error" in line), lines[0])
-            raise CompileError(f"{' '.join([Path(compiler[0]).name, *compiler[1:]])}: {error[:300]}")
-        unfinished.replace(library)
-        for older in destination.glob(_of_other_sources(library.name)):
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=destination, ignore_cleanup_errors=True) as work:
+            unfinished = Path(work) / library.name  # a library that is there may be in use
+            command = [
+                *compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w", str(SOURCE), "-o",
+                str(unfinished), f"-isystem{headers}", f"-isystem{include}",
+                f"-isystem{include / 'torch/csrc/api/include'}", f"-L{libraries}", *python,
+                "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python",
+            ]  # fmt: skip
+            environment = {**os.environ, "TMPDIR": work}  # what a killed compiler leaves goes with the folder
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace",
+            )  # fmt: skip
+            if done.returncode:
+                lines = done.stdout.splitlines() or [f"no output, exit status {done.returncode}"]
+                error = next((line for line in lines if "error" in line), lines[0])
+                raise CompileError(f"{' '.join([Path(compiler[0]).name, *compiler[1:]])}: {error[:300]}")
+            unfinished.replace(library)
+        for older in destination.glob(of_other_sources(library.name)):
             if older != library:
                 older.unlink(missing_ok=True)
     except OSError as error:
         raise CompileError(str(error)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return library
 
 
-def load() -> tuple[ModuleType | None, str | None]:
-    """The extension for this torch and Python, or None and one line that says why not."""
-    import torch
+class Record(NamedTuple):
+    """What became of compiling a node into a cache; kept beside it, as JSON."""
 
-    from ..ops.native import library_file
+    tools: str  # of the attempts
+    attempts: int  # begun, one after another
+    error: str | None = None  # of the last one
+    digest: str | None = None  # SHA-256 of the library, once there is one
 
-    path = PACKAGE / file_name(Path(torch.__file__).parent)
-    if os.environ.get("TINYLORA_NODE", "1") == "0":
-        return None, "switched off by TINYLORA_NODE=0"
-    if not path.is_file():
-        if any(PACKAGE.glob(_of_other_sources(path.name))):
-            return None, f"compiled from other sources than those of this package. To change that: {COMMAND}"
-        return None, f"not compiled for torch {torch.__version__}. To change that: {COMMAND}"
-    if damage := library_file.damage(path):
-        return None, f"{path.name} does not load: {damage}. To change that: {COMMAND}"
+
+def record_of(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def read_record(library: Path) -> Record | None:
+    """None where there is none, or none that can be read."""
     try:
-        spec = importlib.util.spec_from_file_location(f"{__package__}._node", path)
-        assert spec is not None and spec.loader is not None  # as of every file with an extension's suffix
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, f"{path.name} does not load: {error}. To change that: {COMMAND}"
-    return module, None
+        tools, attempts, error, digest = json.loads(record_of(library).read_text())
+        return Record(str(tools), int(attempts), error and str(error), digest and str(digest))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def describe_tools(compiler: list[str]) -> str:
+    """The compiler's command, and when the programs in it were changed last: another one may do better."""
+    programs = (shutil.which(word) for word in compiler)
+    return " ".join([*compiler, *(str(os.stat(program).st_mtime_ns) for program in programs if program)])
+
+
+def compile_aside(torch_directory: Path, cache: Path) -> None:
+    """compile_for, in a process of its own that stands back behind everything else on the machine.
+
+    The record says that an attempt has begun before it begins: one that is killed counts.
+    """
+    _stand_back()
+    library = cache / file_name(torch_directory)
+    tools, before = describe_tools(find_tools()[0]), read_record(library)
+    begun = Record(tools, before.attempts + 1 if before and before.tools == tools else 1)
+    write_record(library, begun)
+    try:
+        digest = hashlib.sha256(compile_for(torch_directory, cache).read_bytes()).hexdigest()
+        write_record(library, begun._replace(digest=digest))
+    except CompileError as error:
+        write_record(library, begun._replace(error=str(error)))
+    _trim(cache)
+
+
+def _stand_back() -> None:
+    """Ctrl-C in the terminal is not meant for this process; a processor is its own where nobody else wants one; where
+    memory runs out, it is the first to go.
+    """
+    os.setpgrp()
+    os.nice(19)
+    with contextlib.suppress(OSError, AttributeError):  # Linux
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def write_record(library: Path, record: Record) -> None:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=library.parent, ignore_cleanup_errors=True) as work:
+        unfinished = Path(work) / "record"
+        unfinished.write_text(json.dumps(record))
+        unfinished.replace(record_of(library))
+
+
+def _trim(cache: Path) -> None:
+    """Keep the libraries used last, and the records of those and of as many others."""
+    for suffix in ("so", "json"):
+        oldest_first = sorted(cache.glob(f"libtinylora_node-*.{suffix}"), key=lambda path: path.stat().st_mtime)
+        for path in oldest_first[:-KEPT]:
+            path.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> int:
@@ -149,3 +215,7 @@ def main(argv: list[str]) -> int:
         return 1
     print(f"{path}: layers run it from the next start of Python on")
     return 0
+
+
+if __name__ == "__main__":
+    compile_aside(*map(Path, sys.argv[1:]))

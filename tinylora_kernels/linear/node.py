@@ -1,10 +1,15 @@
 """A frozen linear layer and its update as one node of autograd. node.cpp is its twin: what is done here is done there.
 
 Against the update behind torch's own linear this spares one node each way, which a small batch feels. The twin runs
-instead with the native kernels where it is compiled (build.py); here is what runs beside any torch and Python.
+instead with the native kernels where it is compiled (compiled.py); here is what runs beside any torch and Python.
+
+A process may change from this one to its twin between any two calls (plan.take_twin): what the two save for the
+backward pass is the same, number by number, since a checkpoint may take it from the other one.
 """
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,14 +19,26 @@ from ..common import modes
 from ..ops.autograd import differentiable_gradients, run_update, update_gradients
 from ..ops.dispatch import Backend
 from ..ops.reference import product
-from . import build
+from . import compiled
 from .rules import GPU_ROWS, LAST_BACKWARD, LAST_FORWARD, PAST_WEIGHT, product_order
 
-extension, why_no_twin = build.load()
+extension, why_no_twin = compiled.load()
 twin = torch.ops.tinylora.linear.default if extension is not None else None
 TWIN_BACKENDS = ("cpu", "cuda")
 
 _is_compiling = torch.compiler.is_compiling
+
+
+def backward_is_compiled() -> bool:
+    """Whether compiled autograd is on, which refuses nodes in C++."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and getattr(dynamo.config, "compiled_autograd", False)
+
+
+def take_twin(compiled_since: ModuleType) -> None:
+    """Calls run the twin from now on."""
+    global extension, why_no_twin, twin
+    extension, why_no_twin, twin = compiled_since, None, torch.ops.tinylora.linear.default
 
 
 class FrozenLinear(NamedTuple):
@@ -51,10 +68,12 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
 
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """The updated output of a linear layer, by the shortest node there is; by none where nothing wants a gradient."""
-    compiling = _is_compiling()
-    if twin is not None and frozen.backend.name in TWIN_BACKENDS and not compiling and not modes.seen_by_a_mode():
-        return twin(x, v, *frozen[:-1])
-    if not (torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)):
+    compiling = _is_compiling()  # asked first: a graph that had looked at the twin would be of one that is not there
+    live = torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)
+    if not compiling and twin is not None and frozen.backend.name in TWIN_BACKENDS and not modes.seen_by_a_mode():
+        if not (live and backward_is_compiled()):
+            return twin(x, v, *frozen[:-1])
+    if not live:
         return _updated_linear(x, v, frozen)[0]
     return TracedLinear.apply(x, v, frozen) if compiling else _apply_untransformed(x, v, frozen)[0]
 
@@ -65,7 +84,9 @@ if TYPE_CHECKING:
         """What the forward pass leaves for the backward pass."""
 
         needs_input_grad: tuple[bool, bool, bool]
-        saved_tensors: tuple[Tensor | None, Tensor, Tensor]  # t, where v wants a gradient, v, W
+        saved_tensors: tuple[Tensor | None, ...]  # t, where v wants a gradient; traced, also v and W
+        v: Tensor
+        versions: tuple[int, int]  # of v and W
         frozen: FrozenLinear
         shape: torch.Size
 
@@ -75,24 +96,29 @@ if TYPE_CHECKING:
 class TinyLoRALinear(torch.autograd.Function):
     """y = x W^T + b and its update, W and b frozen: gradients into x and v; also t (ops/autograd.py says why).
 
-    Saves t, and refers to W.
+    Saves t, and refers to v and W.
     """
 
     @staticmethod
     def forward(ctx: LinearContext, x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        return _forward(ctx, x, v, frozen)
+        y, t = _updated_linear(x, v, frozen)
+        ctx.frozen, ctx.shape = frozen, y.shape
+        ctx.v, ctx.versions = v, (v._version, frozen.weight._version)
+        ctx.save_for_backward(t if v.requires_grad else None)
+        return y, t
 
     @staticmethod
     def backward(
         ctx: LinearContext, g: Tensor | None, g_t: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        if g_t is None:
-            if g is None:
-                return None, None, None
-            if not torch.is_grad_enabled():
-                return _backward(ctx, g)
-        t, v, weight = ctx.saved_tensors
+        if g is None and g_t is None:
+            return None, None, None
+        (t,), v, weight = ctx.saved_tensors, ctx.v, ctx.frozen.weight
+        if (v._version, weight._version) != ctx.versions:
+            _raise_modified(ctx)
+        if g is not None and g_t is None and not torch.is_grad_enabled():
+            return _gradients(ctx, g, t, v)
         basis, adapter_ids = ctx.frozen.basis, ctx.frozen.adapter_ids
         g = weight.new_zeros(ctx.shape) if g is None else g
         g0, dv = differentiable_gradients(g, g_t, basis, v, ctx.frozen.projection, t, adapter_ids)
@@ -101,15 +127,20 @@ class TinyLoRALinear(torch.autograd.Function):
 
 
 class TracedLinear(torch.autograd.Function):
-    """The same while tracing, where there are no second derivatives."""
+    """The same while tracing, where there are no second derivatives, and nothing is seen but what is saved."""
 
     @staticmethod
     def forward(ctx: LinearContext, x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
-        return _forward(ctx, x, v, frozen)[0]
+        y, t = _updated_linear(x, v, frozen)
+        ctx.frozen = frozen
+        ctx.save_for_backward(t if v.requires_grad else None, v, frozen.weight)
+        return y
 
     @staticmethod
     def backward(ctx: LinearContext, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return _backward(ctx, g)
+        t, v, _ = ctx.saved_tensors
+        assert v is not None  # as it was saved
+        return _gradients(ctx, g, t, v)
 
 
 # What Function.apply comes to outside torch.func's transforms and torch.compile, less its search of the arguments for
@@ -117,19 +148,24 @@ class TracedLinear(torch.autograd.Function):
 _apply_untransformed = super(torch.autograd.Function, TinyLoRALinear).apply
 
 
-def _forward(ctx: LinearContext, x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
-    y, t = _updated_linear(x, v, frozen)
-    ctx.frozen, ctx.shape = frozen, y.shape
-    ctx.save_for_backward(t if v.requires_grad else None, v, frozen.weight)  # a W changed since is an error
-    return y, t
+def _raise_modified(ctx: LinearContext) -> None:
+    """In the words of torch, where it had saved them."""
+    named = ("v", ctx.v), ("the frozen weight", ctx.frozen.weight)
+    for (name, tensor), expected in zip(named, ctx.versions, strict=True):
+        if tensor._version != expected:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{name} {list(tensor.shape)} is at version {tensor._version}; expected version {expected} instead."
+            )
 
 
-def _backward(ctx: LinearContext, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _gradients(
+    ctx: LinearContext, g: Tensor, t: Tensor | None, v: Tensor
+) -> tuple[Tensor | None, Tensor | None, None]:
     if torch.is_autocast_enabled(g.device.type):  # it would cast the product
         with torch.autocast(g.device.type, enabled=False):
-            return _backward(ctx, g)
-    t, v, weight = ctx.saved_tensors
-    _, _, basis, projection, adapter_ids, right, _, _, backend = ctx.frozen
+            return _gradients(ctx, g, t, v)
+    weight, _, basis, projection, adapter_ids, right, _, _, backend = ctx.frozen
     order = ctx.frozen.order_for(g)
     if order & PAST_WEIGHT and ctx.needs_input_grad[0]:
         assert right is not None and backend.update_input_grad is not None  # or the order were 0

@@ -6,8 +6,10 @@ plan.inl is the twin of Plan: what asks here must ask there.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
@@ -21,7 +23,7 @@ from ..ops import BACKENDS, choose, dispatch
 from ..ops.dispatch import Backend
 from ..ops.native import library as native
 from ..ops.schema import accumulation_dtype, samples_shape
-from . import node
+from . import compiled, node
 from .node import FrozenLinear, apply_linear
 from .rules import wants_right
 
@@ -33,17 +35,30 @@ _GLOBAL_HOOKS = (
 _in_transform = torch._C._are_functorch_transforms_active
 _modes_on = torch._C._len_torch_dispatch_stack
 twin = node.extension.Plan if node.extension is not None else None
-_changes = 0  # attributes set on adapted layers so far, in the whole process
+_numbers = itertools.count(1)  # no two threads draw the same
+_changes = 0  # the last change of an adapted layer, of all in the process
 
 
 def note_change() -> None:
     """An adapted layer is not what it was: no plan holds any more. Tie groups make one layer's v another's."""
     global _changes
-    _changes += 1
+    _changes = next(_numbers)
+
+
+def take_twin(extension: ModuleType) -> None:
+    """Layers run the node and the plan in C++ from their next call on, whichever thread and pass they are in.
+
+    That changes no number. A graph keeps the nodes it was made of, and a checkpoint that runs again finds the same t in
+    either; what was traced has never looked at the twin; and a plan that was made in Python does not hold any more.
+    """
+    global twin
+    node.take_twin(extension)
+    twin = extension.Plan
+    note_change()
 
 
 def changes() -> int:
-    """How many were noted, to be read before the questions whose answers a plan holds."""
+    """The last one, to be read before the questions whose answers a plan holds."""
     return _changes
 
 
@@ -245,9 +260,11 @@ def make_plan(
         asked_at, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
         parameters, v, lacks_right, held, frozen, *of_bank,
     )  # fmt: skip
-    if twin is None or backend.name not in node.TWIN_BACKENDS:
+    if backend.name not in node.TWIN_BACKENDS or node.backward_is_compiled():
         return plan
-    return twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
+    if node.extension is None:
+        compiled.wanted(take_twin)
+    return plan if twin is None else twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
 
 
 def right_for(layer: Layer, x: Tensor) -> HeldRight | None:
