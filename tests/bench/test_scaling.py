@@ -23,7 +23,6 @@ from demo.tasks import addition, task
 from tinylora_kernels.model.targets import target_names
 
 
-
 def row(numbers, seed, score, rate=0.01, objective="grpo", method=None):
     return dict(
         method=method or f"u={numbers}", objective=objective, lr=str(rate), seed=str(seed), kind="TinyLoRA",
