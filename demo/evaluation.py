@@ -50,18 +50,20 @@ def evaluate(
     max_new_tokens: int,
     seed: int = 0,
     *,
+    batch: int = BATCH,
     assign: Callable[[int], Assignment | None] = lambda count: None,
 ) -> Evaluation:
     """One greedy and one sampled reply to every problem; a problem is solved at full reward.
 
-    assign(count) returns the adapters of a bank that so many prompts run, None for the model as it is.
+    batch is how many at a time; assign(count) returns the adapters of a bank that so many prompts run, None for the
+    model as it is.
     """
     generator = torch.Generator().manual_seed(seed)
     encoded = [model.encode(problem.prompt) for problem in problems]
     replies: list[str] = []
     lengths: list[int] = []
-    for start in range(0, len(problems), BATCH):
-        part = encoded[start : start + BATCH]
+    for start in range(0, len(problems), batch):
+        part = encoded[start : start + batch]
         found = generate(
             model, part, [0.0, temperature], max_new_tokens, generator, adapters=assign(len(part))
         )

@@ -8,10 +8,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from demo.evaluation import Evaluation, evaluate
+from demo.evaluation import BATCH, Evaluation, evaluate
 from demo.generation import Completions, completion_log_probs, generate
 from demo.models import LanguageModel
 from demo.tasks import Problem, Task
+from demo.tiny import TinyDecoder
 from demo.training import Settings, mixed_prompts, score_replies
 
 from .demonstrations import Demonstration, as_completions
@@ -114,11 +115,16 @@ def scores(
 ) -> Evaluation:
     """A run's greedy and sampled replies."""
     return evaluate(
-        learners.model, problems, temperature, task.max_new_tokens,
+        learners.model, problems, temperature, task.max_new_tokens, batch=at_once(learners.model),
         assign=lambda count: learners.assignment([run] * count),
     )  # fmt: skip
 
 
 def base_scores(model: LanguageModel, problems: Sequence[Problem], task: Task, temperature: float) -> Evaluation:
     """The same of the model as it comes."""
-    return evaluate(model, problems, temperature, task.max_new_tokens)
+    return evaluate(model, problems, temperature, task.max_new_tokens, batch=at_once(model))
+
+
+def at_once(model: LanguageModel) -> int:
+    """Prompts scored at a time: a small model's steps cost Python more than arithmetic."""
+    return 500 if isinstance(model.module, TinyDecoder) else BATCH
