@@ -30,8 +30,8 @@ class Recipe:
 # 4 and 1 numbers for each module, and the paper's 13: 840, 210 and 13 of SmolLM2's 210 modules.
 REAL = Recipe(
     task="addition",
-    numbers={"4x": 0.003, "1x": 0.003, 13: 0.003},
-    settings=Settings(steps=30, prompts=8, samples=8, lr=0.003, temperature=0.7),
+    numbers={"4x": 0.01, "1x": 0.02, 13: 0.03},
+    settings=Settings(steps=40, prompts=4, samples=8, lr=0.01, temperature=0.7),
     control_steps=3,
 )
 TINY = Recipe(
