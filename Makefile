@@ -5,7 +5,7 @@
 #   make docs                 the site, into build/site/index.html: every page and the docstrings, strict, no network
 #   make demo                 train a real language model by a handful of numbers (MODEL= TASK= STEPS= PARAMS=)
 #   make bench                the benchmark suite (QUICK=1 for two minutes)
-#   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:...)
+#   make study                the paper's experiment on the tiny decoder (QUICK=1, MODEL=smollm2, TASK=reasoning_gym:..., SCALING=1)
 #   make gpu                  on a machine with a GPU: layers and ops tested on the card, then timed, in SECONDS=290
 #   make wheels               sdist, CPU and GPU wheels into dist/, checked (WHEELS="cpu gpu cpu-aarch64 gpu-aarch64")
 #   make test-aarch64         the aarch64 wheel in an emulated aarch64 Python: needs Debian, g++-aarch64-linux-gnu, qemu-user
@@ -102,7 +102,7 @@ bench: $(VENV)/.test
 
 study: $(VENV)/.test
 	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python -m bench.study $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(TASK),--task "$(TASK)") $(if $(QUICK),--quick) $(STUDY_ARGS)
+	  $(if $(TASK),--task "$(TASK)") $(if $(QUICK),--quick) $(if $(SCALING),--scaling) $(STUDY_ARGS)
 
 # Device code of CUDA 12's compiler runs under every driver from 525 on. Also what .github/workflows/wheels.yml runs.
 wheels: $(VENV)/.torch

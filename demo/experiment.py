@@ -38,10 +38,10 @@ class Experiment:
         begin = time.perf_counter()
         return announced(Row("base model", 0, self._evaluate(), time.perf_counter() - begin))
 
-    def trained_row(self, numbers: int, modules: int) -> Row:
+    def trained_row(self, numbers: int, modules: int, lr: float) -> Row:
         """Adapt, train, score; the adapted model stays. The time is the training's."""
         self._adapt(numbers, modules)
-        history = train(Run(self.model, self.task, self.settings), f"GRPO, {numbers} numbers")
+        history = train(Run(self.model, self.task, replace(self.settings, lr=lr)), f"GRPO, {numbers} numbers")
         label = f"TinyLoRA, {numbers} numbers"
         return announced(Row(label, numbers, self._evaluate(), history.seconds, history.rewards))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,13 +180,36 @@ def completion_log_probs(
     temperature: float,
     adapters: Assignment | None = None,
 ) -> Tensor:
-    """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values."""
+    """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values.
+
+    Replies end at different places: they are walked in stretches, each with the replies that reach into it.
+    """
     prefix = Prefix(model, prompts, adapters)
     tokens, samples = completions.tokens.to(model.device), completions.samples
     first = tokens[:, 0].view(-1, samples)  # [P, n]
     scores = prefix.logits.unsqueeze(1).expand(-1, samples, -1)  # [P, n, V]
     columns = [token_log_probs(scores, first, temperature).view(-1, 1)]  # [P * n, 1]
-    if tokens.shape[1] > 1:
-        prefix.repeat(samples)
-        columns.append(token_log_probs(prefix.extend(tokens[:, :-1]), tokens[:, 1:], temperature))
+    prefix.repeat(samples)
+    rows = torch.arange(len(tokens))  # the replies still in the batch
+    lengths = completions.mask.sum(dim=1)
+    for start, stop in stretches(lengths):
+        kept = (lengths[rows] > start).nonzero().squeeze(1)
+        if len(kept) < len(rows):
+            prefix.keep_rows(kept)
+            rows = rows[kept]
+        own = tokens[rows]
+        found = token_log_probs(prefix.extend(own[:, start - 1 : stop - 1]), own[:, start:stop], temperature)
+        columns.append(found.new_zeros(len(tokens), stop - start).index_copy(0, rows.to(found.device), found))
     return torch.cat(columns, dim=1)
+
+
+def stretches(lengths: Tensor) -> Iterator[tuple[int, int]]:
+    """Columns [start, stop) of replies of these lengths [B], after the first column: each ends where half of the
+    replies that reach it have ended, the last one where at most a quarter of what is left is padding.
+    """
+    start, last = 1, int(lengths.max())
+    while start < last:
+        left = lengths[lengths > start] - start
+        stop = last if left.sum() >= 0.75 * len(left) * (last - start) else start + int(left.median())
+        yield start, stop
+        start = stop

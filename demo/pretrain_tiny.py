@@ -2,13 +2,16 @@
 
 The corpus is sums of 2 to 8 digits modulo 10, every written result true, by three kinds of writers: 28% careful (before
 each running sum a 5% chance of jumping to the result), 66% hasty (75%) and 6% verbose (another notation). About seven
-minutes on two cores; the loss is the plain likelihood of the replies.
+minutes on two cores at the usual width; the loss is the plain likelihood of the replies. A run that was stopped goes on
+from the file beside its checkpoint.
 """
 from __future__ import annotations
 
 import argparse
+import io
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -16,13 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .tiny import CHECKPOINT, EQUALS, MAX_DIGITS, MAX_REPLY_TOKENS, PAD, TinyDecoder, encode
+from tinylora_kernels.common.atomic import write_atomically
+
+from .tiny import EQUALS, MAX_DIGITS, MAX_REPLY_TOKENS, PAD, WIDTH, TinyDecoder, checkpoint, encode
 
 WRITERS = {"careful": 0.28, "hasty": 0.66, "verbose": 0.06}
 JUMP = {"careful": 0.05, "hasty": 0.75}  # chance of going straight to the result, before each running sum
 BATCH = 256
 PEAK_LR = 2e-3
 WARMUP, DECAY_FROM = 100, 0.6  # steps, share of the run
+STEPS = 1401
+KEPT_EVERY = 100  # steps between states from which a stopped run goes on
 
 
 def draw_digits(rng: random.Random) -> list[int]:
@@ -64,13 +71,26 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min(1.0, step / WARMUP) * min(1.0, (steps - step) / (steps - start))
 
 
-def pretrain(steps: int, seed: int = 0) -> TinyDecoder:
+def pretrain(steps: int = STEPS, seed: int = 0, width: int = WIDTH, state: Path | None = None) -> TinyDecoder:
+    """Train a decoder; ``state``: a file that holds the run as it goes, and from which it goes on."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model = TinyDecoder()
+    model = TinyDecoder(width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
-    bar = tqdm(range(steps), desc="pretraining", mininterval=2.0)
+    begin = 0
+    if state is not None and state.is_file():
+        kept = torch.load(state, weights_only=True)
+        begin = kept["step"]
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        rng.setstate(kept["rng"])
+    bar = tqdm(range(begin, steps), initial=begin, total=steps, desc=f"pretraining, width {width}", mininterval=2.0)
     for step in bar:
+        if state is not None and step > begin and step % KEPT_EVERY == 0:
+            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            stream = io.BytesIO()
+            torch.save(kept | {"step": step, "rng": rng.getstate()}, stream)
+            write_atomically(state, stream.getvalue())
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         ids, mask = draw_batch(rng)
         reply = ids[:, -mask.shape[1] :]
@@ -84,14 +104,22 @@ def pretrain(steps: int, seed: int = 0) -> TinyDecoder:
     return model
 
 
+def write_checkpoint(path: Path, steps: int = STEPS, seed: int = 0, width: int = WIDTH) -> None:
+    """Train and write the weights in float16; resumable."""
+    state = path.with_suffix(".state")
+    model = pretrain(steps, seed, width, state)
+    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, path)
+    state.unlink(missing_ok=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1401)
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"a multiple of 32 (default: {WIDTH})")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(CHECKPOINT))
+    parser.add_argument("--out", type=Path, help="default: where the demo looks for it")
     args = parser.parse_args(argv)
-    model = pretrain(args.steps, args.seed)
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, args.out)
+    write_checkpoint(args.out or checkpoint(args.width), args.steps, args.seed, args.width)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from . import report, workers
 from .experiment import Experiment, score_in_fresh_process
 from .models import PROJECTIONS, load_model
 from .profiling import profile_step
-from .recipes import recipe, resolve_numbers
+from .recipes import rates, recipe
 from .tasks import task
 from .training import Run, Settings
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with workers.joined():
             run(parse(argv))
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return 0
@@ -71,32 +71,32 @@ def run(options: argparse.Namespace) -> None:
     problems = task(options.task or defaults.task)
     model = load_model(options.model)
     modules = len(target_names(model.module, PROJECTIONS))
-    wanted = options.params.split(",") if options.params else defaults.numbers
-    counts = [resolve_numbers(count, modules) for count in wanted]
+    wanted = rates(defaults, options.params.split(",") if options.params else None, options.lr, modules)
+    first, *others = wanted
     out = options.out / Path(options.model).name
     out.mkdir(parents=True, exist_ok=True)
-    print(introduction(model.name, problems.description, settings, modules, model.dtype))
+    print(introduction(model.name, problems.description, settings, wanted, modules, model.dtype))
     print(f"model loaded in {time.perf_counter() - begin:.0f} s")
 
     experiment = Experiment(model, problems, settings)
     base = experiment.base_row()
-    trained = experiment.trained_row(counts[0], modules)
+    trained = experiment.trained_row(first, modules, wanted[first])
     breakdown = profile_step(Run(model, problems, replace(settings, lr=0.0)))
-    adapter = out / f"adapter-{counts[0]}.safetensors"
+    adapter = out / f"adapter-{first}.safetensors"
     if not workers.rank():
         save_adapter(model.module, adapter)
-    control = experiment.random_control(counts[0], options.draws)
-    frozen = experiment.lr_zero_row(counts[0], modules, defaults.control_steps)
-    others = []
-    for count in counts[1:]:
-        others.append(experiment.trained_row(count, modules))
+    control = experiment.random_control(first, options.draws)
+    frozen = experiment.lr_zero_row(first, modules, defaults.control_steps)
+    smaller = []
+    for count in others:
+        smaller.append(experiment.trained_row(count, modules, wanted[count]))
         if not workers.rank():
             save_adapter(model.module, out / f"adapter-{count}.safetensors")
     if workers.rank():
         return
     fresh = score_in_fresh_process(options.model, problems.name, settings.temperature, adapter)
 
-    rows = [base, frozen, trained, *others]
+    rows = [base, frozen, trained, *smaller]
     print("\n" + report.table(rows, control, settings.temperature))
     print(f"{len(problems.held_out)} problems never trained on; bytes as float32; time: of training, else of scoring")
     print(f"\n{trained.label} beside its controls, exact McNemar test on the same problems:")
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     print(report.verdict(trained.evaluation, control.best(), f"the best of {options.draws} random v"))
     print(f"\n{breakdown.describe()}")
     print(f"\n{report.fresh_process(adapter, trained.evaluation, fresh)}")
-    report.plot([trained, *others], control, f"GRPO on {problems.name}, {model.name}", out / "reward.png")
+    report.plot([trained, *smaller], control, f"GRPO on {problems.name}, {model.name}", out / "reward.png")
     report.write_json(out / "results.json", rows, control, facts(options, settings, breakdown))
     print(f"Reward curve: {out / 'reward.png'}; everything above and more: {out / 'results.json'}")
     print(f"The demo took {time.perf_counter() - begin:.0f} s.")
@@ -112,17 +112,21 @@ def run(options: argparse.Namespace) -> None:
 
 def with_options(settings: Settings, options: argparse.Namespace) -> Settings:
     """The recipe's settings with what was asked for in their place."""
-    asked = {"steps": options.steps, "lr": options.lr, "seed": options.seed}
+    asked = {"steps": options.steps, "seed": options.seed}
     return replace(settings, **{name: value for name, value in asked.items() if value is not None})
 
 
-def introduction(name: str, description: str, settings: Settings, modules: int, dtype: torch.dtype) -> str:
+def introduction(
+    name: str, description: str, settings: Settings, wanted: dict[int, float], modules: int, dtype: torch.dtype
+) -> str:
     return (
-        f"{name}, frozen; {modules} projections adapted; updates by backend {choose('cpu', dtype, 2)!r} "
-        f"({native.load().isa or 'no native library'}), {workers.count()} x {torch.get_num_threads()} threads\n"
+        f"{name}, frozen, {str(dtype).removeprefix('torch.')}; {modules} projections adapted; updates by backend "
+        f"{choose('cpu', dtype, 2)!r} ({native.load().isa or 'no native library'}), {workers.count()} x "
+        f"{torch.get_num_threads()} threads\n"
         f"task: {description}\n"
         f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.samples} samples "
-        f"at T={settings.temperature:g}, lr {settings.lr:g}, seed {settings.seed}"
+        f"at T={settings.temperature:g}, seed {settings.seed}; "
+        f"lr {', '.join(f'{rate:g} for {count}' for count, rate in wanted.items())} numbers"
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WIDTH = 128  # of the decoder that is meant where no other is asked for
 CHECKPOINT = Path(__file__).with_name("tiny.safetensors")
 
 # One character a token. "_" fills the prompt's field and pads; "#" announces the result; "." ends.
@@ -26,6 +27,11 @@ PAD, EQUALS, RESULT, END = (ALPHABET.index(c) for c in "_=#.")
 MAX_DIGITS = 8
 PROMPT_TOKENS = MAX_DIGITS + 1
 MAX_REPLY_TOKENS = 40
+
+
+def checkpoint(width: int = WIDTH) -> Path:
+    """Where the trained decoder of that width lies; not all are in the repository (pretrain_tiny.py trains them)."""
+    return CHECKPOINT if width == WIDTH else CHECKPOINT.with_name(f"tiny-{width}.safetensors")
 
 
 def encode(text: str) -> list[int]:
@@ -96,18 +102,19 @@ class DecoderLayer(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Decoder with learned positions; 21 projections of 128 to 352 features."""
+    """Decoder with learned positions; 21 projections of dim to 2.75 dim features, heads of 32."""
 
-    def __init__(self, dim: int = 128, layers: int = 3, heads: int = 4, hidden: int = 352):
+    def __init__(self, dim: int = WIDTH, layers: int = 3):
         super().__init__()
+        heads, hidden = dim // 32, 11 * dim // 4
         self.tokens = nn.Embedding(len(ALPHABET), dim)
         self.positions = nn.Embedding(PROMPT_TOKENS + MAX_REPLY_TOKENS, dim)
         self.layers = nn.ModuleList(DecoderLayer(i, dim, heads, hidden) for i in range(layers))
         self.norm = nn.LayerNorm(dim, bias=False)
         self.lm_head = nn.Linear(dim, len(ALPHABET), bias=False)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # embeddings and head small; projections 0.7 / sqrt(fan in)
-                small = parameter.shape[0] < 100
+                small = not name.startswith("layers.")
                 nn.init.normal_(parameter, std=0.04 if small else 0.7 / math.sqrt(parameter.shape[1]))
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -141,9 +148,10 @@ def load_checkpoint(path: Path = CHECKPOINT) -> TinyDecoder:
 
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: the tiny decoder is in the sdist and in a checkout, not in a wheel; put the file there, or train "
-            f"it again: python -m demo.pretrain_tiny"
+            f"{path}: the tiny decoder is in the sdist and in a checkout, not in a wheel, and of its widths only some; "
+            f"put the file there, or train it: python -m demo.pretrain_tiny --width WIDTH"
         )
-    model = TinyDecoder()
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    weights = load_file(path)
+    model = TinyDecoder(dim=weights["tokens.weight"].shape[1])
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.eval()

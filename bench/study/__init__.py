@@ -4,6 +4,7 @@
     make study QUICK=1               a smaller one in under ten minutes
     make study MODEL=smollm2         SmolLM2-135M-Instruct on additions, a shorter run
     make study MODEL=<directory>     any local transformers model, on a GPU where there is one
+    make study SCALING=1             the numbers that models of several sizes need, and what an adapter does elsewhere
 
 Every trained run is a row of <model>.csv; a study that was stopped goes on from the rows that are there. The figures
 are drawn from the rows: docs/study.md shows them and says what they mean.
@@ -15,5 +16,8 @@ are drawn from the rows: docs/study.md shows them and says what they mean.
     runner.py           units of work over processes; rows as they finish
     rollouts.py         rollouts from merged, rounded weights, with and without importance weights
     rounding.py         how much of an update survives being merged into bfloat16 weights
-    figures.py          best of sweep, tables, plots
+    scaling.py          numbers that reach 95% of the best gain, against the size of the model
+    transfer.py         an adapter on tasks it was not trained on
+    summary.py          best of sweep, tables
+    figures.py          plots
 """

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from bench.grid import environment, table
 from demo.models import load_model
 
-from . import figures, rollouts, rounding, runner, summary
+from . import figures, rollouts, rounding, runner, scaling, summary
 from .design import OBJECTIVES, REAL_CURVE, TINY_CURVE, design, only
 
 CURVES = {"tiny": TINY_CURVE}
@@ -25,14 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", help="another task, such as reasoning_gym:<dataset>; without sft-foreign then")
     parser.add_argument("--methods", nargs="+", metavar="LABEL", help="only these, by their labels in the table")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, help="only under these")
+    parser.add_argument("--scaling", action="store_true", help="numbers needed against the model's size, instead")
+    parser.add_argument("--models", nargs="+", default=scaling.MODELS, help="of --scaling, only these run")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of --scaling: begin nothing after so long")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, rates, seeds and steps: minutes")
     processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=processes, help=f"of one thread each (default: {processes})")
     parser.add_argument("--out", type=Path, default=environment.results_directory() / "study")
     options = parser.parse_args(argv)
+    until = time.monotonic() + 60 * options.minutes
     try:
-        study(options)
-    except (ValueError, ImportError) as error:
+        if options.scaling:
+            torch.set_num_threads(1)
+            scaling.study(options.models, options.out, options.processes, until)
+        else:
+            study(options)
+    except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     return 0

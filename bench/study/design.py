@@ -131,6 +131,25 @@ REAL_QUICK = replace(
 )  # fmt: skip
 
 
+# The scaling study: decoders of these widths, trained here on one corpus by one recipe, of the same 21 modules.
+WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # 0.04, 0.16, 0.35, 0.6, 1.4, 2.4, 5.4 and 9.6 million parameters
+# One vector for all modules, so that all sizes of one model fit one bank, and LoRA for what many numbers can do.
+SCALING_CURVE = {
+    **{tied(u, 21): (0.01, 0.03, 0.1) for u in (1, 2, 4)},
+    **{tied(u, 21): (0.003, 0.01, 0.03) for u in (8, 13, 26)},
+    **{tied(u, 21): (0.001, 0.003, 0.01) for u in (49, 84)},
+    Method(LORA, rank=1): (0.003, 0.01),
+}  # fmt: skip
+
+
+def scaling(model: str) -> Design:
+    """The plan of one model of the scaling study: "tiny-<width>", or what has a plan of its own."""
+    if not model.startswith("tiny"):
+        return design(model, quick=False)
+    arms_ = arms(SCALING_CURVE.items(), ("grpo", "sft-own"))
+    return replace(TINY, model=model, seeds=(0, 1, 2, 3), arms=arms_, together=24)
+
+
 def design(model: str, quick: bool, task: str | None = None) -> Design:
     """The study of the tiny decoder, of SmolLM2, or, on SmolLM2's plan, of a local transformers directory.
 

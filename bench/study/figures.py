@@ -14,6 +14,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from .design import EQUAL_SIZE, OBJECTIVES, RANKS, STORAGE, STORAGES, TYING  # noqa: E402
 from .methods import FULL, LORA, LORA_XS, TINYLORA, Method  # noqa: E402
 from .rollouts import NUMBERS, SOURCES  # noqa: E402
+from .scaling import REAL, Reading  # noqa: E402
 from .summary import GREEDY, METRICS, SAMPLED, Result, base_accuracy, fitted, results  # noqa: E402
 
 COLORS = {"grpo": "C0", "sft-own": "C2", "sft-foreign": "C3"}
@@ -93,6 +94,42 @@ def rollout_sources(rows: Sequence[dict], path: Path) -> None:
         axis.set_title(title, fontsize=10)
     axes[0].set_ylabel("sampled test accuracy, %")
     axes[0].legend(fontsize=8, frameon=False, loc="lower left")
+    finish(figure, axes, path)
+
+
+def scaling(found: Sequence[Reading], path: Path) -> None:
+    """Numbers that reach 95% of the best sampled gain against the model's size, and the curves they are read from."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    found = [one for one in found if one.metric == SAMPLED]
+    for one in found:
+        if one.needed is None:
+            continue
+        low, high = one.interval
+        real = one.model in REAL
+        axes[0].errorbar(
+            one.parameters * (1.03 if one.objective == "grpo" else 0.97), one.needed,
+            [[one.needed - min(low, one.needed)], [max(high, one.needed) - one.needed]],
+            color=COLORS[one.objective], marker="D" if real else "o", ms=6, lw=1, capsize=2,
+            mfc="white" if real else COLORS[one.objective],
+        )  # fmt: skip
+    axes[0].set(xscale="log", yscale="log", xlabel="parameters of the model")
+    axes[0].set_ylabel("trained numbers for 95% of the best gain")
+    handles = [pyplot.Line2D([], [], color=COLORS[o], marker="o", ls="", label=TITLES[o]) for o in COLORS if o in {
+        one.objective for one in found}]  # fmt: skip
+    hollow = dict(color="0.3", marker="D", mfc="white", ls="")
+    handles.append(pyplot.Line2D([], [], label="SmolLM2-135M-Instruct, another task", **hollow))
+    axes[0].legend(handles=handles, fontsize=8, frameon=False)
+    own = [one for one in found if one.objective == "grpo"]
+    for index, one in enumerate(own):
+        sizes, best = sorted(one.gains), one.gains[one.best]
+        axes[1].plot(
+            sizes, [100 * one.gains[size] / best for size in sizes], marker="o", ms=4, lw=1.2,
+            color=pyplot.get_cmap("viridis")(0.9 * index / max(1, len(own) - 1)),
+            label=f"{one.model}, {one.parameters / 1e6:.2g}M", ls="--" if one.model in REAL else "-",
+        )  # fmt: skip
+    axes[1].axhline(95, color="0.4", ls=":")
+    axes[1].set(xscale="log", xlabel="trained numbers", ylabel="% of the best gain, GRPO, sampled")
+    axes[1].legend(fontsize=8, frameon=False, loc="lower right")
     finish(figure, axes, path)
 
 

@@ -58,37 +58,57 @@ class Method:
         """Whether runs can share a batch, each with an adapter of its own."""
         return self.kind in (TINYLORA, LORA_XS)
 
+    @property
+    def family(self) -> Method:
+        """The same for methods whose adapters fit one bank: TinyLoRA's P_i does not depend on u, so an adapter that
+        moves the first numbers of every group alone is the one that has no others."""
+        return replace(self, u=0) if self.kind == TINYLORA else self
+
 
 @dataclass
 class Run:
     """One learning rate and seed of a method, with random numbers of its own."""
 
+    method: Method
     rate: float
     seed: int
     generator: torch.Generator = field(init=False)
     rewards: list[float] = field(default_factory=list, init=False)  # mean of each step; of SFT, minus the loss
+    lengths: list[float] = field(default_factory=list, init=False)  # tokens of a reply, mean of each step; GRPO
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
 
     @property
     def name(self) -> str:
-        return f"lr {self.rate:g}, seed {self.seed}"
+        return f"{self.method.label}, lr {self.rate:g}, seed {self.seed}"
 
 
 class Together:
-    """Runs that share every batch: an adapter of a bank for each, with the random P of its own seed."""
+    """Runs that share every batch: an adapter of a bank for each, with the random P of its own seed.
 
-    def __init__(self, model: LanguageModel, method: Method, runs: Sequence[Run], trainer: Callable[..., object]):
+    Their methods are of one family; the bank is as wide as the widest.
+    """
+
+    def __init__(self, model: LanguageModel, runs: Sequence[Run], trainer: Callable[..., object]):
         self.model, self.runs = model, list(runs)
-        adapt(model.module, method, seed=0)
-        tinylora = method.kind == TINYLORA
+        widest = max((run.method for run in runs), key=lambda method: method.u)
+        adapt(model.module, widest, seed=0)
+        tinylora = widest.kind == TINYLORA
         self.bank = AdapterBank(model.module, len(runs), trainable=True, own_seeds=tinylora)
         for run in runs:
             self.bank.add(run.name, seed=run.seed if tinylora else None)
-        self.numbers = sum(table.shape[1] for table in self.bank.tables.values())
-        self.storage = getattr(torch, method.storage)
+        if tinylora:
+            used = torch.tensor([run.method.u for run in runs]).unsqueeze(1)  # [K, 1]
+            for table in self.bank.parameters():  # [K, u]
+                moves = (torch.arange(table.shape[1]) < used).to(table)
+                table.register_hook(lambda gradient, moves=moves: gradient * moves)
+        self.storage = getattr(torch, widest.storage)
         self.trainer = trainer(self.bank, {run.name: run.rate for run in runs})
+
+    def numbers(self, run: Run) -> int:
+        tables = self.bank.parameters()
+        return len(tables) * run.method.u if run.method.kind == TINYLORA else sum(t.shape[1] for t in tables)
 
     def assignment(self, owners: Sequence[Run]) -> Assignment:
         """The adapters of these prompts' owners."""
@@ -110,14 +130,16 @@ class Together:
 class Alone:
     """One run on a model of its own."""
 
-    def __init__(self, model: LanguageModel, method: Method, runs: Sequence[Run], trainer: Callable[..., object]):
+    def __init__(self, model: LanguageModel, runs: Sequence[Run], trainer: Callable[..., object]):
         (self.run,) = runs
         self.model = model
-        adapt(model.module, method, seed=self.run.seed)
+        adapt(model.module, self.run.method, seed=self.run.seed)
         self.trained = [p for p in model.module.parameters() if p.requires_grad]
-        self.numbers = sum(p.numel() for p in self.trained)
         self.start = [p.detach().clone() for p in self.trained]
         self.trainer = trainer(model.module, self.run.rate)
+
+    def numbers(self, run: Run) -> int:
+        return sum(p.numel() for p in self.trained)
 
     def assignment(self, owners: Sequence[Run]) -> None:
         return None
@@ -133,17 +155,17 @@ class Alone:
 
 
 def attach(
-    base: LanguageModel, method: Method, runs: Sequence[Run], objective: str, samples: int, alone: bool = False
+    base: LanguageModel, runs: Sequence[Run], objective: str, samples: int, alone: bool = False
 ) -> Together | Alone:
-    """Learners on a copy of the base; several runs need a method with ``many_at_once`` and not ``alone``."""
+    """Learners on a copy of the base; several runs need methods of one family, ``many_at_once`` and not ``alone``."""
     model = replace(base, module=copy.deepcopy(base.module))
-    shared = method.many_at_once and not alone
+    shared = runs[0].method.many_at_once and not alone
     make = Together if shared else Alone
     if objective == "grpo":
         kind = PopulationGRPO if shared else GRPOTrainer
-        return make(model, method, runs, lambda of, lr: kind(of, group_size=samples, lr=lr, **OPTIMIZER))
+        return make(model, runs, lambda of, lr: kind(of, group_size=samples, lr=lr, **OPTIMIZER))
     kind = PopulationSFT if shared else SFTTrainer
-    return make(model, method, runs, lambda of, lr: kind(of, lr=lr, **OPTIMIZER))
+    return make(model, runs, lambda of, lr: kind(of, lr=lr, **OPTIMIZER))
 
 
 def adapt(module: nn.Module, method: Method, seed: int) -> None:

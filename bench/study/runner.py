@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from bench.grid import environment, table
+from demo.evaluation import Evaluation
 from demo.models import LanguageModel, load_model
 from demo.tasks import Task, task
 from demo.training import Settings
@@ -30,12 +32,11 @@ BASE = "base model"
 
 @dataclass(frozen=True)
 class Unit:
-    """Runs of one method and objective that share their batches; no method: the model as it comes."""
+    """Runs of one objective that share their batches; none: the model as it comes."""
 
     design: Design
-    method: Method | None = None
     objective: str = ""
-    runs: tuple[tuple[float, int], ...] = ()  # rate, seed
+    runs: tuple[tuple[Method, float, int], ...] = ()  # method, rate, seed
 
     @property
     def size(self) -> int:
@@ -43,7 +44,7 @@ class Unit:
 
     @property
     def label(self) -> str:
-        return f"{self.objective}, {self.method.label}" if self.method else BASE
+        return ", ".join(dict.fromkeys([self.objective, *(m.label for m, *_ in self.runs)])) if self.runs else BASE
 
 
 def key_of(row: dict) -> tuple[str, ...]:
@@ -66,17 +67,23 @@ def described(design: Design, method: Method | None, objective: str, rate: float
 
 COLUMNS = [
     "method", "objective", "lr", "seed", "task", "steps", "prompts", "samples", "temperature", "validation_count",
-    "test_count", "kind", "numbers", "bytes", "validation", "validation_sampled", "test", "test_sampled",
-    "reward_first5", "reward_last5", "moved", "seconds", "runs_in_batch", "rewards", *environment.describe(),
+    "test_count", "kind", "numbers", "bytes", "validation", "validation_sampled", "test", "test_sampled", "length",
+    "length_sampled", "reward_first5", "reward_last5", "moved", "seconds", "runs_in_batch", "rewards", "lengths",
+    *environment.describe(),
 ]  # fmt: skip
 
 
-def run(design: Design, path: Path, processes: int) -> list[dict]:
-    """All rows of the design, those already in the file included."""
+def run(design: Design, path: Path, processes: int, until: float = math.inf) -> list[dict]:
+    """All rows of the design, those already in the file included; no unit begins after ``until`` (time.monotonic)."""
     held = {key_of(row) for row in table.read(path)}
-    carry_out(list(missing_units(design, held)), execute, path, COLUMNS, processes, f"study of {design.model}")
+    carry_out(list(missing_units(design, held)), execute, path, COLUMNS, processes, f"study of {design.model}", until)
+    return rows_there(design, path)
+
+
+def rows_there(design: Design, path: Path) -> list[dict]:
+    """The design's rows as far as the file holds them."""
     rows = {key_of(row): row for row in table.read(path)}
-    return [rows[key_of(row)] for row in rows_of(design)]
+    return [rows[key] for row in rows_of(design) if (key := key_of(row)) in rows]
 
 
 def carry_out(
@@ -86,11 +93,12 @@ def carry_out(
     columns: list[str],
     processes: int,
     title: str,
+    until: float = math.inf,
 ) -> None:
     """Append the rows of every unit to a file as it finishes; a bar counts rows. A unit has a label and a size."""
     total = sum(unit.size for unit in units)
     with tqdm(total=total, unit="run", desc=title, dynamic_ncols=True, smoothing=0) as bar:
-        for unit, rows in finished(units, execute, processes):
+        for unit, rows in finished(units, execute, processes, until):
             table.append(path, columns, rows)
             bar.update(len(rows))
             bar.set_postfix_str(unit.label)
@@ -100,32 +108,38 @@ def rows_of(design: Design) -> Iterator[dict]:
     """One description for every row that the design asks for."""
     yield described(design, None, "", None, None)
     for arm in design.arms:
-        for rate, seed in pairs(design, arm):
-            yield described(design, arm.method, arm.objective, rate, seed)
+        for method, rate, seed in runs_of(design, arm):
+            yield described(design, method, arm.objective, rate, seed)
 
 
-def pairs(design: Design, arm: Arm) -> list[tuple[float, int]]:
-    return [(rate, seed) for rate in arm.rates for seed in design.seeds]
+def runs_of(design: Design, arm: Arm) -> list[tuple[Method, float, int]]:
+    return [(arm.method, rate, seed) for rate in arm.rates for seed in design.seeds]
 
 
 def missing_units(design: Design, held: set) -> Iterator[Unit]:
     """What the file does not hold yet, runs grouped as they can share batches; GRPO first, slow units first."""
     if key_of(described(design, None, "", None, None)) not in held:
         yield Unit(design)
+    families: dict[tuple[str, Method], list[tuple[Method, float, int]]] = {}
     for arm in sorted(design.arms, key=lambda arm: (arm.objective != "grpo", arm.method.many_at_once)):
-        keys = {pair: key_of(described(design, arm.method, arm.objective, *pair)) for pair in pairs(design, arm)}
-        left = [pair for pair, key in keys.items() if key not in held]
-        size = design.together if arm.method.many_at_once else 1
+        keys = {run: key_of(described(design, run[0], arm.objective, *run[1:])) for run in runs_of(design, arm)}
+        families.setdefault((arm.objective, arm.method.family), []).extend(
+            run for run, key in keys.items() if key not in held
+        )
+    for (objective, family), left in families.items():
+        size = design.together if family.many_at_once else 1
         for start in range(0, len(left), size):
-            yield Unit(design, arm.method, arm.objective, tuple(left[start : start + size]))
+            yield Unit(design, objective, tuple(left[start : start + size]))
 
 
 def finished(
-    units: Sequence, execute: Callable[[object], list[dict]], processes: int
+    units: Sequence, execute: Callable[[object], list[dict]], processes: int, until: float = math.inf
 ) -> Iterator[tuple[object, list[dict]]]:
     """Units and their rows in the order they finish."""
     if processes == 1:
         for unit in units:
+            if time.monotonic() > until:
+                return
             yield unit, execute(unit)
         return
     # one thread each: the products of a small model are too small to share
@@ -134,7 +148,11 @@ def finished(
         pending = {pool.submit(execute, unit): unit for unit in units}
         try:
             for future in as_completed(pending):
-                yield pending[future], future.result()
+                if not future.cancelled():
+                    yield pending[future], future.result()
+                if time.monotonic() > until:
+                    for left in pending:
+                        left.cancel()
         finally:
             for future in pending:
                 future.cancel()
@@ -162,11 +180,11 @@ def execute(unit: Unit) -> list[dict]:
     validation = list(islice(problems.training(VALIDATION_SEED), design.validation))
     test = problems.held_out[: design.held_out]
     begin = time.perf_counter()
-    if unit.method is None:
+    if not unit.runs:
         found = [base_scores(base, part, problems, settings.temperature) for part in (validation, test)]
         return [described(design, None, "", None, None) | outcome(found, time.perf_counter() - begin)]
-    runs = [Run(rate, seed) for rate, seed in unit.runs]
-    learners = attach(base, unit.method, runs, unit.objective, settings.samples)
+    runs = [Run(*run) for run in unit.runs]
+    learners = attach(base, runs, unit.objective, settings.samples)
     objective = objective_of(unit, problems, settings, runs)
     for _ in range(settings.steps):
         objective.step(learners)
@@ -174,14 +192,16 @@ def execute(unit: Unit) -> list[dict]:
     rows = []
     for one in runs:
         found = [scores(learners, one, part, problems, settings.temperature) for part in (validation, test)]
+        numbers = learners.numbers(one)
         rows.append(
-            described(design, unit.method, unit.objective, one.rate, one.seed)
+            described(design, one.method, unit.objective, one.rate, one.seed)
             | outcome(found, seconds)
             | {
-                "kind": unit.method.kind, "numbers": learners.numbers,
-                "bytes": learners.numbers * unit.method.bytes_a_number, "moved": learners.norm(one),
+                "kind": one.method.kind, "numbers": numbers, "bytes": numbers * one.method.bytes_a_number,
+                "moved": learners.norm(one), "runs_in_batch": len(runs),
                 "reward_first5": mean(one.rewards[:5]), "reward_last5": mean(one.rewards[-5:]),
-                "rewards": " ".join(f"{reward:.3f}" for reward in one.rewards), "runs_in_batch": len(runs),
+                "rewards": " ".join(f"{reward:.3f}" for reward in one.rewards),
+                "lengths": " ".join(f"{length:.2f}" for length in one.lengths),
             }
         )  # fmt: skip
     return rows
@@ -194,10 +214,12 @@ def objective_of(unit: Unit, problems: Task, settings: Settings, runs: Sequence[
     return SFT(demonstrations(design.model, design.task, unit.objective, settings.temperature), settings, runs)
 
 
-def outcome(found: Sequence[tuple[float, float]], seconds: float) -> dict:
-    """Accuracies and where they were measured."""
-    (validation, validation_sampled), (test, test_sampled) = found
+def outcome(found: Sequence[Evaluation], seconds: float) -> dict:
+    """Accuracies, lengths of the replies, and where they were measured."""
+    validation, test = found
     return environment.describe() | {
-        "validation": validation, "validation_sampled": validation_sampled, "test": test, "test_sampled": test_sampled,
+        "validation": validation.greedy.accuracy, "validation_sampled": validation.sampled.accuracy,
+        "test": test.greedy.accuracy, "test_sampled": test.sampled.accuracy,
+        "length": test.greedy.length, "length_sampled": test.sampled.length,
         "seconds": seconds, "numbers": 0, "bytes": 0,
     }  # fmt: skip

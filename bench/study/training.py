@@ -8,10 +8,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from demo.evaluation import evaluate
+from demo.evaluation import BATCH, Evaluation, evaluate
 from demo.generation import Completions, completion_log_probs, generate
 from demo.models import LanguageModel
 from demo.tasks import Problem, Task
+from demo.tiny import TinyDecoder
 from demo.training import Settings, mixed_prompts, score_replies
 
 from .demonstrations import Demonstration, as_completions
@@ -63,8 +64,10 @@ class GRPO:
             self.task.max_new_tokens, uniform=uniform, adapters=learners.assignment(self._owners(self.runs)),
         )  # fmt: skip
         batch = Batch(self.runs, problems, found, score_replies(model, problems, found))
-        for run, reward in zip(self.runs, batch.rewards.view(len(self.runs), -1).mean(dim=1).tolist(), strict=True):
-            run.rewards.append(reward)
+        lengths = found.mask.sum(dim=1).double()
+        for values, of in ((batch.rewards, "rewards"), (lengths, "lengths")):
+            for run, value in zip(self.runs, values.view(len(self.runs), -1).mean(dim=1).tolist(), strict=True):
+                getattr(run, of).append(value)
         return batch
 
     def learn(self, learners: Together | Alone, batch: Batch) -> None:
@@ -109,16 +112,19 @@ class SFT:
 
 def scores(
     learners: Together | Alone, run: Run, problems: Sequence[Problem], task: Task, temperature: float
-) -> tuple[float, float]:
-    """Accuracy of a run's greedy and of its sampled replies."""
-    found = evaluate(
-        learners.model, problems, temperature, task.max_new_tokens,
+) -> Evaluation:
+    """A run's greedy and sampled replies."""
+    return evaluate(
+        learners.model, problems, temperature, task.max_new_tokens, batch=at_once(learners.model),
         assign=lambda count: learners.assignment([run] * count),
     )  # fmt: skip
-    return found.greedy.accuracy, found.sampled.accuracy
 
 
-def base_scores(model: LanguageModel, problems: Sequence[Problem], task: Task, temperature: float):
+def base_scores(model: LanguageModel, problems: Sequence[Problem], task: Task, temperature: float) -> Evaluation:
     """The same of the model as it comes."""
-    found = evaluate(model, problems, temperature, task.max_new_tokens)
-    return found.greedy.accuracy, found.sampled.accuracy
+    return evaluate(model, problems, temperature, task.max_new_tokens, batch=at_once(model))
+
+
+def at_once(model: LanguageModel) -> int:
+    """Prompts scored at a time: a small model's steps cost Python more than arithmetic."""
+    return 500 if isinstance(model.module, TinyDecoder) else BATCH

@@ -54,14 +54,14 @@ def test_every_run_is_a_row_and_rows_that_are_there_are_not_run_again(finished, 
     assert runner.run(SMALL, path, processes=1) == rows
     more = replace(SMALL, seeds=(0, 1, 2))
     missing = list(runner.missing_units(more, {runner.key_of(row) for row in rows}))
-    assert sorted(seed for unit in missing for _, seed in unit.runs) == [2] * 5
+    assert sorted(seed for unit in missing for *_, seed in unit.runs) == [2] * 5
     longer = replace(SMALL, settings=replace(SMALL.settings, steps=3))
     assert sum(len(unit.runs) for unit in runner.missing_units(longer, {runner.key_of(row) for row in rows})) == 10
 
 
 def test_storage_rounds_v_after_every_step(tiny):
-    run = Run(0.03, 0)
-    learners = attach(tiny, tied(13, 21, storage="bfloat16"), [run], "grpo", samples=4)
+    run = Run(tied(13, 21, storage="bfloat16"), 0.03, 0)
+    learners = attach(tiny, [run], "grpo", samples=4)
     objective = GRPO(task("digit-sums"), SMALL.settings, [run])
     while not learners.norm(run):
         objective.step(learners)
@@ -73,9 +73,9 @@ def test_storage_rounds_v_after_every_step(tiny):
 def test_a_run_learns_the_same_whatever_shares_its_batch(tiny, objective):
     problems = task("digit-sums")
 
-    def vector_of(pairs):
-        runs = [Run(rate, seed) for rate, seed in pairs]
-        learners = attach(tiny, tied(13, 21), runs, objective, SMALL.settings.samples)
+    def vector_of(*wanted):
+        runs = [Run(tied(u, 21), rate, seed) for u, rate, seed in wanted]
+        learners = attach(tiny, runs, objective, SMALL.settings.samples)
         if objective == "grpo":
             steps = GRPO(problems, SMALL.settings, runs)
         else:
@@ -84,14 +84,15 @@ def test_a_run_learns_the_same_whatever_shares_its_batch(tiny, objective):
             steps.step(learners)
         return learners.bank.vectors(runs[0].name)
 
-    alone, shared = vector_of([(0.01, 0)]), vector_of([(0.01, 0), (0.03, 1), (0.003, 0)])
+    alone, shared = vector_of((13, 0.01, 0)), vector_of((13, 0.01, 0), (13, 0.03, 1), (49, 0.003, 0), (4, 0.01, 0))
     assert alone.norm() > 0
-    torch.testing.assert_close(shared, alone, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(shared[:, :13], alone, rtol=1e-3, atol=1e-5)
+    assert not shared[:, 13:].any()
 
 
 def test_seeds_draw_another_projection(tiny):
-    runs = [Run(0.01, 0), Run(0.01, 1)]
-    learners = attach(tiny, tied(13, 21), runs, "grpo", samples=4)
+    runs = [Run(tied(13, 21), 0.01, 0), Run(tied(13, 21), 0.01, 1)]
+    learners = attach(tiny, runs, "grpo", samples=4)
     assert [learners.bank.seed(run.name) for run in runs] == [0, 1]
 
 
@@ -105,7 +106,8 @@ def test_methods_train_what_they_say(tiny):
 
 
 def count_of(base, method):
-    return attach(base, method, [Run(0.0, 0)], "grpo", samples=4).numbers
+    run = Run(method, 0.0, 0)
+    return attach(base, [run], "grpo", samples=4).numbers(run)
 
 
 @pytest.mark.parametrize("name", ["digit-sums", "addition"])
@@ -219,6 +221,6 @@ def test_designs():
 
 def test_unknown_methods_and_styles_are_named(tiny):
     with pytest.raises(ValueError, match="method: expected TinyLoRA"):
-        attach(tiny, Method("other"), [Run(0.1, 0)], "grpo", samples=4)
+        attach(tiny, [Run(Method("other"), 0.1, 0)], "grpo", samples=4)
     with pytest.raises(ValueError, match="subtraction: it has no demonstrations in a foreign style"):
         demonstrations.foreign_demonstrations(replace(tiny, encode=list), task("subtraction"))

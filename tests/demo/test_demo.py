@@ -1,12 +1,13 @@
 """The demo itself on the tiny decoder, a few steps of it: it learns, and it prints and writes what it promises."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from demo import main
 from demo.experiment import random_direction
-from demo.recipes import adapter_config, resolve_numbers
+from demo.recipes import REAL, adapter_config, rates, resolve_numbers
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,13 @@ def test_numbers_are_spread_over_modules(numbers, modules, u, groups):
 
 def test_numbers_may_be_given_for_each_module():
     assert resolve_numbers("4x", 210) == 840 and resolve_numbers("13", 210) == resolve_numbers(13, 210) == 13
+
+
+def test_rates_are_the_recipes_unless_asked_for():
+    real = replace(REAL, numbers={"4x": 0.01, 13: 0.02}, settings=replace(REAL.settings, lr=0.005))
+    assert rates(real, None, None, 210) == {840: 0.01, 13: 0.02}
+    assert rates(real, ["13", "840", "7"], None, 210) == {13: 0.02, 840: 0.01, 7: 0.005}
+    assert rates(real, ["13"], 0.1, 210) == {13: 0.1} and rates(real, None, 0.1, 210) == {840: 0.1, 13: 0.1}
 
 
 def test_random_direction_is_a_repeatable_unit_vector():

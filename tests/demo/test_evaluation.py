@@ -53,6 +53,8 @@ def test_evaluate_scores_each_reply_against_its_own_problem():
     ]
     found = evaluate(model, problems, 1.0, 12)
     assert found.greedy.accuracy == 1.0 and found.replies == greedy
+    assert found.greedy.lengths == tuple(map(len, greedy))  # a character is a token, the end's included
+    assert found.greedy.length == sum(map(len, greedy)) / len(greedy)
     assert 0.0 < found.sampled.accuracy < 1.0
     assert all(math.isfinite(bound) for bound in found.sampled.interval)
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from demo.generation import Assignment, Completions, completion_log_probs, draw, generate
+from demo.generation import Assignment, Completions, completion_log_probs, draw, generate, stretches
 from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank.bank import AdapterBank
@@ -98,6 +98,15 @@ def test_samples_follow_the_tempered_distribution():
     expected = (scores[0] / 0.5).softmax(0)
     found = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(found, expected, atol=0.015, rtol=0)  # four standard deviations of 20,000 draws
+
+
+def test_stretches_cover_every_token_once_and_little_padding():
+    lengths = torch.tensor([2, 2, 3, 3, 3, 4, 9, 30])
+    found = list(stretches(lengths))
+    assert [start for start, _ in found] == [1] + [stop for _, stop in found[:-1]] and found[-1][1] == 30
+    walked = sum(int((lengths > start).sum()) * (stop - start) for start, stop in found)
+    assert 48 == int((lengths - 1).sum()) <= walked <= 64 < 8 * 29  # all at once
+    assert list(stretches(torch.tensor([1, 1]))) == [] and list(stretches(torch.tensor([5, 5, 4]))) == [(1, 5)]
 
 
 def test_select_prompts_keeps_whole_groups_and_trims_columns():

@@ -29,7 +29,7 @@ def test_missing_package_comes_with_the_command(monkeypatch):
 @needs_smollm2
 def test_smollm2_adds_and_is_converted_once():
     model = models.load_model("smollm2")
-    assert model.dtype is torch.bfloat16
+    assert model.dtype is models.fast_dtype()
     assert len(target_names(model.module, models.PROJECTIONS)) == 210
     problems = task("addition").held_out[:2]  # 3 + 7 and 7 + 3: it knows these
     prompts = [model.encode(problem.prompt) for problem in problems]

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from demo import tiny
+from demo import pretrain_tiny, tiny
 from demo.evaluation import evaluate
 from demo.models import load_model
 from demo.pretrain_tiny import main, write_reply
@@ -46,6 +46,32 @@ def test_checkpoint_is_small_and_about_half_right():
     problems = task("digit-sums")
     found = evaluate(load_model("tiny"), problems.held_out[:300], 1.0, problems.max_new_tokens)
     assert 0.4 < found.greedy.accuracy < 0.6
+
+
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_tiny, "KEPT_EVERY", 2)
+    state = tmp_path / "run.state"
+    whole = pretrain_tiny.pretrain(steps=4, width=32, state=state)  # its last state: before the third step
+    assert torch.load(state, weights_only=True)["step"] == 2
+    drawn = []
+    draw = pretrain_tiny.draw_batch
+    monkeypatch.setattr(pretrain_tiny, "draw_batch", lambda rng: drawn.append(draw(rng)) or drawn[-1])
+    resumed = pretrain_tiny.pretrain(steps=4, width=32, state=state)
+    assert len(drawn) == 2
+    for found, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("width, parameters", [(64, 157_184), (tiny.WIDTH, 615_424)])
+def test_a_width_has_its_checkpoint(width, parameters):
+    model = load_model("tiny" if width == tiny.WIDTH else f"tiny-{width}")
+    assert sum(p.numel() for p in model.module.parameters()) == parameters
+    assert model.name == f"tiny decoder, {parameters / 1e6:.1f}M"
+
+
+def test_a_missing_width_comes_with_the_command():
+    with pytest.raises(FileNotFoundError, match="tiny-544.*python -m demo.pretrain_tiny --width WIDTH"):
+        load_model("tiny-544")
 
 
 def test_training_script_lowers_the_loss_and_writes_a_checkpoint(tmp_path, capsys):

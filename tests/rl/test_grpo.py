@@ -8,7 +8,7 @@ from torch import nn
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.model.merging import merge, unmerge
-from tinylora_kernels.rl import GRPOTrainer, group_advantages, token_log_probs
+from tinylora_kernels.rl import GRPOTrainer, group_advantages, log_probs, token_log_probs
 
 
 class Free(nn.Module):
@@ -386,11 +386,13 @@ def test_bandit_stays_near_its_reference_under_a_strong_kl():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_token_log_probs_match_log_softmax(dtype, tolerance):
+@pytest.mark.parametrize("rows", [64, 300, 10_000], ids=["parts of a sequence", "two sequences", "all"])
+def test_token_log_probs_match_log_softmax(dtype, tolerance, rows, monkeypatch):
+    monkeypatch.setattr(log_probs, "CHUNK", rows * 11)
     torch.manual_seed(0)
-    logits = (torch.randn(2, 150, 11, dtype=torch.float64) * 3).to(dtype).requires_grad_()
-    tokens = torch.randint(0, 11, (2, 149))
-    weights = torch.randn(2, 149, dtype=torch.float64)
+    logits = (torch.randn(3, 150, 11, dtype=torch.float64) * 3).to(dtype).requires_grad_()
+    tokens = torch.randint(0, 11, (3, 149))
+    weights = torch.randn(3, 149, dtype=torch.float64)
     result = token_log_probs(logits[:, :-1], tokens, temperature=0.7)
     (result * weights).sum().backward()
     reference = logits.detach().double().requires_grad_()

@@ -10,8 +10,8 @@ import torch
 
 from ..common.words import described
 
-# Tokens whose fp32 softmax row is alive at once: 64 rows of 50,000 words are 13 MB.
-ROWS_PER_CHUNK = 64
+# Scores whose fp32 softmax is alive at once, 13 MB: 64 rows of 50,000 words.
+CHUNK = 64 * 50_000
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -53,8 +53,8 @@ class _TokenLogProbs(torch.autograd.Function):
         chosen = logits.gather(2, tokens.unsqueeze(2)).squeeze(2).to(accumulate) / temperature  # [B, T]
         normalizer = torch.empty_like(chosen)  # [B, T]
         for b, rows in _chunks(logits):
-            z = logits[b, rows].to(accumulate) / temperature  # [rows, V]
-            normalizer[b, rows] = z.logsumexp(dim=1)
+            z = logits[b, rows].to(accumulate) / temperature  # [b, rows, V]
+            normalizer[b, rows] = z.logsumexp(dim=-1)
         ctx.save_for_backward(logits, tokens, normalizer)
         ctx.temperature = temperature
         return chosen - normalizer
@@ -65,16 +65,22 @@ class _TokenLogProbs(torch.autograd.Function):
         logits, tokens, normalizer = ctx.saved_tensors
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for b, rows in _chunks(logits):
-            z = logits[b, rows].to(grad.dtype) / ctx.temperature  # [rows, V]
-            scale = grad[b, rows].unsqueeze(1) / ctx.temperature  # [rows, 1]
+            z = logits[b, rows].to(grad.dtype) / ctx.temperature  # [b, rows, V]
+            scale = grad[b, rows].unsqueeze(-1) / ctx.temperature  # [b, rows, 1]
             # d log p / d logits = (onehot(token) - softmax(z)) / temperature
-            chunk = torch.exp(z.sub_(normalizer[b, rows].unsqueeze(1))).mul_(-scale)
-            grad_logits[b, rows] = chunk.scatter_add_(1, tokens[b, rows].unsqueeze(1), scale).to(logits.dtype)
+            chunk = torch.exp(z.sub_(normalizer[b, rows].unsqueeze(-1))).mul_(-scale)
+            grad_logits[b, rows] = chunk.scatter_add_(-1, tokens[b, rows].unsqueeze(-1), scale).to(logits.dtype)
         return grad_logits, None, None
 
 
 def _chunks(logits: torch.Tensor):
-    """(b, slice of t) pairs that cover [B, T]: indexing by sequence never copies a shifted view of the logits."""
-    for b in range(logits.shape[0]):
-        for start in range(0, logits.shape[1], ROWS_PER_CHUNK):
-            yield b, slice(start, start + ROWS_PER_CHUNK)
+    """(slice of b, slice of t) pairs that cover [B, T]: whole short sequences, or a part of a long one.
+
+    Slices of both never copy a shifted view of the logits, as flattening it would.
+    """
+    batch, length, vocabulary = logits.shape
+    rows = max(1, CHUNK // max(1, vocabulary))
+    sequences = max(1, rows // max(1, length))
+    for b in range(0, batch, sequences):
+        for start in range(0, length, rows):
+            yield slice(b, b + sequences), slice(start, start + rows)

@@ -1,0 +1,264 @@
+"""How many trained numbers reach 95% of the best gain, against the size of the model: make study SCALING=1.
+
+One task and one corpus at several sizes of the decoder, each trained here (demo/pretrain_tiny.py), and real models on
+a task where they have signal. A model's best gain is the highest mean over seeds, less the base model, of everything
+that was tried on it, LoRA included. The curve of gains is read between two sizes on a logarithmic axis.
+
+An interval is a bootstrap over seeds: every size's scores are drawn again, with replacement, and the whole is read
+anew. With four seeds that is rough, and too narrow by a seventh.
+"""
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from bench.grid import table
+from demo import pretrain_tiny, tiny
+
+from . import runner, transfer
+from .design import WIDTHS, scaling
+from .runner import BASE
+from .summary import COLUMN_OF, METRICS, base_accuracy, results
+
+OBJECTIVES = ("grpo", "sft-own")
+SHARE = 0.95
+DRAWS = 2000
+SMALL = 13  # numbers whose share of the best gain is told beside
+LENGTH_OF = dict(zip(METRICS, ("length", "length_sampled"), strict=True))
+DECODERS = {"tiny" if width == tiny.WIDTH else f"tiny-{width}": width for width in WIDTHS}
+REAL = {"smollm2": 134_515_008}  # parameters
+MODELS = (*DECODERS, *REAL)
+
+Curve = dict[int, list[float]]  # trained numbers -> gain of each seed, smallest size first
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model's curve says.
+
+    Attributes:
+        gains: mean over seeds by trained numbers.
+        needed: numbers that reach SHARE of the best gain; None where nothing is gained.
+        draws: the same of every draw of the bootstrap that has a gain.
+        shares: of the best gain at SMALL numbers, of every draw.
+    """
+
+    model: str
+    parameters: int
+    objective: str
+    metric: str
+    base: float
+    gains: dict[int, float]
+    seeds: int
+    needed: float | None
+    draws: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return interval(self.draws)
+
+    @property
+    def best(self) -> int:
+        """Trained numbers of the best gain."""
+        return max(self.gains, key=self.gains.__getitem__)
+
+
+def crossing(gains: dict[int, float], share: float = SHARE) -> float | None:
+    """Numbers at which the curve first reaches that share of its best, linear in their logarithm between two sizes."""
+    sizes, best = sorted(gains), max(gains.values())
+    if best <= 0:
+        return None
+    target = share * best
+    upper = next(i for i, size in enumerate(sizes) if gains[size] >= target)
+    if upper == 0:
+        return float(sizes[0])
+    low, high = sizes[upper - 1], sizes[upper]
+    # log n = log low + (log high - log low) (target - g_low) / (g_high - g_low)
+    return low * (high / low) ** ((target - gains[low]) / (gains[high] - gains[low]))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The middle 95% of the draws; not a number where there are none."""
+    ordered = sorted(values) or [math.nan]
+    cut = int(0.025 * len(ordered))
+    return ordered[cut], ordered[-1 - cut]
+
+
+def redrawn(curve: Curve, rng: random.Random) -> dict[int, float]:
+    """Mean gains of seeds drawn with replacement."""
+    return {size: sum(rng.choices(scores, k=len(scores))) / len(scores) for size, scores in curve.items()}
+
+
+def share_at(gains: dict[int, float], size: int = SMALL) -> float:
+    return gains.get(size, math.nan) / max(gains.values())
+
+
+def read(model: str, parameters: int, rows: list[dict], objective: str, metric: str) -> Reading:
+    """A model's curve for one objective and metric, out of its rows; of two methods of one size the better."""
+    base = base_accuracy(rows, metric)
+    found = sorted((r for r in results(rows, metric) if r.objective == objective), key=lambda r: (r.numbers, r.mean))
+    curve: Curve = {result.numbers: [score - base for score in result.scores] for result in found}
+    gains = {size: mean(scores) for size, scores in curve.items()}
+    rng = random.Random(0)
+    drawn = [draw for draw in (redrawn(curve, rng) for _ in range(DRAWS)) if max(draw.values()) > 0]
+    return Reading(
+        model, parameters, objective, metric, base, gains, max(map(len, curve.values())), crossing(gains),
+        tuple(needed for draw in drawn if (needed := crossing(draw))), tuple(map(share_at, drawn)),
+    )  # fmt: skip
+
+
+def slope(readings: Sequence[Reading]) -> tuple[float, float, float]:
+    """By which power of the model's size the numbers grow, and its interval: log n = a + b log N, least squares."""
+    sizes = [math.log(reading.parameters) for reading in readings]
+    centred = [size - mean(sizes) for size in sizes]
+
+    def fit(needed: Sequence[float]) -> float:
+        return sum(x * math.log(n) for x, n in zip(centred, needed, strict=True)) / sum(x * x for x in centred)
+
+    drawn = [fit(needed) for needed in zip(*(reading.draws for reading in readings), strict=False)]
+    return fit([reading.needed or math.nan for reading in readings]), *interval(drawn)
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    """Rank correlation (Spearman 1904), ties at their mean rank; not a number where one side never changes."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(other < one for other in values) + sum(other == one for other in values) / 2 for one in values]
+
+    x, y = (ranks(values) for values in zip(*pairs, strict=True))
+    mx, my = mean(x), mean(y)
+    covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    scale = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+    return covariance / scale if scale else math.nan
+
+
+def run(models: Sequence[str], out: Path, processes: int, until: float) -> None:
+    """What is missing of these models' rows; a decoder that is not there is trained first."""
+    for model in models:
+        if time.monotonic() > until:
+            return
+        if model in DECODERS and not (path := tiny.checkpoint(DECODERS[model])).is_file():
+            pretrain_tiny.write_checkpoint(path, width=DECODERS[model])
+        runner.run(scaling(model), out / f"{model}.csv", processes, until)
+
+
+def rows_by_model(out: Path) -> dict[str, list[dict]]:
+    """Of every model whose rows are complete, smallest first."""
+    found = {model: (plan := scaling(model), runner.rows_there(plan, out / f"{model}.csv")) for model in MODELS}
+    return {model: rows for model, (plan, rows) in found.items() if len(rows) == len(list(runner.rows_of(plan)))}
+
+
+def readings(rows: dict[str, list[dict]]) -> list[Reading]:
+    return [
+        read(model, parameters_of(model), own, objective, metric)
+        for metric in METRICS for objective in OBJECTIVES for model, own in rows.items()
+    ]  # fmt: skip
+
+
+def parameters_of(model: str) -> int:
+    if model in REAL:
+        return REAL[model]
+    return sum(p.numel() for p in tiny.TinyDecoder(DECODERS[model]).parameters())
+
+
+COLUMNS = [
+    "model", "parameters", "objective", "metric", "seeds", "base", "best", "best_numbers", "needed", "needed_low",
+    "needed_high", "share_at_13", "share_low", "share_high",
+]  # fmt: skip
+
+
+def described(reading: Reading) -> dict:
+    low, high = reading.interval
+    share_low, share_high = interval(reading.shares)
+    share = share_at(reading.gains) if reading.needed else None
+    return {
+        "model": reading.model, "parameters": reading.parameters, "objective": reading.objective,
+        "metric": reading.metric, "seeds": reading.seeds, "base": reading.base,
+        "best": reading.base + reading.gains[reading.best], "best_numbers": reading.best,
+        "needed": reading.needed, "needed_low": low, "needed_high": high,
+        "share_at_13": share, "share_low": share_low, "share_high": share_high,
+    }  # fmt: skip
+
+
+def text(found: list[Reading], rows: dict[str, list[dict]]) -> str:
+    """The table of the page: numbers needed, their trend, and the length of replies."""
+    parts = []
+    for metric in METRICS:
+        lines = [
+            f"{metric} accuracy",
+            f"{'':10}{'parameters':>12}{'objective':>11}{'base':>7}{'best':>7}{'  of':>9}"
+            f"{'95% of the gain':>24}{'gain at 13':>18}",
+        ]
+        for one in (one for one in found if one.metric == metric):
+            (low, high), (least, most) = one.interval, interval(one.shares)
+            needed, share = "nothing gained", "-"
+            if one.needed:
+                needed = f"{one.needed:,.0f} [{low:,.0f}, {high:,.0f}]"
+                share = f"{100 * share_at(one.gains):.0f}% [{100 * least:.0f}, {100 * most:.0f}]"
+            lines.append(
+                f"{one.model:10}{one.parameters:12,}{one.objective:>11}{100 * one.base:7.1f}"
+                f"{100 * (one.base + one.gains[one.best]):7.1f}{one.best:9,}{needed:>24}{share:>18}"
+            )
+        for objective in OBJECTIVES:
+            decoders = [
+                o for o in found if (o.metric, o.objective) == (metric, objective) and o.model in DECODERS and o.needed
+            ]
+            if len(decoders) > 2:
+                power, low, high = slope(decoders)
+                lines.append(f"{objective}: numbers grow as parameters ^ {power:.2f} [{low:.2f}, {high:.2f}], decoders")
+        parts.append("\n".join(lines))
+    parts.append(lengths(rows))
+    parts.append(
+        "of: the trained numbers of the best; 95% of the gain: numbers that reach it; gain at 13: share of the best\n"
+        "gain; in brackets the middle 95% of a bootstrap over seeds"
+    )
+    return "\n\n".join(parts)
+
+
+def lengths(rows: dict[str, list[dict]]) -> str:
+    """Whether longer replies are better ones: over the runs of a model, and from the base model to its best run."""
+    lines = [
+        "sampled replies under GRPO: tokens and accuracy",
+        f"{'':10}{'base':>16}{'best run':>18}{'rank correlation over runs':>30}",
+    ]
+    accuracy, length = COLUMN_OF["sampled"][1], LENGTH_OF["sampled"]
+    for model, own in rows.items():
+        runs = [row for row in own if row["objective"] == "grpo" and row[length]]
+        (base,) = [row for row in own if row["method"] == BASE]
+        if not runs:  # measured before lengths were kept
+            continue
+        best = max(runs, key=lambda row: float(row[COLUMN_OF["sampled"][0]]))
+        cells = [
+            f"{float(row[length]):.1f}: {100 * float(row[accuracy]):.1f}%" if row[length] else "-"
+            for row in (base, best)
+        ]
+        rank = spearman([(float(row[length]), float(row[accuracy])) for row in runs])
+        lines.append(f"{model:10}{cells[0]:>16}{cells[1]:>18}{f'{rank:.2f} of {len(runs)}':>30}")
+    return "\n".join(lines)
+
+
+def study(models: Sequence[str], out: Path, processes: int, until: float = math.inf) -> None:
+    """Run what is missing, then read and draw what is complete."""
+    from . import figures
+
+    if unknown := set(models) - set(MODELS):
+        raise ValueError(f"models: expected some of {', '.join(MODELS)}, found {', '.join(sorted(unknown))}")
+    run(models, out, processes, until)
+    moved = transfer.run(out / "transfer.csv", processes, until) if "smollm2" in models else []
+    rows = rows_by_model(out)
+    found = readings(rows)
+    path = out / "scaling.csv"
+    path.unlink(missing_ok=True)
+    table.append(path, COLUMNS, [described(one) for one in found])
+    (out / "scaling.txt").write_text(text(found, rows) + "\n")
+    print(text(found, rows))
+    figures.scaling(found, out / "scaling.png")
+    if len(moved) == transfer.ROWS:
+        (out / "transfer.txt").write_text(transfer.text(moved) + "\n")
+        print("\n" + transfer.text(moved))
