@@ -5,6 +5,7 @@ tests/sim/test_driver.py has the same behind a driver that is loaded.
 import hashlib
 import multiprocessing
 import os
+import struct
 import time
 
 import pytest
@@ -105,6 +106,11 @@ def test_an_archive_holds_what_was_packed():
     archive = cuda_archive.Archive(cuda_archive.pack("// ü\n", "NVRTC 12.9", code))
     assert archive.source == "// ü\n" and archive.compiler == "NVRTC 12.9" and archive.targets == tuple(code)
     assert {target: archive.modules(target) for target in archive.targets} == code
+
+
+def test_an_archive_of_other_sources_is_an_error():
+    with pytest.raises(ValueError, match=r"an archive of device code: expected another header than \['images'\]"):
+        cuda_archive.Archive(struct.pack("<q", 13) + b'{"images": 1}')
 
 
 def test_architectures_are_in_cmakes_notation():

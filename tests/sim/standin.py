@@ -7,6 +7,7 @@ on the emulator, or is refused as a driver would refuse it.
 """
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import subprocess
@@ -49,6 +50,32 @@ def build() -> Path:
     return folder
 
 
+def build_library(sources: Path) -> Path:
+    """The ops on NVIDIA GPUs, and nothing else of the library, from a copy of csrc/cuda that may have a fault in it.
+
+    The device code that it embeds is without one.
+    """
+    import torch
+
+    from tinylora_kernels.ops.native import cuda_archive, nvrtc
+
+    from .host import emulator
+
+    package, csrc = Path(torch.__file__).parent, emulator.KERNELS.parent
+    archive = sources / "device_code.archive"
+    archive.write_bytes(cuda_archive.pack(nvrtc.one_source(emulator.KERNELS), "", {}))
+    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    flags += ["-isystem", str(package / "include")]
+    (sources / "cuda").unlink(missing_ok=True)
+    (sources / "cuda").symlink_to(".")  # of "cuda/launch.h"
+    embedding = [*flags, f'-DTINYLORA_CUDA_ARCHIVE="{archive}"']
+    objects = [
+        emulator.compile_object(path, embedding if path.name == "images.cpp" else flags, [sources, csrc])
+        for path in (*sorted(sources.glob("*.cpp")), csrc / "common" / "arguments.cpp")
+    ]
+    return emulator.link_shared(objects, f"-L{package / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl")
+
+
 def run(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python text on that machine."""
     here = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -69,6 +96,7 @@ def start(folder: str) -> None:
     driver.standin_stream.restype = ctypes.c_void_p
     driver.standin_report.restype = driver.standin_launched.restype = ctypes.c_char_p
     glue = ctypes.CDLL(str(Path(folder) / "libtorch_gpu.so"), ctypes.RTLD_GLOBAL)
+    atexit.register(lambda: sys.stderr.write(report()))
 
     import torch
 

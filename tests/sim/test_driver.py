@@ -17,6 +17,7 @@ from tinylora_kernels.ops.native import nvrtc
 
 from . import standin
 from .host import emulator
+from .mutants import Edit, edited_copy
 
 
 def _why_not() -> str | None:
@@ -192,3 +193,104 @@ checks.CHECKS["rounding"](Gpu)
 assert not standin.report(), standin.report()
 print("done")
 """, STANDIN_CARDS="160")
+
+
+# What goes wrong between an op and its launch. (the fault, the edit of csrc/cuda, what is said of it)
+FAULTS = (
+    ("source and target exchanged", Edit("kernel_arguments.h",
+     "  Side source;          // multiplied with its factor: the coefficients\n"
+     "  Side target;          // is given the gains times its factor; rows null: nothing is written\n",
+     "  Side target;\n  Side source;\n"), "error|not in the memory|nan"),
+    ("v and the projection exchanged", Edit("kernel_arguments.h",
+     "  const float* v;           // [u], or [K, u] with adapter ids\n"
+     "  const float* projection;  // [u, R, R], or [R, R] where elementwise\n",
+     "  const float* projection;\n  const float* v;\n"), "error"),
+    ("the address of the address of the arguments", Edit("driver.cpp",
+     "void* parameters[] = {const_cast<void*>(arguments)};", "void* parameters[] = {&arguments};"),
+     "not in the memory of any device|makes no sense"),
+    ("a thread without a context", Edit("driver.cpp",
+     "  CALL(cuCtxPushCurrent, card_.primary);\n  pushed_ = true;\n", ""), "the thread has no context"),
+    ("the first GPU's context for every GPU", Edit("driver.cpp", "card_(Card::of(index))", "card_(Card::of(0))"),
+     "memory of device 1 on device 0"),
+    ("a context is left behind", Edit("driver.cpp",
+     "if (pushed_) driver_functions().cuCtxPopCurrent(&popped);", ""), "contexts left behind"),
+    ("loaded while a stream is captured", Edit("driver.cpp",
+     "  const Uncaptured uncaptured;\n  const std::string name", "  const std::string name"),
+     "cuLibraryLoadData while a stream is being captured"),
+    ("the grid along another axis", Edit("driver.cpp", "grid.x, grid.y, 1,", "grid.y, grid.x, 1,"), "error"),
+    ("more threads than a kernel was compiled for", Edit("launch.cpp",
+     "block{unsigned(plan.team),", "block{16 * unsigned(plan.team),"), "compiled for 256"),
+    ("the default stream for every stream", Edit("driver.cpp",
+     "static_cast<StreamHandle>(stream), parameters, nullptr)", "nullptr, parameters, nullptr)"),
+     "ran while captured|the ticket is not zero"),
+    ("a graph takes the ticket of its stream", Edit("driver.cpp", " || status != kNotCapturing) return nullptr",
+     ") return nullptr"), "nodes"),
+    ("the kernel of rows with ids for those without", Edit("launch.cpp", "p.mixing.ids != nullptr", "!p.mixing.ids"),
+     "the kernel of rows with ids, and no ids"),
+    ("another kernel's name", Edit("kernel.cpp", "13RowsArgumentsE", "14RowsArgumentsE"),
+     "cuLibraryGetKernel of _ZN8tinylora11rows_kernel.* CUDA_ERROR_NOT_FOUND"),
+    ("machine code of another architecture", Edit("images.cpp", "return architecture <= capability &&",
+     "return true ||"), "CUDA_ERROR_NO_BINARY_FOR_GPU"),
+)  # fmt: skip
+SCENARIO = """
+import ctypes, threading, torch
+import tinylora_kernels
+from tests.cases import Case, run_ops, make_case, assert_within_budget
+from tests.sim import checks
+from tinylora_kernels.ops.native import cuda_code
+torch.ops.load_library({path!r})
+for architecture in (90, 86):
+    cuda_code.make_ready(ctypes.CDLL({path!r}), torch.bfloat16, 2, architecture)
+Gpu, cpu, ops = standin.Gpu, torch.ops.standin.on_cpu, torch.ops.tinylora
+
+def graph():
+    inputs = make_case(Case(100, 64, numbers=13), torch.bfloat16)
+    names = ("y", "g", "basis", "v", "projection", "offset")
+    y, g, basis, v, projection, offset = (standin.ops_to_gpu(getattr(inputs, name), 0) for name in names)
+    stream = ctypes.c_void_p(standin.driver.standin_stream(0))
+    standin.glue.standin_use_stream(0, stream)
+    standin.driver.standin_capture(stream, 1)
+    t = ops.update.default(y, basis, v, projection, offset, None, None)
+    g0, dv = ops.update_backward.default(g, basis, v, projection, t, None, True)
+    standin.driver.standin_capture(stream, 0)
+    assert torch.equal(cpu(y), inputs.y), "ran while captured"
+    nodes = standin.driver.standin_replay(stream)
+    standin.glue.standin_use_stream(0, None)
+    assert nodes == 3, f"{{nodes}} nodes"
+    expected = run_ops(Gpu(), inputs)
+    for name, found in (("y", y), ("t", t), ("g0", g0), ("dv", dv)):
+        assert checks.same_bits(cpu(found), getattr(expected, name)), f"{{name}}: error"
+
+def work(device):
+    try:
+        for case in (Case(100, 64, numbers=13), Case(34, 72, numbers=2, adapters=64)):
+            inputs = checks.draws(case, torch.bfloat16)
+            assert_within_budget([run_ops(Gpu(device), one) for one in inputs], inputs)
+    except BaseException as error:
+        failures.append(error)
+
+failures = []
+graph()
+for device in (0, 1):
+    thread = threading.Thread(target=work, args=(device,))
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+calls = standin.driver.standin_calls
+assert calls(b"cuCtxPushCurrent") == calls(b"cuCtxPopCurrent"), "contexts left behind"
+assert not standin.report(), standin.report()
+print("nothing wrong")
+"""
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS], ids=lambda fault: fault[0] if fault else "none")
+def test_a_planted_fault_is_seen(machine, tmp_path, fault):
+    sources = edited_copy(emulator.KERNELS, tmp_path / "sources", (fault[1],) if fault else ())
+    script = SCENARIO.format(path=str(standin.build_library(sources)))
+    if fault is None:
+        assert "nothing wrong" in machine(script, STANDIN_CARDS="90,86")
+        return
+    with pytest.raises(AssertionError) as caught:
+        machine(script, STANDIN_CARDS="90,86")
+    assert re.search(fault[2], str(caught.value)), str(caught.value)

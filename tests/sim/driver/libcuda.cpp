@@ -189,6 +189,8 @@ void expect_pointers(const Launch& launch) {
              {"cleared", p.cleared}})
       expect_memory(what, pointer, device);
     expect_mixing(p.mixing, device);
+    if ((kernel.name.find("ELb1E") != std::string::npos) != (p.mixing.ids != nullptr))
+      throw std::runtime_error("the kernel of rows with ids, and no ids, or the other way round");
     if (static_cast<unsigned>(p.onto) > 2 || p.rows <= 0 || p.source.features < 0)
       throw std::runtime_error("a structure that makes no sense");
   } else if (kernel.name.find("16bank_grad_kernel") != std::string::npos) {

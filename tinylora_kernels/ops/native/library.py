@@ -73,7 +73,10 @@ def load() -> Status:
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     refusal = isa.removeprefix("error: ") if isa.startswith("error: ") else None
-    archive = cuda_code.archive_of(library)
+    try:
+        archive = cuda_code.archive_of(library)
+    except ValueError as error:
+        return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}: {error}", None, record)
     if archive:
         build |= {"cuda": " ".join(archive.targets), "cuda_compiler": archive.compiler}
     return Status(LIBRARY, refusal, archive is not None, None if refusal else isa, build, record)
