@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 from torch import nn
 
@@ -494,6 +496,76 @@ for kill in range({kills}):
     os.waitpid(child, 0)
     print(sorted(os.listdir(os.path.dirname(sys.argv[1]))), flush=True)
 """
+
+
+TO_PEFT_IN_FORKS = """
+import os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+from tests.guarantees.test_files import adapt, peft_rank
+from tests.models import tiny_decoder
+from tinylora_kernels.integrations.peft import to_peft
+models = [adapt(tiny_decoder(), frozen_rank=rank) for rank in (1, 2)]
+to_peft(models[0], sys.argv[1])
+for kill in range({kills}):
+    child = os.fork()
+    if child == 0:
+        for turn in range(10**6):
+            to_peft(models[turn % 2], sys.argv[1])
+    time.sleep(random.uniform(0.001, 0.06))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(peft_rank(sys.argv[1]), flush=True)
+"""
+
+
+def peft_rank(directory) -> int:
+    """The rank of a TinyLoRA directory, which its two files agree on."""
+    with safe_open(Path(directory) / "adapter_model.safetensors", "pt") as file:
+        ranks = {len(file.get_tensor(name)) for name in file.keys() if name.endswith("tinylora_A")}
+    (rank,) = ranks
+    assert json.loads((Path(directory) / "adapter_config.json").read_text())["r"] == rank
+    return rank
+
+
+def test_a_directory_of_to_peft_is_the_old_or_the_new_one_at_any_kill(tmp_path):
+    pytest.importorskip("peft", minversion="0.21", reason="it writes PEFT's format")
+    script, target = TO_PEFT_IN_FORKS.format(root=str(ROOT), kills=30), tmp_path / "made" / "peft"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(target)], env=environment, capture_output=True, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 30 and set(done.stdout.split()) <= {"1", "2"}
+    assert sorted(os.listdir(target)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("spoil", ["v", "projection", "basis", "inf"])
+def test_to_peft_writes_no_number_that_is_none(spoil, tmp_path):
+    pytest.importorskip("peft", minversion="0.21", reason="it writes PEFT's format")
+    from tinylora_kernels.integrations.peft import to_peft
+
+    model = adapt(tiny_decoder())
+    to_peft(model, tmp_path / "peft")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+    layer = next(iter(adapted_layers(model).values()))
+    with torch.no_grad():
+        getattr(layer, "v" if spoil == "inf" else spoil).flatten()[0] = math.inf if spoil == "inf" else math.nan
+    with pytest.raises(ValueError, match=f"^{layer.name}: its .*: expected finite numbers in float32, found (nan|inf)"):
+        to_peft(model, tmp_path / "peft")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()}
+
+
+def test_to_peft_keeps_what_else_is_in_a_directory(tmp_path):
+    pytest.importorskip("peft", minversion="0.21", reason="it writes PEFT's format")
+    from tinylora_kernels.integrations.peft import to_peft
+
+    (tmp_path / "of others").mkdir()
+    (tmp_path / "README.md").write_text("kept")
+    for rank in (1, 2):
+        to_peft(adapt(tiny_decoder(), frozen_rank=rank), tmp_path)
+        assert peft_rank(tmp_path) == rank and (tmp_path / "README.md").read_text() == "kept"
+    assert len(os.listdir(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("exports", [False, True])

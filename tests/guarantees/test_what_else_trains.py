@@ -14,7 +14,9 @@ from tinylora_kernels import (
     apply_tiny_lora,
     export_lora,
     load_adapter,
+    merge,
     merged_weights,
+    refresh_factors,
     save_adapter,
     trainable_vectors,
 )  # fmt: skip
@@ -139,12 +141,12 @@ def test_a_whole_model_has_it_and_says_nothing(beside, names, merged, tmp_path):
     model = adapted()
     beside(model)
     model = _trained(model)
-    assert said(lambda model, path: save_pretrained(model, path, merged=merged), model, tmp_path) == []
     load = transformers.LlamaForSequenceClassification
-    if not merged and "up_proj.weight" in names:  # U and sigma are of the weight as it was: no check could tell that
-        with pytest.raises(AdapterError, match="up_proj: its stored singular values are not those of"):
-            from_pretrained(tmp_path, load, cache=False)
+    if not merged and "up_proj.weight" in names:
+        with pytest.raises(AdapterError, match="^model.layers.0.mlp.up_proj: its weight has changed since "):
+            save_pretrained(model, tmp_path)
         return
+    assert said(lambda model, path: save_pretrained(model, path, merged=merged), model, tmp_path) == []
     loaded = load.from_pretrained(tmp_path) if merged else from_pretrained(tmp_path, load, cache=False)
     expected, found = dict(merged_weights(model)), dict(loaded.state_dict() if merged else merged_weights(loaded))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items() if name in found)
@@ -158,6 +160,50 @@ def _trained(model: nn.Module) -> nn.Module:
     loss.backward()
     trainer.optimizer.step()
     return model
+
+
+CHANGES = {
+    "trained": lambda layer: None,
+    "trained, and frozen again": lambda layer: layer.base.weight.requires_grad_(False),
+    "trained, and merged": None,
+    "written": None,
+    "replaced": lambda layer: setattr(layer.base, "weight", nn.Parameter(layer.base.weight.detach() * 1.5, False)),
+}
+
+
+@pytest.mark.parametrize("writer", ["save_adapter", "save_adapter of a compiled model", "bank.save"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_no_adapter_is_saved_that_could_not_be_loaded(writer, how, tmp_path):
+    model = adapted()
+    layer = model.model.layers[0].mlp.up_proj
+    if how == "written":
+        with torch.no_grad():
+            layer.base.weight.mul_(1.5)
+    elif how != "replaced":
+        layer.base.weight.requires_grad_()
+        _trained(model)
+    if CHANGES[how]:
+        CHANGES[how](layer)
+    if how == "trained, and merged":
+        if writer == "bank.save":
+            return  # no bank of a merged model
+        merge(model)
+    (tmp_path / "a").write_bytes(b"as it was")
+    with pytest.raises(AdapterError, match=r"^model.layers.0.mlp.up_proj: its weight has changed since .*; save the "):
+        WRITERS[writer](model, tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"as it was"
+    weights = dict(merged_weights(model))  # the way out that it names
+    assert weights["model.layers.0.mlp.up_proj.weight"].isfinite().all()
+    if how != "trained, and merged":
+        layer.base.weight.requires_grad_(False)
+        save_adapter(refresh_factors(model, progress=False), tmp_path / "a")
+
+
+def test_a_weight_that_trains_and_has_not_changed_yet_is_saved(tmp_path):
+    model = adapted()
+    model.model.layers[0].mlp.up_proj.base.weight.requires_grad_()
+    assert said(WRITERS["save_adapter"], model, tmp_path)
+    load_adapter(bare(), tmp_path / "a", cache=False, progress=False)
 
 
 def test_what_is_left_out_is_what_is_lost(tmp_path):

@@ -159,12 +159,12 @@ class AdapterBank:
     # Changing what it holds
 
     @modes.outside_inference_mode
-    def add(self, name: Hashable, vectors: Tensor | None = None, *, seed: int | None = None) -> int:
+    def add(self, name: Hashable, vectors: Tensor | Sequence | None = None, *, seed: int | None = None) -> int:
         """Add an adapter; returns its id.
 
         Args:
             name: anything hashable but None and numbers; None stands for the bare base, integers for ids.
-            vectors: [groups, u]; zeros (the base model) by default.
+            vectors: [groups, u], or a list of one [u] for each group; zeros (the base model) by default.
             seed: of its random P; the model's by default. Another one needs a bank with own_seeds=True.
 
         Raises:
@@ -197,7 +197,7 @@ class AdapterBank:
         return slot
 
     @modes.outside_inference_mode
-    def set(self, name: Hashable, vectors: Tensor) -> None:
+    def set(self, name: Hashable, vectors: Tensor | Sequence) -> None:
         """Replace an adapter's numbers, [groups, u], not its seed; blocks already open keep the old ones."""
         vectors = self._check_vectors(name, vectors)
         with self._lock:
@@ -292,11 +292,21 @@ class AdapterBank:
             )
         return seed
 
-    def _check_vectors(self, name: Hashable, vectors: Tensor | None) -> Tensor:
+    def _check_vectors(self, name: Hashable, vectors: Tensor | Sequence | None) -> Tensor:
         shape = (len(self._groups), next(iter(self.tables.values())).shape[1])
         if vectors is None:
             return torch.zeros(shape, device="cpu")
-        vectors = vectors.detach() if isinstance(vectors, Tensor) else torch.as_tensor(vectors, device="cpu")
+        if not isinstance(vectors, Tensor):
+            try:
+                if isinstance(vectors, Sequence) and any(isinstance(v, Tensor) for v in vectors):
+                    vectors = torch.stack([v.cpu() for v in vectors])
+                vectors = torch.as_tensor(vectors, device="cpu")
+            except (TypeError, ValueError, RuntimeError, AttributeError):  # ragged, or no numbers at all
+                raise ValueError(
+                    f"adapter {name!r}: expected vectors [groups, u] = {shape}, found {type(vectors).__name__} that "
+                    "makes no tensor; torch.stack(trainable_vectors(model)) does"
+                ) from None
+        vectors = vectors.detach()
         if tuple(vectors.shape) != shape:
             raise ValueError(f"adapter {name!r}: expected vectors [groups, u] = {shape}, found {tuple(vectors.shape)}")
         return as_finite(f"adapter {name!r}: its vectors", vectors, next(iter(self.tables.values())).dtype).cpu()

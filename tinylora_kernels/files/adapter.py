@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..base.attributes import weight_of
 from ..base.kinds import weight_matrix
 from ..base.weights import right_factor, slabs
 from ..common import modes
@@ -47,7 +46,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: 
             singular values coincide get theirs stored always.
 
     Raises:
-        AdapterError: the model has no adapter, is only a part of the adapted model, or its v holds NaN.
+        AdapterError: the model has no adapter, is only a part of the adapted model, a weight has changed since it was
+            adapted, or v holds NaN.
         OSError: the file cannot be written.
 
     Warns:
@@ -122,15 +122,20 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)
-        # U of a weight that trains is of the weight as it was
-        store = include_basis or layer.degenerate or weight_of(layer.base).requires_grad
+        in_doubt = layer.weight_may_have_changed()  # then U is of the weight as it was
+        store = include_basis or layer.degenerate or in_doubt
         basis = layer.singular_basis()
-        modules.append(
-            AdaptedModule(
-                name, (weight.shape[0], weight.shape[1]), layer.group, weight_fingerprint(weight), basis_sketch(basis),
-                basis if store else None, layer.sigma if store else None,
-            )  # fmt: skip
-        )
+        module = AdaptedModule(
+            name, (weight.shape[0], weight.shape[1]), layer.group, weight_fingerprint(weight), basis_sketch(basis),
+            basis if store else None, layer.sigma if store else None,
+        )  # fmt: skip
+        if in_doubt and not _sigma_is_of(weight, module, config):
+            raise AdapterError(
+                f"{name}: its weight has changed since it was adapted, and no reader of the adapter could tell U and "
+                "sigma from wrong ones; save the model merged (merged_weights, or save_pretrained(..., merged=True) of "
+                "integrations.transformers), or call refresh_factors(model) and train v again"
+            )
+        modules.append(module)
         vectors.setdefault(layer.group, layer.v.detach().cpu())
     if v is None:
         v = torch.stack([vectors[group] for group in range(len(vectors))])  # [groups, u]

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..base.kinds import is_linear_like, kind_of, weight_matrix
 from ..base.names import inside, named_modules, submodule
+from ..common.atomic import write_atomically, write_directory
+from ..common.finite import as_finite
 from ..factors.svd import Factors
 from ..files.adapter import warn_of_what_is_left_out
 from ..layers.layer import TinyLoRALayer, kept_unless_done
@@ -114,13 +117,15 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: adapted by apply_tiny_lora, apply_lora_xs or from_peft, and not merged.
-        directory: made if it is not there; the two files in it are replaced.
+        directory: made if it is not there. One that holds nothing but an earlier adapter is exchanged for the new one
+            in one step; in another the two files are replaced one after the other, each whole.
 
     P is always written: PEFT's generator cannot draw ours. Where no value of weight_tying gives this model's groups,
     each module gets a copy of its v: the function is the same, training it further in PEFT unties the copies (warned).
 
     Raises:
-        ValueError: no adapter, a merged model, or layers of different u.
+        ValueError: no adapter, a merged model, layers of different u, or numbers that are not finite. Nothing was
+            written.
     """
     from peft import TinyLoraConfig
 
@@ -147,8 +152,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tensors = {}
     for (name, layer), group in zip(layers.items(), groups, strict=True):
         for kind, tensor in zip("ABP", _peft_tensors(layer), strict=True):
-            tensors[f"{PREFIX}{name}.tinylora_{kind}"] = tensor
-        tensors[f"base_model.tinylora_v.{group}"] = layer.v.detach().float().cpu().clone()
+            tensors[f"{PREFIX}{name}.tinylora_{kind}"] = as_finite(f"{name}: its {kind} as PEFT has it", tensor)
+        tensors[f"base_model.tinylora_v.{group}"] = as_finite(f"{name}: its vector v", layer.v.detach().float().cpu())
     numbers = {len(tensor) for key, tensor in tensors.items() if ".tinylora_v." in key}
     if len(numbers) > 1:
         raise ValueError(f"model: PEFT has one u for all modules, found {sorted(numbers)}")
@@ -158,8 +163,16 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         fan_in_fan_out=not all(isinstance(layer.base, nn.Linear) for layer in layers.values()),
         base_model_name_or_path=getattr(inside(model), "name_or_path", None) or None, inference_mode=True,
     )  # fmt: skip
-    config.save_pretrained(str(directory))
-    save_file(tensors, str(Path(directory) / WEIGHTS), metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory() as scratch:  # PEFT writes its config into directories alone
+        config.save_pretrained(scratch)
+        files = {CONFIG: Path(scratch, CONFIG).read_bytes(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
+    target = os.path.realpath(directory)
+    if os.path.isdir(target) and not set(os.listdir(target)) <= set(files):
+        for name, data in files.items():
+            write_atomically(os.path.join(target, name), data)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        write_directory(target, files)
     warn_of_what_is_left_out(model, os.fspath(directory))
 
 

@@ -256,6 +256,13 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_adapted_to"] = witness(weight.contiguous()) if dense else None
         self.__dict__["_in_doubt"] = False
 
+    def weight_may_have_changed(self) -> bool:
+        """Whether the weight trains, or is not the one that U and sigma are of, as far as anybody can tell."""
+        weight, known = weight_of(self.base), self._adapted_to
+        if self.saved_weight is not None or known is None or type(weight) not in PLAIN or weight.requires_grad:
+            return weight.requires_grad
+        return not known.cast(weight.dtype).knows(weight.contiguous())
+
     def _holds_the_weight_adapted_to(self) -> bool:
         """Whether the weight, whatever its dtype now, is the one that U and sigma are of; if nobody can tell, yes."""
         weight, known = weight_of(self.base), self._adapted_to
