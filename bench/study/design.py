@@ -132,7 +132,7 @@ REAL_QUICK = replace(
 
 
 # The scaling study: decoders of these widths, trained here on one corpus by one recipe, of the same 21 modules.
-WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # 0.04, 0.16, 0.35, 0.6, 1.4, 2.4, 5.4 and 9.6 million parameters
+WIDTHS = (64, 96, 128, 192, 256, 384, 512)  # 0.16, 0.35, 0.6, 1.4, 2.4, 5.4 and 9.6 million parameters
 # One vector for all modules, so that all sizes of one model fit one bank, and LoRA for what many numbers can do.
 SCALING_CURVE = {
     **{tied(u, 21): (0.01, 0.03, 0.1) for u in (1, 2, 4)},

@@ -121,11 +121,12 @@ def scaling(found: Sequence[Reading], path: Path) -> None:
     axes[0].legend(handles=handles, fontsize=8, frameon=False)
     own = [one for one in found if one.objective == "grpo"]
     for index, one in enumerate(own):
+        millions = f"{one.parameters / 1e6:.{0 if one.model in REAL else 2}f}M"
         sizes, best = sorted(one.gains), one.gains[one.best]
         axes[1].plot(
             sizes, [100 * one.gains[size] / best for size in sizes], marker="o", ms=4, lw=1.2,
             color=pyplot.get_cmap("viridis")(0.9 * index / max(1, len(own) - 1)),
-            label=f"{one.model}, {one.parameters / 1e6:.2g}M", ls="--" if one.model in REAL else "-",
+            label=f"{one.model}, {millions}", ls="--" if one.model in REAL else "-",
         )  # fmt: skip
     axes[1].axhline(95, color="0.4", ls=":")
     axes[1].set(xscale="log", xlabel="trained numbers", ylabel="% of the best gain, GRPO, sampled")

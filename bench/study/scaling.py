@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 
@@ -28,7 +30,7 @@ from .summary import COLUMN_OF, METRICS, base_accuracy, results
 OBJECTIVES = ("grpo", "sft-own")
 SHARE = 0.95
 DRAWS = 2000
-SMALL = 13  # numbers whose share of the best gain is told beside
+TOLD = (13, 84)  # numbers whose share of the best gain is told beside
 LENGTH_OF = dict(zip(METRICS, ("length", "length_sampled"), strict=True))
 DECODERS = {"tiny" if width == tiny.WIDTH else f"tiny-{width}": width for width in WIDTHS}
 REAL = {"smollm2": 134_515_008}  # parameters
@@ -43,9 +45,7 @@ class Reading:
 
     Attributes:
         gains: mean over seeds by trained numbers.
-        needed: numbers that reach SHARE of the best gain; None where nothing is gained.
         draws: the same of every draw of the bootstrap that has a gain.
-        shares: of the best gain at SMALL numbers, of every draw.
     """
 
     model: str
@@ -55,18 +55,28 @@ class Reading:
     base: float
     gains: dict[int, float]
     seeds: int
-    needed: float | None
-    draws: tuple[float, ...]
-    shares: tuple[float, ...]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return interval(self.draws)
+    draws: tuple[dict[int, float], ...]
 
     @property
     def best(self) -> int:
         """Trained numbers of the best gain."""
         return max(self.gains, key=self.gains.__getitem__)
+
+    @cached_property
+    def needed(self) -> float | None:
+        """Numbers that reach SHARE of the best gain; None where nothing is gained."""
+        return crossing(self.gains)
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        return interval([crossing(draw) for draw in self.draws])
+
+    def share(self, size: int) -> float:
+        """Of the best gain, at so many numbers; not a number where these were not tried."""
+        return share_at(self.gains, size)
+
+    def share_interval(self, size: int) -> tuple[float, float]:
+        return interval([share_at(draw, size) for draw in self.draws])
 
 
 def crossing(gains: dict[int, float], share: float = SHARE) -> float | None:
@@ -95,7 +105,7 @@ def redrawn(curve: Curve, rng: random.Random) -> dict[int, float]:
     return {size: sum(rng.choices(scores, k=len(scores))) / len(scores) for size, scores in curve.items()}
 
 
-def share_at(gains: dict[int, float], size: int = SMALL) -> float:
+def share_at(gains: dict[int, float], size: int) -> float:
     return gains.get(size, math.nan) / max(gains.values())
 
 
@@ -107,10 +117,7 @@ def read(model: str, parameters: int, rows: list[dict], objective: str, metric: 
     gains = {size: mean(scores) for size, scores in curve.items()}
     rng = random.Random(0)
     drawn = [draw for draw in (redrawn(curve, rng) for _ in range(DRAWS)) if max(draw.values()) > 0]
-    return Reading(
-        model, parameters, objective, metric, base, gains, max(map(len, curve.values())), crossing(gains),
-        tuple(needed for draw in drawn if (needed := crossing(draw))), tuple(map(share_at, drawn)),
-    )  # fmt: skip
+    return Reading(model, parameters, objective, metric, base, gains, max(map(len, curve.values())), tuple(drawn))
 
 
 def slope(readings: Sequence[Reading]) -> tuple[float, float, float]:
@@ -121,8 +128,8 @@ def slope(readings: Sequence[Reading]) -> tuple[float, float, float]:
     def fit(needed: Sequence[float]) -> float:
         return sum(x * math.log(n) for x, n in zip(centred, needed, strict=True)) / sum(x * x for x in centred)
 
-    drawn = [fit(needed) for needed in zip(*(reading.draws for reading in readings), strict=False)]
-    return fit([reading.needed or math.nan for reading in readings]), *interval(drawn)
+    drawn = zip(*(map(crossing, reading.draws) for reading in readings), strict=False)
+    return fit([reading.needed for reading in readings]), *interval(list(map(fit, drawn)))
 
 
 def spearman(pairs: Sequence[tuple[float, float]]) -> float:
@@ -149,15 +156,23 @@ def run(models: Sequence[str], out: Path, processes: int, until: float) -> None:
 
 
 def rows_by_model(out: Path) -> dict[str, list[dict]]:
-    """Of every model whose rows are complete, smallest first."""
-    found = {model: (plan := scaling(model), runner.rows_there(plan, out / f"{model}.csv")) for model in MODELS}
-    return {model: rows for model, (plan, rows) in found.items() if len(rows) == len(list(runner.rows_of(plan)))}
+    """The base model's row and those of every objective that is complete, of every model that has one."""
+    found: dict[str, list[dict]] = {}
+    for model in MODELS:
+        plan = scaling(model)
+        there = runner.rows_there(plan, out / f"{model}.csv")
+        wanted = Counter(row["objective"] for row in runner.rows_of(plan))
+        complete = {name for name, count in Counter(row["objective"] for row in there).items() if count == wanted[name]}
+        if complete & set(OBJECTIVES):
+            found[model] = [row for row in there if row["objective"] in complete]
+    return found
 
 
 def readings(rows: dict[str, list[dict]]) -> list[Reading]:
     return [
         read(model, parameters_of(model), own, objective, metric)
         for metric in METRICS for objective in OBJECTIVES for model, own in rows.items()
+        if any(row["objective"] == objective for row in own)
     ]  # fmt: skip
 
 
@@ -169,21 +184,20 @@ def parameters_of(model: str) -> int:
 
 COLUMNS = [
     "model", "parameters", "objective", "metric", "seeds", "base", "best", "best_numbers", "needed", "needed_low",
-    "needed_high", "share_at_13", "share_low", "share_high",
+    "needed_high", *(f"share_at_{size}{bound}" for size in TOLD for bound in ("", "_low", "_high")),
 ]  # fmt: skip
 
 
 def described(reading: Reading) -> dict:
-    low, high = reading.interval
-    share_low, share_high = interval(reading.shares)
-    share = share_at(reading.gains) if reading.needed else None
-    return {
-        "model": reading.model, "parameters": reading.parameters, "objective": reading.objective,
-        "metric": reading.metric, "seeds": reading.seeds, "base": reading.base,
-        "best": reading.base + reading.gains[reading.best], "best_numbers": reading.best,
-        "needed": reading.needed, "needed_low": low, "needed_high": high,
-        "share_at_13": share, "share_low": share_low, "share_high": share_high,
-    }  # fmt: skip
+    """A line of scaling.csv; a cell is empty where nothing was gained or nothing tried."""
+    shares = [value for size in TOLD for value in (reading.share(size), *reading.share_interval(size))]
+    values = (
+        reading.model, reading.parameters, reading.objective, reading.metric, reading.seeds, reading.base,
+        reading.base + reading.gains[reading.best], reading.best, reading.needed, *reading.interval, *shares,
+    )  # fmt: skip
+    known = reading.needed is not None
+    cells = [None if isinstance(v, float) and math.isnan(v) else v for v in values]
+    return dict(zip(COLUMNS, cells if known else cells[:8] + [None] * (len(COLUMNS) - 8), strict=True))
 
 
 def text(found: list[Reading], rows: dict[str, list[dict]]) -> str:
@@ -193,17 +207,17 @@ def text(found: list[Reading], rows: dict[str, list[dict]]) -> str:
         lines = [
             f"{metric} accuracy",
             f"{'':10}{'parameters':>12}{'objective':>11}{'base':>7}{'best':>7}{'  of':>9}"
-            f"{'95% of the gain':>24}{'gain at 13':>18}",
+            f"{'95% of the gain':>24}" + "".join(f"{f'at {size}':>17}" for size in TOLD),
         ]
         for one in (one for one in found if one.metric == metric):
-            (low, high), (least, most) = one.interval, interval(one.shares)
-            needed, share = "nothing gained", "-"
+            needed, shares = "nothing gained", ["-"] * len(TOLD)
             if one.needed:
-                needed = f"{one.needed:,.0f} [{low:,.0f}, {high:,.0f}]"
-                share = f"{100 * share_at(one.gains):.0f}% [{100 * least:.0f}, {100 * most:.0f}]"
+                needed = "{:,.0f} [{:,.0f}, {:,.0f}]".format(one.needed, *one.interval)
+                shares = [share_cell(one, size) for size in TOLD]
             lines.append(
                 f"{one.model:10}{one.parameters:12,}{one.objective:>11}{100 * one.base:7.1f}"
-                f"{100 * (one.base + one.gains[one.best]):7.1f}{one.best:9,}{needed:>24}{share:>18}"
+                f"{100 * (one.base + one.gains[one.best]):7.1f}{one.best:9,}{needed:>24}"
+                + "".join(f"{share:>17}" for share in shares)
             )
         for objective in OBJECTIVES:
             decoders = [
@@ -215,10 +229,16 @@ def text(found: list[Reading], rows: dict[str, list[dict]]) -> str:
         parts.append("\n".join(lines))
     parts.append(lengths(rows))
     parts.append(
-        "of: the trained numbers of the best; 95% of the gain: numbers that reach it; gain at 13: share of the best\n"
+        "of: the trained numbers of the best; 95% of the gain: numbers that reach it; at 13, at 84: share of the best\n"
         "gain; in brackets the middle 95% of a bootstrap over seeds"
     )
     return "\n\n".join(parts)
+
+
+def share_cell(reading: Reading, size: int) -> str:
+    if size not in reading.gains:
+        return "-"
+    return "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * s for s in (reading.share(size), *reading.share_interval(size))))
 
 
 def lengths(rows: dict[str, list[dict]]) -> str:

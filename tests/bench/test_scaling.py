@@ -50,6 +50,8 @@ def test_a_reading_is_of_the_objective_and_counts_from_the_base_model():
     assert found.base == 0.5 and found.best == 100 and found.seeds == 2
     assert found.needed == pytest.approx(10 * 10**0.875)
     assert found.interval == pytest.approx((found.needed, found.needed))  # seeds agree
+    assert found.share(10) == pytest.approx(0.6) and math.isnan(found.share(13))
+    assert found.share_interval(10) == pytest.approx((0.6, 0.6))
     assert read("m", 1000, ROWS + other, "sft-own", "greedy").needed == 1.0
 
 
@@ -68,7 +70,7 @@ def test_nothing_gained_is_said(tmp_path):
     found = read("tiny", 1000, rows, "grpo", "sampled")
     assert found.needed is None and not found.draws
     assert "nothing gained" in scaling.text([found], {"tiny": rows})
-    assert scaling.described(found)["needed"] is None
+    assert set(list(scaling.described(found).values())[8:]) == {None}
     figures.scaling([found], tmp_path / "none.png")
 
 
@@ -80,8 +82,8 @@ def test_redrawn_seeds_are_the_seeds_of_their_size():
 
 def test_the_slope_is_that_of_a_power_law():
     def reading(parameters, needed):
-        drawn = (0.9 * needed, 1.1 * needed) * 50
-        return Reading("m", parameters, "grpo", "sampled", 0.5, {1: 0.1}, 4, needed, drawn, ())
+        drawn = ({0.9 * needed: 0.1}, {1.1 * needed: 0.1}) * 50  # reached by their only size
+        return Reading("m", parameters, "grpo", "sampled", 0.5, {needed: 0.1}, 4, drawn)
 
     power, low, high = slope([reading(n, 7.0 * n**-0.5) for n in (1e5, 1e6, 1e7)])
     assert power == pytest.approx(-0.5) and low <= power <= high
@@ -128,6 +130,9 @@ def test_the_study_runs_what_is_missing_and_reads_what_is_complete(small, tmp_pa
     assert (tmp_path / "scaling.png").stat().st_size > 5_000
     monkeypatch.setattr(runner, "execute", lambda unit: pytest.fail(f"ran {unit.label} again"))
     scaling.study(["tiny-64"], tmp_path, processes=1)
+    (tmp_path / "tiny-64.csv").unlink()  # an objective that lacks a row is not read, the other is
+    table.append(tmp_path / "tiny-64.csv", runner.COLUMNS, rows[:-1])
+    assert {one.objective for one in scaling.readings(scaling.rows_by_model(tmp_path))} == {"grpo"}
 
 
 def test_nothing_begins_after_the_time_is_up(small, tmp_path, monkeypatch):
@@ -151,7 +156,7 @@ def test_a_decoder_that_is_missing_is_trained(small, tmp_path, monkeypatch):
 
 def test_unknown_models_are_named(capsys):
     assert main(["--scaling", "--models", "tiny-65"]) == 2
-    assert "models: expected some of tiny-32" in capsys.readouterr().err
+    assert "models: expected some of tiny-64" in capsys.readouterr().err
 
 
 def test_other_tasks_are_what_they_say_and_no_training_problem():
