@@ -52,7 +52,7 @@ def failing_cmake(build, monkeypatch, fails):
 
     monkeypatch.setattr(build, "run_cmake", run_cmake)
     monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
-    monkeypatch.setattr(build, "build_node", lambda torch, destination, compiler: None)
+    monkeypatch.setattr(build, "build_node", lambda torch, destination: None)
     return attempts
 
 
