@@ -17,6 +17,7 @@ import csv
 import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -198,7 +199,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=240, help="begin no further environment after that long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    files, sdists = sorted(options.dist.glob("*.whl")), sorted(options.dist.glob("*.tar.gz"))
+    files = sorted(options.dist.glob(f"*_{platform.machine()}.whl"))
+    sdists = sorted(options.dist.glob("*.tar.gz"))
     if not files or len(sdists) != 1:
         print(f"{options.dist}: expected wheels and one sdist, found {len(files)} and {len(sdists)}: make wheels")
         return 2

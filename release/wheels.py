@@ -35,7 +35,7 @@ CROSS = "aarch64"  # the other machine that wheels are made for here
 LIBRARY, RECORD = "tinylora_kernels/libtinylora.so", "tinylora_kernels/_build_record.json"
 MEGABYTE = 10**6
 # Machine code for every generation since Turing. PTX of 100, not of 120: it serves those to come, and sm_110 too.
-ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100;120-real"
+ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100-real;120-real;100-virtual"
 COMPILER = "NVRTC 12."  # whose machine code every driver from 525 on takes
 
 

@@ -37,7 +37,7 @@ def collect(rank: int = 2) -> dict:
             "path": str(status.path),
             "error": status.error,
             "cpu_isa": status.isa,
-            "cuda_architectures": status.build.get("cuda", ""),
+            "cuda_code": status.has_cuda and (status.build["cuda"] or "compiled for the GPU when it is first used"),
             "compiler": status.build.get("compiler"),
             "node_error": f"{node.why_no_twin}; {compiled.outlook()}" if node.why_no_twin else None,
             "build_record": status.record,
@@ -80,8 +80,8 @@ def report(facts: dict) -> str:
     """The facts of `collect` as text."""
     library = facts["native"]
     state = f"not in use: {library['error']}" if library["error"] else f"loaded from {library['path']}"
-    cuda = library["cuda_architectures"] or "none"
-    if not library["cuda_architectures"] and (reason := library["build_record"].get("cuda_reason")):
+    cuda = library["cuda_code"] or "none"
+    if not library["cuda_code"] and (reason := library["build_record"].get("cuda_reason")):
         cuda += f" ({reason})"
     node = f"Python: the one in C++ is {library['node_error']}" if library["node_error"] else "C++"
     driver = "{}.{}".format(*facts["cuda"]["driver"]) if facts["cuda"]["driver"] else "none"

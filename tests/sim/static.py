@@ -23,6 +23,7 @@ ELEMENTS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes; in the order of
 RANKS = SPECIALISED_RANKS
 REGISTERS_OF_A_BLOCK = 65536
 SHARED_LIMIT = 48 << 10  # bytes of static shared memory of a block, on every architecture
+THREADS = {"bank": 512, "right": 256}  # of a block, of the kernels that have no tiles
 RESERVED_SHARED = 1024  # of which the system takes this much from sm_80 on
 
 

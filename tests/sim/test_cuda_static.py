@@ -9,7 +9,7 @@ from .compilers import COMPILERS, needs_compiler
 from .host.plan import TILES, plan_rows, shape
 
 pytestmark = needs_compiler
-THREADS = {"bank": 512, "right": 256}
+THREADS = static.THREADS
 needs_cuobjdump = pytest.mark.skipif(static.cuobjdump() is None, reason="needs cuobjdump (it comes with triton)")
 
 

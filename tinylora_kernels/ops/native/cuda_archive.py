@@ -20,27 +20,28 @@ _INSTRUCTIONS = {"lc": 0, "lp": 4, "pb": 4}  # of 16 bytes
 _TEXT = {"lc": 3, "lp": 0, "pb": 0}
 
 
-def _generation(target: str) -> str:
-    """"sm_86" -> "sm_8"."""
-    return target[:-1]
+def _generation(target: str) -> tuple[str, int]:
+    """"sm_86" -> ("sm", 8); sm_100 and sm_120 are one."""
+    kind, architecture = target.split("_")
+    return kind, min(int(architecture) // 10, 10)
 
 
 def _compressed(data: bytes, properties: dict[str, int]) -> bytes:
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, **properties}]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26, **properties}]
     return lzma.compress(data, check=_CHECK, filters=filters)
 
 
 def pack(source: str, compiler: str, code: Mapping[str, Mapping[Module, bytes]]) -> bytes:
     """The archive of these sources and, for each target ("sm_90"), the code of each module."""
     parts, streams = [_compressed(source.encode(), _TEXT)], []
-    for generation, targets in itertools.groupby(code, key=_generation):
+    for (kind, _), targets in itertools.groupby(code, key=_generation):
         sizes: list[tuple[str, list[tuple[int, int, int]]]] = []
         together: list[bytes] = []
         for target in targets:
             modules = code[target]
             sizes.append((target, [(element, rank, len(data)) for (element, rank), data in modules.items()]))
             together += modules.values()
-        parts.append(_compressed(b"".join(together), _INSTRUCTIONS if generation.startswith("sm_") else _TEXT))
+        parts.append(_compressed(b"".join(together), _INSTRUCTIONS if kind == "sm" else _TEXT))
         streams.append({"bytes": len(parts[-1]), "targets": sizes})
     header = json.dumps({"compiler": compiler, "source": len(parts[0]), "streams": streams}).encode()
     return struct.pack("<q", len(header)) + header + b"".join(parts)
