@@ -105,7 +105,7 @@ struct Device::Card {
   KernelHandle kernel(const Kernel& wanted);
 
  private:
-  Library library(const Kernel& wanted);
+  Library library(const Kernel& wanted, const Image& image);
 };
 
 Device::Card& Device::Card::of(int index) {
@@ -127,14 +127,9 @@ Device::Card& Device::Card::of(int index) {
   return *card.release();
 }
 
-Library Device::Card::library(const Kernel& wanted) {
+Library Device::Card::library(const Kernel& wanted, const Image& image) {
   Library& library = libraries[wanted.module()];
   if (library) return library;
-  const Image image = best_image(wanted.module(), capability);
-  if (!image.data) {
-    fail("there is no device code for sm_" + std::to_string(capability) +
-         " in this library, and none was compiled: python -m tinylora_kernels says why");
-  }
   const std::string about = std::string(image.ptx ? "PTX for compute_" : "code for sm_") +
                             std::to_string(image.architecture) + " on sm_" + std::to_string(capability);
   check(driver_functions().cuLibraryLoadData(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0),
@@ -146,12 +141,13 @@ Library Device::Card::library(const Kernel& wanted) {
 KernelHandle Device::Card::kernel(const Kernel& wanted) {
   std::atomic<KernelHandle>& known = kernels[wanted.number()];
   if (KernelHandle found = known) return found;
+  const Image image = provided_image(wanted.element, wanted.rank, capability);  // by Python, which may wait for threads
   const std::lock_guard<std::mutex> lock(mutex);
   const Uncaptured uncaptured;
   const std::string name = wanted.name();
   KernelHandle found = nullptr;
   Function function = nullptr;
-  check(driver_functions().cuLibraryGetKernel(&found, library(wanted), name.c_str()), "cuLibraryGetKernel", name);
+  check(driver_functions().cuLibraryGetKernel(&found, library(wanted, image), name.c_str()), "cuLibraryGetKernel", name);
   check(driver_functions().cuKernelGetFunction(&function, found), "cuKernelGetFunction", name);
   return known = found;
 }

@@ -1,8 +1,9 @@
 #include "images.h"
 
-#include <cstring>
+#include <atomic>
 #include <list>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 
 #define TINYLORA_EXPORT extern "C" __attribute__((visibility("default")))
@@ -44,6 +45,10 @@ std::list<Handed>& images() {
   return *all;
 }
 
+// Hands over an image, or writes one line that says why not.
+using Provider = void (*)(int element, int rank, int capability, char* why_not, int64_t bytes);
+std::atomic<Provider> provider{nullptr};
+
 }  // namespace
 
 Image best_image(int module, int capability) {
@@ -57,9 +62,20 @@ Image best_image(int module, int capability) {
   return best;
 }
 
+Image provided_image(Element element, int rank, int capability) {
+  const int module = module_of(element, rank);
+  char why_not[1000] = "python -m tinylora_kernels says what does";
+  if (const Image image = best_image(module, capability); image.data) return image;
+  if (const Provider provide = provider) provide(static_cast<int>(element), rank, capability, why_not, sizeof why_not);
+  if (const Image image = best_image(module, capability); image.data) return image;
+  throw std::runtime_error("tinylora: nothing in this library runs on sm_" + std::to_string(capability) + ": " + why_not);
+}
+
 }  // namespace tinylora
 
 using namespace tinylora;
+
+TINYLORA_EXPORT void tinylora_provide_cuda_images(Provider provide) { provider = provide; }
 
 TINYLORA_EXPORT bool tinylora_has_cuda_image(int element, int rank, int capability) {
   return best_image(module_of(static_cast<Element>(element), rank), capability).data != nullptr;

@@ -16,4 +16,7 @@ struct Image {
 // version and no later a minor one, else PTX of no later an architecture; the latest of them.
 Image best_image(int module, int capability);
 
+// The same, where there is none asked of who hands them over, who may compile for seconds. Throws std::runtime_error.
+Image provided_image(Element element, int rank, int capability);
+
 }  // namespace tinylora

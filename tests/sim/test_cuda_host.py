@@ -2,6 +2,12 @@
 
 Three builds of the same sources: plain, with AddressSanitizer and UndefinedBehaviorSanitizer, with the race detector.
 """
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -113,3 +119,31 @@ def test_a_mutant_that_does_not_apply_is_an_error(tmp_path):
     stale = Edit("launch_plan.h", "no such line", "")
     with pytest.raises(ValueError, match="expected exactly one"):
         edited_copy(emulator.KERNELS, tmp_path, (stale,))
+
+
+def _cuda_h() -> Path | None:
+    """The folder of NVIDIA's cuda.h: of a toolkit, or of the package nvidia-cuda-runtime."""
+    homes = [Path(home) / "include" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes += [Path(entry) / "nvidia" / name / "include" for entry in sys.path for name in ("cuda_runtime", "cu13")]
+    return next((home for home in homes if (home / "cuda.h").is_file()), None)
+
+
+@pytest.mark.skipif(_cuda_h() is None, reason="needs cuda.h from the CUDA toolkit or nvidia-cuda-runtime-cu12")
+@pytest.mark.parametrize(
+    "edit",
+    [
+        None,
+        Edit("driver_api.h", "size_t count, StreamHandle stream)", "int count, StreamHandle stream)"),
+        Edit("driver_api.h", "(Ordinal* device, int ordinal)", "(int ordinal, Ordinal* device)"),
+        Edit("driver_api.h", "kMajor = 75", "kMajor = 76"),
+        Edit("driver_api.h", "kRelaxed = 2", "kRelaxed = 1"),
+        Edit("driver_api.h", "F(cuStreamGetId,", "F(cuStreamGetNumber,"),
+    ],
+    ids=lambda edit: edit.new if edit else "as it is",
+)
+def test_the_driver_is_declared_as_in_nvidias_header(tmp_path, edit):
+    sources = edited_copy(emulator.KERNELS, tmp_path / "sources", (edit,) if edit else ())
+    check = emulator.HERE.parent / "driver/check_api.cpp"
+    command = [shutil.which("g++"), "-std=c++17", "-fsyntax-only", f"-I{sources}", "-isystem", _cuda_h(), check]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == (edit is None), done.stderr[-2000:]

@@ -120,6 +120,25 @@ print("done")
 """)
 
 
+def test_an_op_before_any_backend_was_chosen_has_its_code_made(machine):
+    """As vLLM's layers and compiled graphs call it; where there is none, the op says why in one line."""
+    out = machine("""
+from tests.cases import Case, make_case, run_ops
+import torch
+from tinylora_kernels.ops.native import library
+assert library.load().error is None
+run_ops(standin.Gpu(), make_case(Case(9, 64, numbers=3), torch.float16))
+assert not standin.report(), standin.report()
+try:
+    run_ops(standin.Gpu(1), make_case(Case(9, 64, numbers=3), torch.float16))
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+""", STANDIN_CARDS="90,70")
+    assert out == (
+        "tinylora: nothing in this library runs on sm_70: the GPU is sm_70, expected sm_75 or later\n"
+    )
+
+
 def test_every_call_that_fails_is_one_line(machine):
     """The call, what it was about, the driver's word for it; and the next op works."""
     lines = json.loads(machine("""

@@ -23,14 +23,14 @@ from .schema import accumulation_dtype, library
 from .triton import launch as triton
 
 # The library fills the CPU key and, if built for it, the CUDA key of the ops it has kernels for. Whatever is left falls
-# to Triton or the reference.
+# to Triton or the reference, and to Triton where the GPUs of that key are AMD's.
 native.load()
 for _name in (
     "update", "update_backward", "low_rank", "update_input_grad", "refresh_right", "update_parts",
     "update_parts_backward",
 ):  # fmt: skip
     _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"tinylora::{_name}", "CUDA")
-    if triton.is_installed() and not _has_kernel:
+    if triton.is_installed() and (torch.version.hip or not _has_kernel):
         library.impl(_name, getattr(triton, _name), "CUDA")
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,15 +30,38 @@ OLDEST_ARCHITECTURE = 75
 _DIGEST = hashlib.sha256
 
 
-@functools.cache
 def archive_of(library: ctypes.CDLL) -> Archive | None:
     """The archive in a loaded library; None in one without CUDA."""
+    return _archive_in(library._name)
+
+
+@functools.cache
+def _archive_in(path: str) -> Archive | None:
+    library = ctypes.CDLL(path)
     if not hasattr(library, "tinylora_cuda_archive"):
         return None
     library.tinylora_cuda_archive.restype = ctypes.c_void_p
     size = ctypes.c_int64()
     address = library.tinylora_cuda_archive(ctypes.byref(size))
     return Archive(ctypes.string_at(address, size.value))
+
+
+_Provider = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
+_providers: list[Any] = []  # the library calls them as long as the process lives
+
+
+def provide_to(library: ctypes.CDLL) -> None:
+    """Let the library ask for code that nobody has made ready: an op may run before a backend was chosen."""
+
+    def provide(element: int, rank: int, architecture: int, why_not: int, size: int) -> None:
+        try:
+            make_ready(library, ELEMENTS[element], rank, architecture)
+        except Exception as error:  # none passes through C
+            text = str(error).encode()[: size - 1]
+            ctypes.memmove(why_not, text + b"\0", len(text) + 1)
+
+    _providers.append(_Provider(provide))
+    library.tinylora_provide_cuda_images(_providers[-1])
 
 
 def make_ready(library: ctypes.CDLL, dtype: torch.dtype, rank: int, architecture: int) -> None:

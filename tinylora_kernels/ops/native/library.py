@@ -78,6 +78,7 @@ def load() -> Status:
     except ValueError as error:
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}: {error}", None, record)
     if archive:
+        cuda_code.provide_to(library)
         build |= {"cuda": " ".join(archive.targets), "cuda_compiler": archive.compiler}
     return Status(LIBRARY, refusal, archive is not None, None if refusal else isa, build, record)
 
@@ -196,7 +197,7 @@ def why_not_cuda(device_type: str, dtype: torch.dtype, rank: int) -> str | None:
         return f"rank {rank}: the CUDA kernels exist for ranks {', '.join(map(str, SPECIALISED_RANKS))}"
     if dtype not in cuda_code.ELEMENTS:
         return f"{dtype} activations: the CUDA kernels take float32, bfloat16 and float16"
-    return cuda.why_not(ctypes.CDLL(str(LIBRARY)), dtype, rank)
+    return cuda.why_not(_functions(), dtype, rank)
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
