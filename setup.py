@@ -10,6 +10,7 @@ Environment:
     TINYLORA_BUILD_CUDA=0           leave the ops on NVIDIA GPUs out
     TINYLORA_CUDA_ARCHITECTURES     for which device code is compiled now, by NVRTC, e.g. "80-real;90-virtual" (default:
                                     none; it is compiled for the GPU at hand when it is first used, by torch's NVRTC)
+    TINYLORA_CUDA_RANKS             and for which ranks, e.g. "1 2" (default: all that there are kernels for)
     TINYLORA_NVRTC                  the file of NVRTC, where it is not found (pip install nvidia-cuda-nvrtc-cu12)
     TINYLORA_BUILD_NODE=0           leave out the C++ autograd node, which serves one release of torch (a wheel for all)
     TINYLORA_TORCH_DIR              the installed torch package to build against (default: this environment's)
@@ -159,7 +160,8 @@ def cuda_archive(architectures: str, kept: Path) -> bytes:
             unfinished.replace(path)
         return path.read_bytes()
 
-    modules = [(element, rank) for rank in NVRTC["RANKS"] for element in range(len(NVRTC["ELEMENTS"]))]
+    ranks = [int(rank) for rank in os.environ.get("TINYLORA_CUDA_RANKS", "").split()] or NVRTC["RANKS"]
+    modules = [(element, rank) for rank in ranks for element in range(len(NVRTC["ELEMENTS"]))]
     with concurrent.futures.ThreadPoolExecutor(jobs()) as pool:
         futures = {(str(target), module): pool.submit(compiled, target, *module)
                    for target in targets for module in modules}  # fmt: skip

@@ -51,8 +51,8 @@ def machine(monkeypatch):
 def library(monkeypatch):
     """library(targets) holds an archive of these; the code of a module is its target's name."""
 
-    def make(targets=SEVEN, **options) -> Library:
-        modules = [(element, rank) for rank in nvrtc.RANKS for element in range(3)]
+    def make(targets=SEVEN, ranks=nvrtc.RANKS, **options) -> Library:
+        modules = [(element, rank) for rank in ranks for element in range(3)]
         code = {target: {module: f"{target} {module}".encode() for module in modules} for target in targets}
         made = Library(cuda_archive.Archive(cuda_archive.pack("// source", "NVRTC 12.9", code)), **options)
         monkeypatch.setattr(cuda_code, "archive_of", lambda library: library.archive)
@@ -157,6 +157,15 @@ def test_code_is_compiled_once_and_kept(monkeypatch, machine, library, tmp_path,
     assert compiler.compilations() == 1
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"of bfloat16 and rank 2 for sm_90 with NVRTC 12.9; once, into {cache}" in line
+
+
+def test_a_rank_that_was_left_out_is_compiled(monkeypatch, library, tmp_path, cache):
+    compiler, holder = Compiler(tmp_path), library(ranks=(1, 2))
+    monkeypatch.setattr(cuda_code, "_compiler", lambda: compiler)
+    for rank in (1, 2, 4):
+        cuda_code.make_ready(holder, torch.float32, rank, 90)
+        assert compiler.compilations() == (rank == 4)
+    assert b"-DTINYLORA_RANK=4" in holder.images[-1][-1]
 
 
 def test_a_gpu_that_the_compiler_does_not_know_gets_ptx(tmp_path):

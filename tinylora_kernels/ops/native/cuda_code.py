@@ -1,7 +1,7 @@
 """The CUDA device code for the GPUs at hand: out of the library's archive, or compiled here, once, and kept.
 
-A library has code for the architectures it was built with. For any other GPU, and in a library that was built with
-none, the NVRTC that torch brings compiles the sources in the archive: a module (an element type and a rank) in some
+A library has code for the architectures and ranks it was built with. For any other GPU, and in a library that was built
+with none, the NVRTC that torch brings compiles the sources in the archive: a module (an element type and a rank) in some
 seconds, when it is first asked for. An entry of the cache is SHA-256 of its key and its code, then the code; one that
 is damaged is compiled again. Processes that want the same wait for one of them.
 """
@@ -78,11 +78,11 @@ def make_ready(library: ctypes.CDLL, dtype: torch.dtype, rank: int, architecture
         return
     archive = archive_of(library)
     assert archive is not None, "asked by why_not_cuda"
-    if target := best_target(archive.targets, architecture):
-        code = archive.modules(str(target))[element, rank]
-    elif architecture < OLDEST_ARCHITECTURE:
+    if architecture < OLDEST_ARCHITECTURE:
         raise CompileError(f"the GPU is sm_{architecture}, expected sm_{OLDEST_ARCHITECTURE} or later")
-    else:
+    target = best_target(archive.targets, architecture)
+    code = archive.modules(str(target)).get((element, rank)) if target else None
+    if target is None or code is None:
         compiler = _compiler()
         target = compiler.best_target(architecture)
         code = compiled(compiler, archive.source, target, element, rank)
