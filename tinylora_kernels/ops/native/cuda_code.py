@@ -1,9 +1,9 @@
 """The CUDA device code for the GPUs at hand: out of the library's archive, or compiled here, once, and kept.
 
 A library has code for the architectures and ranks it was built with. For any other GPU, and in a library that was built
-with none, the NVRTC that torch brings compiles the sources in the archive: a module (an element type and a rank) in some
-seconds, when it is first asked for. An entry of the cache is SHA-256 of its key and its code, then the code; one that
-is damaged is compiled again. Processes that want the same wait for one of them.
+with none, the NVRTC that torch brings compiles the sources in the archive: a module (an element type and a rank) in
+some seconds, when it is first asked for. An entry of the cache is SHA-256 of its key and its code, then the code; one
+that is damaged is compiled again. Processes that want the same wait for one of them.
 """
 from __future__ import annotations
 
