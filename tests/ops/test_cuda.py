@@ -142,7 +142,7 @@ class Compiler(nvrtc.Nvrtc):
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache/cuda"
+    return tmp_path / f"cache/cuda-{os.geteuid()}"
 
 
 def test_code_is_compiled_once_and_kept(monkeypatch, machine, library, tmp_path, cache, capsys):
@@ -209,6 +209,16 @@ def test_a_cache_that_cannot_be_written_costs_a_line(monkeypatch, tmp_path, caps
     monkeypatch.setenv("TINYLORA_CACHE", str(tmp_path / "file"))
     assert cuda_code.compiled(Compiler(tmp_path), "source", Target(90, ptx=False), 0, 1)
     assert "for this process alone: " in capsys.readouterr().err
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path, cache, capsys):
+    compiler, target = Compiler(tmp_path), Target(90, ptx=False)
+    code = cuda_code.compiled(compiler, "source", target, 0, 1)
+    cache.chmod(0o777)
+    assert cuda_code.compiled(compiler, "source", target, 0, 1) == code and compiler.compilations() == 2
+    assert "for this process alone: no cache that is this user's to write" in capsys.readouterr().err
+    cache.chmod(0o755)
+    assert cuda_code.compiled(compiler, "source", target, 0, 1) == code and compiler.compilations() == 2
 
 
 def test_what_the_compiler_says_is_a_reason(monkeypatch, machine, library, tmp_path, cache):

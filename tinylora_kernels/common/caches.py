@@ -24,3 +24,21 @@ def make_directory(directory: Path) -> None:
     above = directory.parent.stat().st_mode
     if above & stat.S_ISGID:
         directory.chmod(stat.S_IMODE(directory.stat().st_mode | above & (stat.S_ISGID | stat.S_IRWXG)))
+
+
+def distrust(folder: Path) -> str | None:
+    """Why what is in a folder is not to be run: others than this user may have put it there; None: it may be.
+
+    Code is proven by nothing: a digest beside it says that it is whole, and not who wrote it.
+    """
+    try:
+        status = os.lstat(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{folder} cannot be read ({error.strerror})"
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{folder} is no directory"
+    if status.st_uid != os.geteuid():
+        return f"{folder} is another user's"
+    return f"others may write to {folder} (chmod go-w)" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None

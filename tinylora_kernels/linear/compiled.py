@@ -19,7 +19,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -31,7 +30,7 @@ from types import ModuleType
 import torch
 
 from ..common.atomic import open_regular
-from ..common.caches import cache_directory, make_directory
+from ..common.caches import cache_directory, distrust, make_directory
 from ..ops.native import library_file
 from . import build
 
@@ -191,30 +190,16 @@ def _folder() -> Path | None:
 
 def _problem(folder: Path) -> str | None:
     """Why the folder cannot be written to, or what is in it not be trusted, in words; None: neither."""
-    if reason := _distrust(folder):
+    if reason := distrust(folder):
         return reason
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} cannot be written to"
 
 
-def _distrust(folder: Path) -> str | None:
-    try:
-        status = os.lstat(folder)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return f"{folder} cannot be read ({error.strerror})"
-    if not stat.S_ISDIR(status.st_mode):
-        return f"{folder} is no directory"
-    if status.st_uid != os.geteuid():
-        return f"{folder} is another user's"
-    return f"others may write to {folder} (chmod go-w)" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
-
-
 def _cached() -> Path | None:
     """The library in the cache, if it is there, byte for byte as it was compiled."""
     folder = _folder()
-    if folder is None or _distrust(folder) is not None:
+    if folder is None or distrust(folder) is not None:
         return None
     library = folder / build.file_name(TORCH)
     record = build.read_record(library)

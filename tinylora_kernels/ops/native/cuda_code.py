@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ...common.atomic import open_regular, take_name
-from ...common.caches import cache_directory, make_directory
+from ...common.caches import cache_directory, distrust, make_directory
 from . import cuda_driver, nvrtc
 from .cuda_archive import Archive
 from .nvrtc import CompileError, Nvrtc, Target
@@ -105,13 +105,13 @@ def compiled(compiler: Nvrtc, source: str, target: Target, element: int, rank: i
     """The code of one module from the cache, or compiled and kept there."""
     options = nvrtc.defines(element, rank)
     key = _DIGEST("\n".join([str(compiler), str(target), *options, source]).encode()).hexdigest()[:32]
-    directory = cache_directory()
-    path = directory / "cuda" / f"{target}-{key}" if directory else None
+    folder = _folder()
+    path = folder / f"{target}-{key}" if folder else None
     with _one_process(path) as kept:
         if path and (code := _read(path, key)):
             return code
         name = str(ELEMENTS[element]).removeprefix("torch.")
-        where = f"once, into {path.parent}" if path and kept else f"for this process alone: {directory} is not writable"
+        where = f"once, into {folder}" if kept else "for this process alone: no cache that is this user's to write"
         what = f"tinylora_kernels: compiling the CUDA kernels of {name} and rank {rank} for {target} with {compiler}"
         print(f"{what}; {where}", file=sys.stderr, flush=True)
         code = compiler.compile(source, target, options)
@@ -131,16 +131,27 @@ def _read(path: Path, key: str) -> bytes | None:
     return code if _DIGEST(key.encode() + code).digest() == digest else None
 
 
+def _folder() -> Path | None:
+    """The folder of this user's entries; None where it cannot be had, or others may write to it."""
+    directory = cache_directory()
+    if directory is None:
+        return None
+    folder = directory / f"cuda-{os.geteuid()}"
+    with contextlib.suppress(OSError):
+        make_directory(directory)
+        folder.mkdir(0o700, exist_ok=True)
+    return folder if distrust(folder) is None else None
+
+
 @contextlib.contextmanager
 def _one_process(path: Path | None) -> Iterator[bool]:
-    """Whoever is in here with this path is alone, if its directory can be written to: whether it can."""
+    """Whoever is in here with this path is alone, if a file can be written beside it: whether it can."""
     import fcntl  # not on Windows
 
     descriptor = -1
     if path:
         with contextlib.suppress(OSError):
-            make_directory(path.parent)
-            descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # a file system without locks: both compile, and write the same
