@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from tests.guarantees.dense import BASES, PRODUCTS, adapted, dense_output, example, relative
 from tests.layers import test_experts
 from tinylora_kernels import AdapterBank, TinyLoRALayer, trainable_vectors
 from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update
+from tinylora_kernels.ops import reference
 
 DTYPES = [torch.float32, torch.float64]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -355,3 +357,63 @@ def test_any_strides_of_any_argument(name):
     wide[..., ::2] = tensor
     assert not wide[..., ::2].is_contiguous()
     assert torch.equal(tiny_lora_update(**arguments | {name: wide[..., ::2]}), expected)
+
+
+def _ops() -> dict[str, tuple[Callable, dict[str, Tensor | bool | None]]]:
+    """Each op, and arguments that it takes: N=6, D=16, E=8, r=2, u=3, K=4."""
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    basis, ids = torch.linalg.qr(normal(16, 2))[0].T.contiguous(), torch.tensor([0, 3, 1, 2, -1, 1])
+    small = {"basis": basis, "v": normal(4, 3), "projection": normal(3, 2, 2)}
+    bias, t, right = normal(16), normal(6, 2), normal(2, 8)
+    of, ops = {"adapter_ids": ids}, torch.ops.tinylora
+    return {
+        "update": (ops.update, {"y": normal(6, 16), **small, "offset": normal(2), "bias": bias, **of}),
+        "update_backward": (ops.update_backward, {"g": normal(6, 16), **small, "t": t, **of, "need_input_grad": True}),
+        "low_rank": (ops.low_rank, {"x": normal(6, 8), "right": right, **small, "bias": bias, **of}),
+        "update_input_grad": (
+            ops.update_input_grad,
+            {"dx": normal(6, 8), "right": right, "g": normal(6, 16), **small, "t": t, **of, "add": True},
+        ),
+    }  # fmt: skip
+
+
+NAMED = [
+    (op, name) for op, (_, arguments) in _ops().items() for name, value in arguments.items()
+    if isinstance(value, Tensor) and name not in ("y", "x", "g", "dx")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, name", NAMED)
+def test_native_kernels_reference_and_fakes_say_the_same_of_strides(op, name):
+    """The ops are strict, each in the same way; the functions above them are not."""
+    call, arguments = _ops()[op]
+    stretched = torch.stack([arguments[name], arguments[name]], -1)[..., 0]
+    assert torch.equal(stretched, arguments[name]) and not stretched.is_contiguous()
+
+    def on(backend: str, given: dict) -> None:
+        if backend == "native":
+            call(**given)
+        elif backend == "reference":
+            getattr(reference, op)(*given.values())
+        else:
+            with FakeTensorMode() as mode:
+                call(**{key: mode.from_tensor(one) if isinstance(one, Tensor) else one for key, one in given.items()})
+
+    for backend in ("native", "reference", "fake"):
+        on(backend, _ops()[op][1])
+        with pytest.raises(ValueError, match=f"^{name}: expected (a )?contiguous "):
+            on(backend, _ops()[op][1] | {name: stretched})
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "basis", "v", "projection", "right"])
+def test_any_strides_of_any_argument_of_a_layer(name):
+    layer = adapted("linear with a bias")
+    base = layer.base
+    arguments = {
+        "x": example(layer), "weight": base.weight.detach(), "bias": base.bias.detach(), "basis": layer.basis,
+        "v": layer.v.detach(), "projection": layer.projection, "right": layer.right_factor(),
+    }  # fmt: skip
+    stretched = torch.stack([arguments[name], arguments[name]], -1)[..., 0]
+    assert not stretched.is_contiguous()
+    found = tiny_lora_linear(**arguments | {name: stretched})
+    assert relative(found, tiny_lora_linear(**arguments)) < 1e-6

@@ -1,4 +1,5 @@
 """Interrupted anywhere, a change of a model, of a bank or of the process is finished or undone: never half of it."""
+import contextlib
 import copy
 import linecache
 import sys
@@ -12,6 +13,7 @@ import tinylora_kernels
 from tests.models import tiny_decoder
 from tinylora_kernels import (
     AdapterBank,
+    SFTTrainer,
     TinyLoRAConfig,
     adapted_layers,
     apply_tiny_lora,
@@ -20,12 +22,14 @@ from tinylora_kernels import (
     refresh_factors,
     remove_adapter,
     save_adapter,
+    token_log_probs,
     trainable_vectors,
     unmerge,
 )  # fmt: skip
 from tinylora_kernels.common.interrupts import finish, undone_by
 from tinylora_kernels.common.threads import one_thread_each
 from tinylora_kernels.model.adapted import adapter_disabled
+from tinylora_kernels.rl.population import PopulationAdam
 
 PACKAGE = str(Path(tinylora_kernels.__file__).parent)
 TOKENS = torch.tensor([[1, 5, 2], [7, 3, 11]])
@@ -220,6 +224,123 @@ def test_a_bank_is_as_it_was_or_as_it_becomes(name, own_seeds, files):
         assert equal(found, before) or equal(found, after), f"line {at} of {total}"
         bank.close()
         assert all(layer.bank is None for layer in adapted_layers(bank.model).values())
+
+
+# Steps
+
+
+class Interrupts(torch.optim.AdamW):
+    """Ctrl-C at the n-th in-place write of a step."""
+
+    at = 0
+
+    def step(self, closure=None):
+        with _AtWrite(self.at):
+            return super().step(closure)
+
+
+class _AtWrite(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.is_mutable:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return out
+
+
+def _numbers(trainer) -> list:
+    optimizer = trainer.optimizer
+    slots = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in trainer.parameters if p in optimizer.state]
+    gradients = [None if p.grad is None else p.grad.clone() for p in trainer.parameters]
+    counts = [trainer.steps, trainer._pending, trainer._weight]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [[p.detach().clone() for p in trainer.parameters], slots, gradients, counts, groups]
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+def test_a_step_of_a_trainer_is_taken_or_not(first, foreach, accumulation_steps):
+    model = adapted()
+
+    def make():
+        trainer = SFTTrainer(
+            copy.deepcopy(model), accumulation_steps=accumulation_steps, max_grad_norm=0.01,
+            optimizer=lambda p: Interrupts(p, lr=0.1, foreach=foreach),
+        )  # fmt: skip
+        for _ in range((not first) * accumulation_steps + accumulation_steps - 1):
+            step(trainer)
+        return trainer
+
+    def step(trainer):
+        trainer.training_step(token_log_probs(trainer.model(TOKENS), TOKENS))
+
+    whole = make()
+    before = _numbers(whole)
+    step(whole)
+    after, at = _numbers(whole), 0
+    assert not equal(before[0], after[0])
+    while True:
+        at += 1
+        trainer = make()
+        trainer.optimizer.at = at
+        try:
+            step(trainer)
+            break
+        except KeyboardInterrupt:
+            assert equal(_numbers(trainer), before), f"write {at}"
+        trainer.optimizer.at = 0
+        step(trainer)
+        assert equal(_numbers(trainer), after), f"after an interrupt at write {at}"
+    assert at > 4
+    trainer = make()
+    log_probs = token_log_probs(trainer.model(TOKENS), TOKENS)
+    lines = interrupted(lambda: trainer.training_step(log_probs), 0) if foreach else 0
+    for line in range(1, lines + 1):
+        trainer = make()
+        log_probs = token_log_probs(trainer.model(TOKENS), TOKENS)
+        with contextlib.suppress(Stop):
+            interrupted(lambda trainer=trainer, log_probs=log_probs: trainer.training_step(log_probs), line)
+        found = _numbers(trainer)
+        assert equal(found, before) or equal(found, after), f"line {line} of {lines}"
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_step_of_a_population_is_taken_or_not(steps):
+    def make():
+        model = adapted()
+        bank = AdapterBank(model, 3, trainable=True, names=["a", "b"])
+        optimizer = PopulationAdam(bank, 0.1)
+        for n in range(steps + 1):
+            for number, table in enumerate(bank.parameters()):
+                table.grad = torch.full_like(table, 0.1 * number + 0.2 + n)
+            if n < steps:
+                optimizer.step(["a", "b"])
+        return optimizer
+
+    def numbers(optimizer):
+        tables = optimizer.bank.parameters()
+        state = [{k: v.clone() for k, v in optimizer._state_of(table).items()} for table in tables]
+        return [[table.detach().clone() for table in tables], state]
+
+    whole = make()
+    before = numbers(whole)
+    whole.step(["b"])
+    after, outcomes = numbers(whole), set()
+    counted = make()
+    for at in range(1, interrupted(lambda: counted.step(["b"]), 0) + 1):
+        optimizer = make()
+        with contextlib.suppress(Stop):
+            interrupted(lambda optimizer=optimizer: optimizer.step(["b"]), at)
+        found = numbers(optimizer)
+        assert equal(found, before) or equal(found, after), f"line {at}"
+        outcomes.add(equal(found, before))
+    assert outcomes == {True, False}
 
 
 def test_threads_are_put_back():

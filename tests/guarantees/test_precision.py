@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -73,6 +74,47 @@ def test_the_vectors_of_a_trainable_bank_do_too(v_dtype):
         optimizer.step()
     for table, start in zip(tables, before, strict=True):
         assert table.dtype == torch.float32 and torch.allclose(table, start + 0.2, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["TinyLoRA", "PSOFT"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("cast", [True, False])
+def test_peft_adapters_that_train_in_16_bits_are_named(cast, dtype, kind):
+    """PEFT's own float32 stands still nowhere; with autocast_adapter_dtype=False its vectors have the base's dtype."""
+    peft = pytest.importorskip("peft", minversion="0.21", reason="the layers under test are PEFT's")
+    from tinylora_kernels.integrations.peft import accelerate_peft
+
+    config = (
+        peft.TinyLoraConfig(r=2, u=3, target_modules=["q_proj"]) if kind == "TinyLoRA"
+        else peft.PsoftConfig(r=2, target_modules=["q_proj"], psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False)
+    )  # fmt: skip
+    model = peft.get_peft_model(tiny_decoder(), config, autocast_adapter_dtype=cast)
+    if not cast:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accelerate_peft(model)
+    said = [str(w.message) for w in caught if "train in" in str(w.message)]
+    assert len(said) == (not cast and dtype is not torch.float32)
+    if not said:
+        return
+    first = next(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert said[0].startswith(f"accelerate_peft: {first}") and f" train in {str(dtype)[6:]}, where small " in said[0]
+    for parameter in model.parameters():  # what it advises
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer = torch.optim.SGD(trained, lr=1e-4)
+    for _ in range(500):
+        for parameter in trained:
+            parameter.grad = -torch.ones_like(parameter)
+        optimizer.step()
+    moved = [float((now - then).detach().mean()) for now, then in zip(trained, before, strict=True)]
+    assert moved == pytest.approx([0.05] * len(moved), rel=1e-3)
+    assert model(torch.tensor([[1, 2]])).isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1, 30, 600, 900, 3e4])

@@ -1,11 +1,21 @@
 """What people do to an adapted model in passing: it works, or the message says what to do."""
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
 
 from tests.guarantees.dense import adapted, dense_output, example, relative
 from tests.models import tiny_decoder
-from tinylora_kernels import AdapterBank, TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
+from tinylora_kernels import (
+    AdapterBank,
+    TinyLoRAConfig,
+    adapted_layers,
+    apply_tiny_lora,
+    remove_adapter,
+    trainable_vectors,
+)  # fmt: skip
 from tinylora_kernels.rl.population import PopulationAdam
 
 WITH_A_BIAS = ["linear with a bias", "wide linear", "large linear", "conv1d", "conv2d"]
@@ -124,3 +134,96 @@ def test_weights_that_an_engine_keeps_elsewhere(targets, shape):
     with pytest.raises(ValueError, match=r"layers.0.q_proj: its weight is empty on this rank, .*ZeRO-3.*adapt the"):
         apply_tiny_lora(model, TinyLoRAConfig(target_modules=targets, cache=False), progress=False)
     assert not adapted_layers(model)
+
+
+# Vocabularies that grow
+
+
+def language_model(tied):
+    transformers = pytest.importorskip("transformers", minversion="5.0", reason="the method under test is its")
+    config = transformers.LlamaConfig(
+        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("how", ["as it is", "copied", "pickled", "of as_peft_model"])
+def test_an_adapted_embedding_or_head_is_not_resized(how, target, tied):
+    model = apply_tiny_lora(language_model(tied), TinyLoRAConfig(target_modules=[target], cache=False), progress=False)
+    if how == "of as_peft_model":
+        pytest.importorskip("peft", minversion="0.21", reason="it stands in for a PeftModel")
+        from tinylora_kernels.integrations.trl import as_peft_model
+
+        if target == "lm_head":
+            with pytest.raises(ValueError, match="lm_head is adapted"):
+                as_peft_model(model)
+            return
+        resize = as_peft_model(model).resize_token_embeddings
+    else:
+        model = {"as it is": lambda m: m, "copied": copy.deepcopy, "pickled": pickled}[how](model)
+        resize = model.resize_token_embeddings
+    tokens = torch.tensor([[3, 1, 5]])
+    before = model(tokens).logits
+    message = f"resize_token_embeddings: .*{target} is adapted with 24 rows, and U and sigma of {{}} would be others"
+    with pytest.raises(ValueError, match=message.format(30)):
+        resize(30)
+    with pytest.raises(ValueError, match=message.format(32)):
+        resize(pad_to_multiple_of=16)
+    assert model.config.vocab_size == 24 and torch.equal(model(tokens).logits, before)
+    resize(24), resize(), resize(20, 8)  # which change nothing
+    assert torch.equal(model(tokens).logits, before)
+    if how != "of as_peft_model":
+        remove_adapter(model).resize_token_embeddings(30)
+        assert model(tokens).logits.shape[-1] == model.config.vocab_size == 30
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_adapted_elsewhere_is_resized(tied):
+    config = TinyLoRAConfig(target_modules=["q_proj"], cache=False)
+    model = apply_tiny_lora(language_model(tied), config, progress=False)
+    model.resize_token_embeddings(30)
+    assert model(torch.tensor([[3, 29]])).logits.shape[-1] == 30
+
+
+# Vectors of a bank
+
+
+@pytest.mark.parametrize("method", ["add", "set"])
+def test_vectors_of_a_bank_in_any_form_or_one_line(method):
+    config = TinyLoRAConfig(target_modules=["q_proj", "k_proj"], trainable_dim=2, cache=False)
+    model = apply_tiny_lora(tiny_decoder(blocks=1), config, progress=False)
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    taken = [
+        rows, tuple(rows), [nn.Parameter(row) for row in rows], torch.stack(rows), [row.tolist() for row in rows],
+        torch.stack(rows).numpy(), [rows[0], rows[1].double()],
+    ]  # fmt: skip
+    refused = [
+        [rows[0], rows[1][:1]], [rows[0], [3.0, 4.0]], [rows[0], None], [[1.0, 2.0], [3.0]], "ab", object(),
+        [None, None], {"q": rows}, rows[:1], [[rows[0]]],
+    ]  # fmt: skip
+    bank = AdapterBank(model, 2)
+    bank.add("a", torch.zeros(2, 2))
+
+    def put(vectors):
+        return bank.set("a", vectors) if method == "set" else bank.add("b", vectors)
+
+    for vectors in taken:
+        put(vectors)
+        name = "a" if method == "set" else "b"
+        assert torch.equal(bank.vectors(name), torch.stack(rows)), vectors
+        if name == "b":
+            bank.remove("b")
+    for vectors in refused:
+        with pytest.raises(ValueError, match=r"^adapter '[ab]': expected vectors \[groups, u\] = \(2, 2\), found .*$"):
+            put(vectors)

@@ -34,6 +34,7 @@ from ..base.witness import Witness, witness
 from ..common import modes
 from ..common.interrupts import finish, undone_by
 from ..common.scope import Block, Scope
+from ..common.words import dtype_name, listed
 from ..functional import tiny_lora_update
 from ..linear.plan import has_hooks, is_bare_product
 from ..ops.native import library as native
@@ -45,6 +46,7 @@ __all__ = ["accelerate_peft", "acceleration_report", "deaccelerate_peft", "from_
 TRAINED_BASE = FitError("its base is trained (a bias, by bias='all'), and the update on the output would follow it")
 BARE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
+NARROW = (torch.bfloat16, torch.float16)
 MIXED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # modules_to_save that work row by row, as in PEFT
 
 # What the mixins below stand before. For types alone: with a base of PEFT's an object could not change its class.
@@ -442,6 +444,7 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
 
     Warns:
         UserWarning: layers stay on PEFT's own path; the message says why, acceleration_report(model) says it for each.
+            Or an adapter trains in 16 bits: PEFT keeps it in the dtype it came in.
 
     Raises:
         ValueError: the model has no TinyLoRA or PSOFT layer, or is merged.
@@ -460,6 +463,13 @@ def accelerate_peft(model: nn.Module) -> nn.Module:
         first = next(iter(left))
         warnings.warn(
             f"accelerate_peft: {len(left)} of {len(layers)} layers stay on PEFT's own path: {first}: {left[first]}",
+            stacklevel=2,
+        )
+    if narrow := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in NARROW]:
+        dtype = dtype_name(model.get_parameter(narrow[0]).dtype)
+        warnings.warn(
+            f"accelerate_peft: {listed(narrow, 3)} train in {dtype}, where small steps are lost: 1.0 + 0.001 is 1.0 in "
+            "bfloat16; leave out autocast_adapter_dtype=False, or make them float() before the optimizer is built",
             stacklevel=2,
         )
     return model

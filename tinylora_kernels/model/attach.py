@@ -1,8 +1,10 @@
 """Adapting a model in place, and giving the bare one back: factorise modules, share vectors, freeze the rest."""
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -155,6 +157,7 @@ def attach(
 
     def undo() -> None:
         replace_modules(model, {new: old for old, new in replacements.items()})
+        _allow_resizing(model)
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -162,6 +165,7 @@ def attach(
         for parameter in trained:
             parameter.requires_grad_(False)
         replace_modules(model, replacements)
+        _refuse_resizing(model)
     return model
 
 
@@ -232,5 +236,42 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
 def remove_adapter(model: nn.Module) -> nn.Module:
     """Give the bare model back: the same base modules, frozen as they are; undoes apply_tiny_lora."""
     replacement: dict[nn.Module, nn.Module] = {wrapper: wrapper.base for wrapper in wrappers(model).values()}
-    finish(lambda: replace_modules(model, replacement))
+
+    def remove() -> None:
+        replace_modules(model, replacement)
+        _allow_resizing(model)
+
+    finish(remove)
     return model
+
+
+def _refuse_resizing(model: nn.Module) -> None:
+    """transformers' resize_token_embeddings puts another embedding and head in the place of the old ones, one after the
+    other; what is adapted there is asked first.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "resize_token_embeddings"):
+            module.__dict__["resize_token_embeddings"] = functools.partial(_resize, module)
+
+
+def _allow_resizing(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop("resize_token_embeddings", None)
+
+
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not isinstance(layer, TinyLoRALayer):
+            continue
+        have = len(layer.weight)
+        wanted = have if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != have:
+            raise ValueError(
+                f"resize_token_embeddings: {layer.name} is adapted with {have} rows, and U and sigma of {wanted} would "
+                "be others; resize the bare model and adapt it then"
+            )
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)

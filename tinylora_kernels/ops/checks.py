@@ -63,9 +63,10 @@ def check_arguments(
 
 def check_low_rank(x: Tensor, right: Tensor, basis: Tensor, bias: Tensor | None) -> None:
     """The same for what low_rank takes beside x and right, which check_arguments has seen."""
-    if basis.dim() != 2 or basis.shape[0] != right.shape[0] or basis.dtype != right.dtype or basis.device != x.device:
+    as_expected = basis.dim() == 2 and basis.shape[0] == right.shape[0] and basis.dtype == right.dtype
+    if not as_expected or basis.device != x.device or not basis.is_contiguous():
         found = f"{basis.dtype} {tuple(basis.shape)} on {basis.device}"
-        raise ValueError(f"basis: expected {right.dtype} ({right.shape[0]}, E) on {x.device}, found {found}")
+        raise ValueError(f"basis: expected contiguous {right.dtype} ({right.shape[0]}, E) on {x.device}, found {found}")
     if bias is not None:
         _check_bias(bias, "x", x, basis.shape[1])
 

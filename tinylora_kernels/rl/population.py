@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bank.bank import AdapterBank
+from ..common.interrupts import undone_by
 from .grpo import GRPOTrainer, reward_numbers
 from .sft import negative_log_likelihood
 from .trainer import check_adam
@@ -72,15 +73,28 @@ class PopulationAdam(torch.optim.Optimizer):
         scale = torch.ones_like(norms)
         if group["max_grad_norm"] is not None:
             scale = (group["max_grad_norm"] / (norms + 1e-6)).clamp(max=1.0)
-        for table, gradient in zip(tables, gradients, strict=True):
-            self._step_table(table, gradient, slots.to(table.device), rates, scale, group)
+        changed = [tensor for table in tables for tensor in (table, *self._state_of(table).values())]
+        before = [tensor[slots.to(tensor.device)] for tensor in changed]  # of the rows that move
+
+        @torch.no_grad()
+        def undo() -> None:
+            for tensor, was in zip(changed, before, strict=True):
+                tensor[slots.to(tensor.device)] = was
+
+        with undone_by(undo):
+            for table, gradient in zip(tables, gradients, strict=True):
+                self._step_table(table, gradient, slots.to(table.device), rates, scale, group)
         return dict(zip(names, norms.tolist(), strict=True))
 
-    def _step_table(self, table: Tensor, gradient: Tensor, slots: Tensor, rates: Tensor, scale: Tensor, group: dict):
+    def _state_of(self, table: Tensor) -> dict[str, Tensor]:
         state = self.state[table]
         if not state:
-            state["step"] = torch.zeros(len(table), dtype=torch.float64, device="cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+            count = torch.zeros(len(table), dtype=torch.float64, device="cpu")
+            state.update(step=count, exp_avg=torch.zeros_like(table), exp_avg_sq=torch.zeros_like(table))
+        return state
+
+    def _step_table(self, table: Tensor, gradient: Tensor, slots: Tensor, rates: Tensor, scale: Tensor, group: dict):
+        state = self._state_of(table)
         beta1, beta2 = group["betas"]
         state["step"][slots.cpu()] += 1
         count = state["step"][slots.cpu()]  # [n]

@@ -1,12 +1,14 @@
 """What the GRPO and SFT steps share: the optimizer over the trained numbers, and a step that is all or nothing."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from ..common.finite import finite_number
+from ..common.interrupts import undone_by
 
 
 def check_adam(
@@ -137,9 +139,19 @@ class VectorTrainer:
             weight: what it was divided by, tokens or sequences; 0: there was nothing to average, and the loss is 0.
         """
         accumulated = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        try:
+        before = self.steps, self._pending, self._weight
+        put_back: list[Callable[[], None]] = []
+
+        def undo() -> None:
+            for each in put_back:
+                each()
+            for p, gradient in zip(self.parameters, accumulated, strict=True):
+                p.grad = gradient
+            self.steps, self._pending, self._weight = before
+
+        with undone_by(undo):
+            for p in self.parameters:
+                p.grad = None
             loss.backward()
             fresh = [p.grad for p in self.parameters]
             if all(g is None for g in fresh):
@@ -152,21 +164,44 @@ class VectorTrainer:
             norm = torch.nn.utils.get_total_norm([g for g in fresh if g is not None])
             if not bool(torch.isfinite(norm)):
                 raise ValueError(f"gradient: its norm is {float(norm)}; the step was not taken")
-        except BaseException:
-            for p, gradient in zip(self.parameters, accumulated, strict=True):
+            for p, gradient in zip(self.parameters, fresh, strict=True):
                 p.grad = gradient
-            raise
-        for p, gradient in zip(self.parameters, fresh, strict=True):
-            p.grad = gradient
-        self._pending, self._weight = self._pending + 1, total
-        if self._pending == self.accumulation_steps:
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.steps += 1
-            self._pending, self._weight = 0, 0.0
+            self._pending, self._weight = self._pending + 1, total
+            if self._pending == self.accumulation_steps:
+                put_back.append(_keep(self.optimizer))
+                if self.max_grad_norm is not None:
+                    torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.steps += 1
+                self._pending, self._weight = 0, 0.0
         return float(norm)
+
+
+def _keep(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What puts an optimizer's parameters, state and settings back as they are now."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [p.detach().clone() for p in parameters]
+    state = {p: _copied(slots) for p, slots in optimizer.state.items()}
+    settings = [_copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for p, was in zip(parameters, numbers, strict=True):
+            p.copy_(was)
+        for p in list(optimizer.state):
+            if p not in state:
+                del optimizer.state[p]
+        for p, slots in state.items():
+            optimizer.state[p] = _copied(slots)
+        for group, was in zip(optimizer.param_groups, settings, strict=True):
+            group.update(_copied(was))
+
+    return put_back
+
+
+def _copied(values: dict) -> dict:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in values.items()}
 
 
 def _mixed(a: torch.Tensor | None, b: torch.Tensor | None, of_a: float, of_b: float) -> torch.Tensor | None:
