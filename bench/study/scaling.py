@@ -263,7 +263,7 @@ def study(models: Sequence[str], out: Path, processes: int, until: float = math.
     if unknown := set(models) - set(MODELS):
         raise ValueError(f"models: expected some of {', '.join(MODELS)}, found {', '.join(sorted(unknown))}")
     run(models, out, processes, until)
-    moved = transfer.run(out / "transfer.csv", processes, until) if "smollm2" in models else []
+    moved = transfer.run(out, processes, until) if "smollm2" in models else []
     rows = rows_by_model(out)
     found = readings(rows)
     path = out / "scaling.csv"
@@ -272,6 +272,6 @@ def study(models: Sequence[str], out: Path, processes: int, until: float = math.
     (out / "scaling.txt").write_text(text(found, rows) + "\n")
     print(text(found, rows))
     figures.scaling(found, out / "scaling.png")
-    if len(moved) == transfer.ROWS:
+    if len(moved) == len(transfer.ADAPTERS) * len(transfer.TASKS):
         (out / "transfer.txt").write_text(transfer.text(moved) + "\n")
         print("\n" + transfer.text(moved))

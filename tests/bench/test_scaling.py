@@ -19,7 +19,7 @@ from bench.study.__main__ import main
 from bench.study.design import TINY, WIDTHS, arms, tied
 from bench.study.methods import LORA, Method
 from bench.study.scaling import Reading, crossing, half, interval, read, redrawn, share_at, slope, spearman
-from demo import pretrain_tiny, tiny
+from demo import pretrain_tiny, recipes, tiny
 from demo.models import PROJECTIONS, load_model
 from demo.tasks import addition, task
 from tinylora_kernels.model.targets import target_names
@@ -179,19 +179,24 @@ def test_other_tasks_are_what_they_say_and_no_training_problem():
     assert {len(re.findall(r"\d+", p.prompt)) for p in transfer.TASKS["three terms"]()} == {3}
 
 
-def test_transfer_scores_every_run_on_every_task(tmp_path, monkeypatch):
-    digits = task("digit-sums").held_out[:5]
+def test_transfer_trains_an_adapter_once_and_scores_it_on_every_task(tmp_path, monkeypatch):
+    digits = task("digit-sums").held_out[:20]
+    recipe = replace(recipes.TINY, settings=replace(recipes.TINY.settings, steps=2, prompts=4, samples=4))
+    for name, value in dict(MODEL="tiny", RECIPE=recipe, ADAPTERS=((0, 0), (13, 0))).items():
+        monkeypatch.setattr(transfer, name, value)
     monkeypatch.setattr(transfer, "TASKS", {"as trained": lambda: digits, "others": lambda: digits[:2]})
-    monkeypatch.setattr(transfer, "RUNS", ((tied(4, 21), 0.03), (tied(13, 21), 0.03), (tied(1, 1), 0.03)))
-    path = tmp_path / "transfer.csv"
-    rows = transfer.run(path, 1, design=SMALL)
-    assert len(rows) == 2 * (1 + 3 * 2) == len(table.read(path))
-    assert [row["numbers"] for row in rows[::2]] == ["0", "4", "13", "4", "13", "21", "21"]
-    assert all(0 <= float(row["greedy"]) <= 1 and float(row["length"]) > 1 for row in rows)
-    lines = transfer.text(rows).splitlines()
-    assert len(lines) == 4 and "4 numbers" in lines[1] and lines[2].startswith("as trained")
+    rows = transfer.run(tmp_path, 1)
+    assert [row["numbers"] for row in rows] == ["0", "0", "13", "13"] and rows[2]["lr"] == "0.02"
+    assert rows == table.read(tmp_path / "transfer.csv") and float(rows[0]["length"]) > 1
+    (file,) = (tmp_path / "adapters").iterdir()
+    assert transfer.text(rows).splitlines()[2].startswith("as trained")
+    (tmp_path / "transfer.csv").unlink()  # rows are made again from the file, to the digit
+    transfer.adapted.cache_clear()
+    monkeypatch.setattr(transfer, "train_adapter", lambda *unused: pytest.fail(f"trained {file.name} again"))
+    assert transfer.run(tmp_path, 1) == rows
     monkeypatch.setattr(transfer, "execute", lambda unit: pytest.fail(f"ran {unit.label} again"))
-    assert transfer.run(path, 1, design=SMALL) == rows
+    assert transfer.run(tmp_path, 1) == rows
+    transfer.adapted.cache_clear()
 
 
 def test_the_page_shows_what_the_rows_say():
