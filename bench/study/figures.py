@@ -14,7 +14,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from .design import EQUAL_SIZE, OBJECTIVES, RANKS, STORAGE, STORAGES, TYING  # noqa: E402
 from .methods import FULL, LORA, LORA_XS, TINYLORA, Method  # noqa: E402
 from .rollouts import NUMBERS, SOURCES  # noqa: E402
-from .scaling import REAL, Reading  # noqa: E402
+from .scaling import REAL, Reading, crossing  # noqa: E402
 from .summary import GREEDY, METRICS, SAMPLED, Result, base_accuracy, fitted, results  # noqa: E402
 
 COLORS = {"grpo": "C0", "sft-own": "C2", "sft-foreign": "C3"}
@@ -104,11 +104,11 @@ def scaling(found: Sequence[Reading], path: Path) -> None:
     for one in found:
         if one.needed is None:
             continue
-        low, high = one.interval
+        needed, low, high = one.told(crossing)
         real = one.model in REAL
         axes[0].errorbar(
-            one.parameters * (1.03 if one.objective == "grpo" else 0.97), one.needed,
-            [[one.needed - min(low, one.needed)], [max(high, one.needed) - one.needed]],
+            one.parameters * (1.03 if one.objective == "grpo" else 0.97), needed,
+            [[needed - min(low, needed)], [max(high, needed) - needed]],
             color=COLORS[one.objective], marker="D" if real else "o", ms=6, lw=1, capsize=2,
             mfc="white" if real else COLORS[one.objective],
         )  # fmt: skip

@@ -13,9 +13,9 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 
@@ -28,9 +28,10 @@ from .runner import BASE
 from .summary import COLUMN_OF, METRICS, base_accuracy, results
 
 OBJECTIVES = ("grpo", "sft-own")
-SHARE = 0.95
+SHARE = 0.95  # as in the paper
+HALF = 0.5  # where a curve is steep, and so is read more exactly
 DRAWS = 2000
-TOLD = (13, 84)  # numbers whose share of the best gain is told beside
+MOST = 84  # numbers of the widest vector, whose share of the best gain is told beside
 LENGTH_OF = dict(zip(METRICS, ("length", "length_sampled"), strict=True))
 DECODERS = {"tiny" if width == tiny.WIDTH else f"tiny-{width}": width for width in WIDTHS}
 REAL = {"smollm2": 134_515_008}  # parameters
@@ -62,21 +63,14 @@ class Reading:
         """Trained numbers of the best gain."""
         return max(self.gains, key=self.gains.__getitem__)
 
-    @cached_property
+    @property
     def needed(self) -> float | None:
         """Numbers that reach SHARE of the best gain; None where nothing is gained."""
         return crossing(self.gains)
 
-    @cached_property
-    def interval(self) -> tuple[float, float]:
-        return interval([crossing(draw) for draw in self.draws])
-
-    def share(self, size: int) -> float:
-        """Of the best gain, at so many numbers; not a number where these were not tried."""
-        return share_at(self.gains, size)
-
-    def share_interval(self, size: int) -> tuple[float, float]:
-        return interval([share_at(draw, size) for draw in self.draws])
+    def told(self, of: Callable[[dict[int, float]], float]) -> tuple[float, float, float]:
+        """A number that is read from gains, and its interval."""
+        return of(self.gains), *interval([of(draw) for draw in self.draws])
 
 
 def crossing(gains: dict[int, float], share: float = SHARE) -> float | None:
@@ -105,7 +99,12 @@ def redrawn(curve: Curve, rng: random.Random) -> dict[int, float]:
     return {size: sum(rng.choices(scores, k=len(scores))) / len(scores) for size, scores in curve.items()}
 
 
-def share_at(gains: dict[int, float], size: int) -> float:
+def half(gains: dict[int, float]) -> float | None:
+    return crossing(gains, HALF)
+
+
+def share_at(gains: dict[int, float], size: int = MOST) -> float:
+    """Of the best gain, at so many numbers; not a number where these were not tried."""
     return gains.get(size, math.nan) / max(gains.values())
 
 
@@ -120,7 +119,7 @@ def read(model: str, parameters: int, rows: list[dict], objective: str, metric: 
     return Reading(model, parameters, objective, metric, base, gains, max(map(len, curve.values())), tuple(drawn))
 
 
-def slope(readings: Sequence[Reading]) -> tuple[float, float, float]:
+def slope(readings: Sequence[Reading], of: Callable[[dict[int, float]], float]) -> tuple[float, float, float]:
     """By which power of the model's size the numbers grow, and its interval: log n = a + b log N, least squares."""
     sizes = [math.log(reading.parameters) for reading in readings]
     centred = [size - mean(sizes) for size in sizes]
@@ -128,8 +127,8 @@ def slope(readings: Sequence[Reading]) -> tuple[float, float, float]:
     def fit(needed: Sequence[float]) -> float:
         return sum(x * math.log(n) for x, n in zip(centred, needed, strict=True)) / sum(x * x for x in centred)
 
-    drawn = zip(*(map(crossing, reading.draws) for reading in readings), strict=False)
-    return fit([reading.needed for reading in readings]), *interval(list(map(fit, drawn)))
+    drawn = zip(*(map(of, reading.draws) for reading in readings), strict=False)
+    return fit([of(reading.gains) for reading in readings]), *interval(list(map(fit, drawn)))
 
 
 def spearman(pairs: Sequence[tuple[float, float]]) -> float:
@@ -182,22 +181,22 @@ def parameters_of(model: str) -> int:
     return sum(p.numel() for p in tiny.TinyDecoder(DECODERS[model]).parameters())
 
 
+READ = {"needed": crossing, "half": half, f"share_at_{MOST}": share_at}  # from gains
 COLUMNS = [
-    "model", "parameters", "objective", "metric", "seeds", "base", "best", "best_numbers", "needed", "needed_low",
-    "needed_high", *(f"share_at_{size}{bound}" for size in TOLD for bound in ("", "_low", "_high")),
+    "model", "parameters", "objective", "metric", "seeds", "base", "best", "best_numbers",
+    *(f"{name}{bound}" for name in READ for bound in ("", "_low", "_high")),
 ]  # fmt: skip
 
 
 def described(reading: Reading) -> dict:
     """A line of scaling.csv; a cell is empty where nothing was gained or nothing tried."""
-    shares = [value for size in TOLD for value in (reading.share(size), *reading.share_interval(size))]
-    values = (
+    values = [
         reading.model, reading.parameters, reading.objective, reading.metric, reading.seeds, reading.base,
-        reading.base + reading.gains[reading.best], reading.best, reading.needed, *reading.interval, *shares,
-    )  # fmt: skip
-    known = reading.needed is not None
-    cells = [None if isinstance(v, float) and math.isnan(v) else v for v in values]
-    return dict(zip(COLUMNS, cells if known else cells[:8] + [None] * (len(COLUMNS) - 8), strict=True))
+        reading.base + reading.gains[reading.best], reading.best,
+    ]  # fmt: skip
+    if reading.needed:
+        values += [None if math.isnan(value) else value for of in READ.values() for value in reading.told(of)]
+    return dict(zip_longest(COLUMNS, values))
 
 
 def text(found: list[Reading], rows: dict[str, list[dict]]) -> str:
@@ -207,38 +206,32 @@ def text(found: list[Reading], rows: dict[str, list[dict]]) -> str:
         lines = [
             f"{metric} accuracy",
             f"{'':10}{'parameters':>12}{'objective':>11}{'base':>7}{'best':>7}{'  of':>9}"
-            f"{'95% of the gain':>24}" + "".join(f"{f'at {size}':>17}" for size in TOLD),
+            f"{'95% of the gain':>24}{'50% of the gain':>21}{f'gain at {MOST}':>16}",
         ]
         for one in (one for one in found if one.metric == metric):
-            needed, shares = "nothing gained", ["-"] * len(TOLD)
+            cells = ["nothing gained", "-", "-"]
             if one.needed:
-                needed = "{:,.0f} [{:,.0f}, {:,.0f}]".format(one.needed, *one.interval)
-                shares = [share_cell(one, size) for size in TOLD]
+                cells = ["{:,.0f} [{:,.0f}, {:,.0f}]".format(*one.told(of)) for of in (crossing, half)]
+                share = "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * value for value in one.told(share_at)))
+                cells.append(share if MOST in one.gains else "-")
             lines.append(
                 f"{one.model:10}{one.parameters:12,}{one.objective:>11}{100 * one.base:7.1f}"
-                f"{100 * (one.base + one.gains[one.best]):7.1f}{one.best:9,}{needed:>24}"
-                + "".join(f"{share:>17}" for share in shares)
+                f"{100 * (one.base + one.gains[one.best]):7.1f}{one.best:9,}{cells[0]:>24}{cells[1]:>21}{cells[2]:>16}"
             )
         for objective in OBJECTIVES:
             decoders = [
                 o for o in found if (o.metric, o.objective) == (metric, objective) and o.model in DECODERS and o.needed
             ]
             if len(decoders) > 2:
-                power, low, high = slope(decoders)
-                lines.append(f"{objective}: numbers grow as parameters ^ {power:.2f} [{low:.2f}, {high:.2f}], decoders")
+                powers = ["{:.2f} [{:.2f}, {:.2f}]".format(*slope(decoders, of)) for of in (crossing, half)]
+                lines.append(f"{objective}, decoders: numbers as parameters ^ {powers[0]} for 95%, {powers[1]} for 50%")
         parts.append("\n".join(lines))
     parts.append(lengths(rows))
     parts.append(
-        "of: the trained numbers of the best; 95% of the gain: numbers that reach it; at 13, at 84: share of the best\n"
-        "gain; in brackets the middle 95% of a bootstrap over seeds"
+        f"of: the trained numbers of the best; 95%, 50% of the gain: numbers that reach it; gain at {MOST}: its share\n"
+        "of the best; in brackets the middle 95% of a bootstrap over seeds"
     )
     return "\n\n".join(parts)
-
-
-def share_cell(reading: Reading, size: int) -> str:
-    if size not in reading.gains:
-        return "-"
-    return "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * s for s in (reading.share(size), *reading.share_interval(size))))
 
 
 def lengths(rows: dict[str, list[dict]]) -> str:
@@ -270,7 +263,7 @@ def study(models: Sequence[str], out: Path, processes: int, until: float = math.
     if unknown := set(models) - set(MODELS):
         raise ValueError(f"models: expected some of {', '.join(MODELS)}, found {', '.join(sorted(unknown))}")
     run(models, out, processes, until)
-    moved = transfer.run(out / "transfer.csv", processes, until) if "smollm2" in models else []
+    moved = transfer.run(out, processes, until) if "smollm2" in models else []
     rows = rows_by_model(out)
     found = readings(rows)
     path = out / "scaling.csv"
@@ -279,6 +272,6 @@ def study(models: Sequence[str], out: Path, processes: int, until: float = math.
     (out / "scaling.txt").write_text(text(found, rows) + "\n")
     print(text(found, rows))
     figures.scaling(found, out / "scaling.png")
-    if len(moved) == transfer.ROWS:
+    if len(moved) == len(transfer.ADAPTERS) * len(transfer.TASKS):
         (out / "transfer.txt").write_text(transfer.text(moved) + "\n")
         print("\n" + transfer.text(moved))

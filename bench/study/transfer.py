@@ -1,37 +1,39 @@
 """Does an adapter trained on one task help on others, and do its replies grow longer as they get better?
 
-SmolLM2 is trained on sums of two terms in one wording and scored on that and on tasks it never saw: the same sums in
-other words, larger terms, three terms, subtraction, stories, and one that has nothing to do with sums.
+SmolLM2 is trained as the demo trains it, on sums of two terms in one wording, and scored on that and on tasks it never
+saw: the same sums in other words, larger terms, three terms, subtraction, stories, and one that has nothing to do with
+sums. An adapter is kept once it is trained, and every task is a row as it is scored.
 """
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 
 from bench.grid import environment, table
-from demo import tasks
-from demo.tasks import Problem, number_problem
+from demo import recipes, tasks
+from demo.evaluation import evaluate
+from demo.models import PROJECTIONS, LanguageModel, load_model
+from demo.tasks import Problem, Task, number_problem
+from demo.training import Run, Settings, train
+from tinylora_kernels import apply_tiny_lora, load_adapter, save_adapter
+from tinylora_kernels.model.targets import target_names
 
-from .design import REAL, Design, tied, tinylora
-from .methods import Method, Run, attach
-from .runner import BASE, carry_out, loaded
-from .training import GRPO, base_scores, scores
+from .runner import BASE, carry_out
 
 COUNT = 60  # problems of each task
-RUNS: tuple[tuple[Method, float], ...] = ((tinylora(13, 210), 0.03), (tied(4, 1), 0.01))  # 13 and 840, best rates
-KEY = ("method", "lr", "seed", "task", "count", "steps")
-COLUMNS = [
-    *KEY, "numbers", "greedy", "sampled", "length", "length_sampled", "dtype", *environment.describe(),
-]  # fmt: skip
+MODEL, RECIPE = "smollm2", recipes.REAL
+ADAPTERS = ((0, 0), (840, 0))  # trained numbers, seed; none: the model as it comes
+KEY = ("numbers", "seed", "task", "count", "steps")
+COLUMNS = [*KEY, "lr", "greedy", "sampled", "length", "length_sampled", "dtype", *environment.describe()]
 
 
 def pairs() -> list[tuple[int, int]]:
-    """The sums that the study holds out."""
+    """Sums that training leaves out."""
     found = (re.findall(r"\d+", problem.prompt) for problem in tasks.addition().held_out[:COUNT])
     return [(int(a), int(b)) for a, b in found]
 
@@ -57,101 +59,97 @@ TASKS: dict[str, Callable[[], list[Problem]]] = {
     "stories": lambda: tasks.stories().held_out[:COUNT],
     "larger of two": lambda: tasks.maximum().held_out[:COUNT],
 }
+LONG = {"stories": 32}  # tokens that a reply may take, where 12 are too few
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Runs that share their batches, each scored on every task; none: the model as it comes."""
+    """One adapter on one task."""
 
-    design: Design
-    runs: tuple[tuple[Method, float, int], ...] = ()
-
-    @property
-    def size(self) -> int:
-        return len(TASKS) * max(1, len(self.runs))
+    numbers: int
+    seed: int
+    task: str
+    folder: Path  # of adapters
+    size: int = 1
 
     @property
     def label(self) -> str:
-        return ", ".join(method.label for method, *_ in self.runs) or BASE
+        return f"{self.numbers} numbers, {self.task}" if self.numbers else f"{BASE}, {self.task}"
+
+    @property
+    def described(self) -> dict[str, str]:
+        """The columns that are known before it has run, as they stand in the file."""
+        steps = RECIPE.settings.steps if self.numbers else 0
+        return dict(zip(KEY, map(str, (self.numbers, self.seed, self.task, COUNT, steps)), strict=True))
 
 
-ROWS = len(TASKS) * (1 + len(RUNS) * len(REAL.seeds))
-
-
-def units(design: Design) -> list[Unit]:
-    families: dict[tuple[Method, int], list[tuple[Method, float, int]]] = {}
-    for method, rate in RUNS:
-        for seed in design.seeds:
-            families.setdefault((method.family, seed), []).append((method, rate, seed))
-    return [Unit(design), *(Unit(design, tuple(runs)) for runs in families.values())]
-
-
-def described(design: Design, name: str, run: tuple[Method, float, int] | None = None) -> dict[str, str]:
-    """The columns that are known before it has run, as they stand in the file."""
-    method, rate, seed = (run[0].label, f"{run[1]:.5g}", str(run[2])) if run else (BASE, "", "")
-    steps = str(design.settings.steps) if run else ""
-    return dict(zip(KEY, (method, rate, seed, name, str(COUNT), steps), strict=True))
+def run(out: Path, processes: int, until: float = math.inf) -> list[dict]:
+    """Every adapter on every task, as far as the file holds them; rows that it holds are not run again."""
+    path, folder = out / "transfer.csv", out / "adapters"
+    units = [Unit(numbers, seed, name, folder) for numbers, seed in ADAPTERS for name in TASKS]
+    held = {key_of(row) for row in table.read(path)}
+    left = [unit for unit in units if key_of(unit.described) not in held]
+    carry_out(left, execute, path, COLUMNS, processes, "transfer to other tasks", until)
+    rows = {key_of(row): row for row in table.read(path)}
+    return [rows[key] for unit in units if (key := key_of(unit.described)) in rows]
 
 
 def key_of(row: dict) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def run(path: Path, processes: int, until: float = math.inf, design: Design = REAL) -> list[dict]:
-    """Every run on every task; rows that are in the file are not run again."""
-    held = {key_of(row) for row in table.read(path)}
-    left = [unit for unit in units(design) if not {key_of(row) for row in rows_of(unit)} <= held]
-    carry_out(left, execute, path, COLUMNS, processes, "transfer to other tasks", until)
-    rows = {key_of(row): row for row in table.read(path)}
-    return [rows[key] for unit in units(design) for row in rows_of(unit) if (key := key_of(row)) in rows]
-
-
-def rows_of(unit: Unit) -> list[dict[str, str]]:
-    return [described(unit.design, name, run) for run in unit.runs or (None,) for name in TASKS]
-
-
 def execute(unit: Unit) -> list[dict]:
-    """Train on the design's task, score on all; a row for each run and task."""
-    design, settings = unit.design, unit.design.settings
-    base, problems = loaded(design.model, design.task)
-    runs = [Run(*one) for one in unit.runs]
-    learners = None
-    if runs:
-        learners = attach(base, runs, "grpo", settings.samples)
-        objective = GRPO(problems, settings, runs)
-        for _ in range(settings.steps):
-            objective.step(learners)
-    rows = []
-    for one, own in zip(runs or [None], unit.runs or (None,), strict=True):
-        for name, make in TASKS.items():
-            wanted = make(), tasks.stories() if name == "stories" else problems, settings.temperature
-            found = scores(learners, one, *wanted) if learners else base_scores(base, *wanted)
-            rows.append(
-                described(design, name, own)
-                | environment.describe()
-                | {
-                    "numbers": learners.numbers(one) if learners else 0, "dtype": str(base.dtype).rpartition(".")[2],
-                    "greedy": found.greedy.accuracy, "sampled": found.sampled.accuracy,
-                    "length": found.greedy.length, "length_sampled": found.sampled.length,
-                }
-            )  # fmt: skip
-    return rows
+    model, rate = adapted(unit.numbers, unit.seed, unit.folder)
+    limit = LONG.get(unit.task, 12)
+    found = evaluate(model, TASKS[unit.task](), RECIPE.settings.temperature, limit)
+    return [
+        unit.described
+        | environment.describe()
+        | {
+            "lr": rate, "dtype": str(model.dtype).removeprefix("torch."),
+            "greedy": found.greedy.accuracy, "sampled": found.sampled.accuracy,
+            "length": found.greedy.length, "length_sampled": found.sampled.length,
+        }
+    ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def adapted(numbers: int, seed: int, folder: Path) -> tuple[LanguageModel, float | None]:
+    """The model with its adapter, trained now where its file is not there, and the learning rate."""
+    model = load_model(MODEL)
+    if not numbers:
+        return model, None
+    modules = len(target_names(model.module, PROJECTIONS))
+    rate = recipes.rates(RECIPE, [numbers], None, modules)[numbers]
+    settings = replace(RECIPE.settings, lr=rate, seed=seed)
+    file = folder / f"{MODEL}-{numbers}-lr{rate:g}-steps{settings.steps}-seed{seed}.safetensors"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        train_adapter(model, numbers, modules, settings, tasks.task(RECIPE.task))
+        save_adapter(model.module, file)
+    else:
+        load_adapter(model.module, file, progress=False)
+    return model, rate
+
+
+def train_adapter(model: LanguageModel, numbers: int, modules: int, settings: Settings, task: Task) -> None:
+    """As a row of the demo."""
+    apply_tiny_lora(model.module, recipes.adapter_config(numbers, modules), progress=False)
+    train(Run(model, task, settings), f"GRPO, {numbers} numbers")
 
 
 def text(rows: list[dict]) -> str:
-    """Sampled and greedy accuracy in % and tokens of a greedy reply, mean over seeds: a line a task."""
-    methods = {row["method"]: int(row["numbers"]) for row in rows}
-    names = [BASE, *sorted((name for name in methods if name != BASE), key=methods.__getitem__)]
-    heads = [name if name == BASE else f"{methods[name]} numbers" for name in names]
+    """A line a task: accuracy in %, and tokens of a greedy reply."""
+    cells = {(row["numbers"], row["task"]): row for row in rows}
+    heads = list(dict.fromkeys(row["numbers"] for row in rows))
     lines = [
-        "greedy / sampled accuracy, %, and tokens of a greedy reply; trained on the first line's task",
-        f"{'':14}" + "".join(f"{head:>24}" for head in heads),
+        "greedy, sampled accuracy, % : tokens of a greedy reply",
+        f"{'':14}" + "".join(f"{BASE if head == '0' else f'{head} numbers':>18}" for head in heads),
     ]
-    for task in TASKS:
-        cells = []
-        for name in names:
-            own = [row for row in rows if (row["method"], row["task"]) == (name, task)]
-            greedy, sampled, length = (mean(float(row[c]) for row in own) for c in ("greedy", "sampled", "length"))
-            cells.append(f"{100 * greedy:.0f} / {100 * sampled:.0f}, {length:.1f}")
-        lines.append(f"{task:14}" + "".join(f"{cell:>24}" for cell in cells))
+    for name in TASKS:
+        line = f"{name:14}"
+        for head in heads:
+            greedy, sampled, length = (float(cells[head, name][column]) for column in ("greedy", "sampled", "length"))
+            line += f"{f'{100 * greedy:.0f}, {100 * sampled:.0f} : {length:.1f}':>18}"
+        lines.append(line)
     return "\n".join(lines)

@@ -6,7 +6,9 @@ import random
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -16,8 +18,8 @@ from bench.study import demonstrations, figures, runner, scaling, transfer
 from bench.study.__main__ import main
 from bench.study.design import TINY, WIDTHS, arms, tied
 from bench.study.methods import LORA, Method
-from bench.study.scaling import Reading, crossing, interval, read, redrawn, slope, spearman
-from demo import pretrain_tiny, tiny
+from bench.study.scaling import Reading, crossing, half, interval, read, redrawn, share_at, slope, spearman
+from demo import pretrain_tiny, recipes, tiny
 from demo.models import PROJECTIONS, load_model
 from demo.tasks import addition, task
 from tinylora_kernels.model.targets import target_names
@@ -32,6 +34,8 @@ def row(numbers, seed, score, rate=0.01, objective="grpo", method=None):
 
 
 BASE = row(0, "", 0.5, objective="", method=runner.BASE)
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "study"
 GAINS = {1: 0.1, 10: 0.3, 100: 0.5, 1000: 0.4}
 ROWS = [BASE, *(row(n, seed, 0.5 + gain) for n, gain in GAINS.items() for seed in (0, 1))]
 
@@ -49,9 +53,9 @@ def test_a_reading_is_of_the_objective_and_counts_from_the_base_model():
     found = read("m", 1000, ROWS + other, "grpo", "sampled")
     assert found.base == 0.5 and found.best == 100 and found.seeds == 2
     assert found.needed == pytest.approx(10 * 10**0.875)
-    assert found.interval == pytest.approx((found.needed, found.needed))  # seeds agree
-    assert found.share(10) == pytest.approx(0.6) and math.isnan(found.share(13))
-    assert found.share_interval(10) == pytest.approx((0.6, 0.6))
+    assert found.told(crossing) == pytest.approx((found.needed,) * 3)  # seeds agree
+    assert found.told(half) == pytest.approx((10**0.75,) * 3)  # 0.25 of 0.5, three quarters of the way from 1 to 10
+    assert found.told(partial(share_at, size=10)) == pytest.approx((0.6,) * 3) and math.isnan(share_at(found.gains))
     assert read("m", 1000, ROWS + other, "sft-own", "greedy").needed == 1.0
 
 
@@ -61,8 +65,10 @@ def test_the_interval_widens_with_the_spread_of_seeds_and_holds_the_reading():
         return read("m", 1000, [BASE, *own], "grpo", "sampled")
 
     narrow, wide = spread(0.01), spread(0.08)
-    assert narrow.interval[0] <= narrow.needed <= narrow.interval[1]
-    assert math.log(wide.interval[1] / wide.interval[0]) > 2 * math.log(narrow.interval[1] / narrow.interval[0]) > 0
+    needed, low, high = narrow.told(crossing)
+    assert low <= needed <= high
+    _, lower, higher = wide.told(crossing)
+    assert math.log(higher / lower) > 2 * math.log(high / low) > 0
 
 
 def test_nothing_gained_is_said(tmp_path):
@@ -85,7 +91,7 @@ def test_the_slope_is_that_of_a_power_law():
         drawn = ({0.9 * needed: 0.1}, {1.1 * needed: 0.1}) * 50  # reached by their only size
         return Reading("m", parameters, "grpo", "sampled", 0.5, {needed: 0.1}, 4, drawn)
 
-    power, low, high = slope([reading(n, 7.0 * n**-0.5) for n in (1e5, 1e6, 1e7)])
+    power, low, high = slope([reading(n, 7.0 * n**-0.5) for n in (1e5, 1e6, 1e7)], crossing)
     assert power == pytest.approx(-0.5) and low <= power <= high
 
 
@@ -173,16 +179,32 @@ def test_other_tasks_are_what_they_say_and_no_training_problem():
     assert {len(re.findall(r"\d+", p.prompt)) for p in transfer.TASKS["three terms"]()} == {3}
 
 
-def test_transfer_scores_every_run_on_every_task(tmp_path, monkeypatch):
-    digits = task("digit-sums").held_out[:5]
+def test_transfer_trains_an_adapter_once_and_scores_it_on_every_task(tmp_path, monkeypatch):
+    digits = task("digit-sums").held_out[:20]
+    recipe = replace(recipes.TINY, settings=replace(recipes.TINY.settings, steps=2, prompts=4, samples=4))
+    for name, value in dict(MODEL="tiny", RECIPE=recipe, ADAPTERS=((0, 0), (13, 0))).items():
+        monkeypatch.setattr(transfer, name, value)
     monkeypatch.setattr(transfer, "TASKS", {"as trained": lambda: digits, "others": lambda: digits[:2]})
-    monkeypatch.setattr(transfer, "RUNS", ((tied(4, 21), 0.03), (tied(13, 21), 0.03), (tied(1, 1), 0.03)))
-    path = tmp_path / "transfer.csv"
-    rows = transfer.run(path, 1, design=SMALL)
-    assert len(rows) == 2 * (1 + 3 * 2) == len(table.read(path))
-    assert [row["numbers"] for row in rows[::2]] == ["0", "4", "13", "4", "13", "21", "21"]
-    assert all(0 <= float(row["greedy"]) <= 1 and float(row["length"]) > 1 for row in rows)
-    lines = transfer.text(rows).splitlines()
-    assert len(lines) == 4 and "4 numbers" in lines[1] and lines[2].startswith("as trained")
+    rows = transfer.run(tmp_path, 1)
+    assert [row["numbers"] for row in rows] == ["0", "0", "13", "13"] and rows[2]["lr"] == "0.02"
+    assert rows == table.read(tmp_path / "transfer.csv") and float(rows[0]["length"]) > 1
+    (file,) = (tmp_path / "adapters").iterdir()
+    assert transfer.text(rows).splitlines()[2].startswith("as trained")
+    (tmp_path / "transfer.csv").unlink()  # rows are made again from the file, to the digit
+    transfer.adapted.cache_clear()
+    monkeypatch.setattr(transfer, "train_adapter", lambda *unused: pytest.fail(f"trained {file.name} again"))
+    assert transfer.run(tmp_path, 1) == rows
     monkeypatch.setattr(transfer, "execute", lambda unit: pytest.fail(f"ran {unit.label} again"))
-    assert transfer.run(path, 1, design=SMALL) == rows
+    assert transfer.run(tmp_path, 1) == rows
+    transfer.adapted.cache_clear()
+
+
+def test_the_page_shows_what_the_rows_say():
+    rows = scaling.rows_by_model(RESULTS)
+    found = scaling.readings(rows)
+    assert (RESULTS / "scaling.txt").read_text() == scaling.text(found, rows) + "\n"
+    page = (ROOT / "docs" / "study.md").read_text()
+    for part in scaling.text(found, rows).split("\n\n")[:-1]:
+        assert part in page
+    not_run = [model for model in scaling.MODELS if model not in rows]
+    assert all(model in page for model in not_run)  # said so
