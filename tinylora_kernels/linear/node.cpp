@@ -8,13 +8,19 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -180,6 +186,8 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 
 }  // namespace plain
 
+#include "siblings.inl"
+
 // Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Its second output is t, which
 // nobody reads: as an output it has a history, by which gradients of gradients find their way (ops/autograd.py). It gets that
 // history where one is asked for: a SavedVariable of an output makes two tensors more at every call.
@@ -188,6 +196,7 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 // to be made and found again around every product.
 struct TinyLoRALinear : torch::autograd::Node {
   SavedVariable t;  // where v wants a gradient
+  Siblings* siblings = nullptr;  // at the end of the first edge, or null: dx is handed to autograd
   Tensor v;
   Frozen frozen;
   std::vector<int64_t> sizes;  // of y
@@ -221,17 +230,29 @@ struct TinyLoRALinear : torch::autograd::Node {
     const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
     const bool need_dx = task_should_compute_output(0);
     const Tensor g = grad.contiguous();  // expanded gradients (sum, mean) have stride 0
+    // A hook is shown this layer's dx, and so is who calls the node by hand.
+    const bool on_its_own = !need_dx || !post_hooks().empty() || torch::autograd::get_current_graph_task_id() < 0;
+    Siblings* const others = on_its_own ? nullptr : siblings;
+    Tensor dx = others ? others->take() : Tensor();
+    const bool more = dx.defined();  // the sum of those before, to be added to
+    Tensor dv;
     if (need_dx && order & kPastWeight) {
-      const bool last = order & kLastBackward;
-      // dx = (a M) B^T + g W
-      Tensor dx = last ? empty_rows(g, weight.size(1)) : at::matmul(g, weight);
-      Tensor dv = update_input_grad(dx, *right, g, basis, v, projection, maybe_t, adapter_ids, !last);
+      const bool last = order & kLastBackward && !more;
+      // dx (+)= (a M) B^T + g W
+      if (last) dx = empty_rows(g, weight.size(1));
+      else if (more) add_product(dx, g, weight);
+      else dx = at::matmul(g, weight);
+      dv = update_input_grad(dx, *right, g, basis, v, projection, maybe_t, adapter_ids, !last);
       if (last) add_product(dx, g, weight);
-      return {dx, maybe_t ? dv : Tensor()};
+    } else {
+      Tensor g0;
+      std::tie(g0, dv) = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
+      // dx (+)= g0 W
+      if (more) add_product(dx, g0, weight);
+      else if (need_dx) dx = at::matmul(g0, weight);
     }
-    auto [g0, dv] = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
-    // dx = g0 W
-    return {need_dx ? at::matmul(g0, weight) : Tensor(), maybe_t ? dv : Tensor()};
+    if (others) others->put(std::move(dx));  // and leaves dx undefined
+    return {dx, maybe_t ? dv : Tensor()};
   }
 
   // g_t [N, r] is what came to t.
@@ -259,19 +280,6 @@ struct TinyLoRALinear : torch::autograd::Node {
   }
 };
 
-// Torch's pointer to a node: std::shared_ptr up to some release, its own counted pointer from then on.
-template <class N, class Pointer = decltype(torch::autograd::Edge::function)>
-Pointer new_node(N*& node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    Pointer pointer(node = new N, [](auto* old) { deleteNode(old); });  // torch's: without deep recursion
-    return pointer;
-  } else {
-    auto pointer = c10::make_intrusive<N>();
-    node = pointer.get();
-    return pointer;
-  }
-}
-
 Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& frozen) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const auto below = [&] {
@@ -279,9 +287,12 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
     return run(x, v, frozen);
   };
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || v.requires_grad())) return std::get<0>(below());
+  torch::autograd::edge_list edges = torch::autograd::collect_next_edges(x, v);
+  Siblings* const siblings = siblings_of(x, v, edges[0], frozen.weight);
   TinyLoRALinear* node = nullptr;
   const auto pointer = new_node(node);
-  node->set_next_edges(torch::autograd::collect_next_edges(x, v));
+  node->siblings = siblings;
+  node->set_next_edges(std::move(edges));
   auto [y, t] = below();
   node->sizes = y.sizes().vec();
   node->frozen = frozen;

@@ -4,7 +4,8 @@ Against the update behind torch's own linear this spares one node each way, whic
 instead with the native kernels where it is compiled (compiled.py); here is what runs beside any torch and Python.
 
 A process may change from this one to its twin between any two calls (plan.take_twin): what the two save for the
-backward pass is the same, number by number, since a checkpoint may take it from the other one.
+backward pass is the same, number by number, since a checkpoint may take it from the other one. Layers that read one x
+add up their dx in C++ alone (siblings.inl), and not in a process that has changed.
 """
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ def backward_is_compiled() -> bool:
 def take_twin(compiled_since: ModuleType) -> None:
     """Calls run the twin from now on."""
     global extension, why_no_twin, twin
+    compiled_since.set_siblings(False)  # dx would be rounded otherwise from some call on
     extension, why_no_twin, twin = compiled_since, None, torch.ops.tinylora.linear.default
 
 

@@ -237,7 +237,14 @@ PyType_Slot plan_slots[] = {
     {}};
 PyType_Spec plan_type = {"tinylora_kernels.linear._node.Plan", sizeof(PlanObject), 0,
                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, plan_slots};
-PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node"};
+
+PyObject* set_siblings(PyObject*, PyObject* wanted) {
+  const int on = PyObject_IsTrue(wanted);
+  return on < 0 ? nullptr : PyBool_FromLong(siblings_wanted.exchange(on));
+}
+PyMethodDef functions[] = {
+    {"set_siblings", set_siblings, METH_O, "Whether layers that read one x add up their dx themselves; as it was."}, {}};
+PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
 
 }  // namespace
 
