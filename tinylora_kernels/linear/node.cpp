@@ -81,6 +81,26 @@ Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const
   return call.call(dx, right, g, basis, v, projection, t, adapter_ids, add);
 }
 
+using Ints = c10::IntArrayRef;
+
+Tensor update_parts(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& bias,
+                    const Maybe& adapter_ids, Ints ends, Ints groups) {
+  static const auto call =
+      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&,
+                const Maybe&, const Maybe&, Ints, Ints)>("tinylora::update_parts");
+  return call.call(y, basis, v, projection, /*offset=*/std::nullopt, bias, /*x=*/std::nullopt, /*right=*/std::nullopt,
+                   adapter_ids, ends, groups);
+}
+
+std::tuple<Tensor, Tensor> update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                                 const Tensor& projection, const Maybe& t, const Maybe& adapter_ids,
+                                                 Ints ends, Ints groups, bool need_input_grad) {
+  static const auto call =
+      op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                                    const Maybe&, Ints, Ints, bool)>("tinylora::update_parts_backward");
+  return call.call(g, basis, v, projection, t, adapter_ids, ends, groups, need_input_grad);
+}
+
 // Bits of an order; rules.py decides them and says why.
 enum Order : int64_t { kLastForward = 1, kPastWeight = 2, kLastBackward = 4 };
 constexpr int64_t kGpuRows = 512;  // of a call whose product comes last; rules.py has the same
@@ -101,6 +121,14 @@ Tensor empty_rows(const Tensor& like, int64_t width) {
   return at::empty(sizes, like.options());
 }
 
+// Of a fused layer whose update goes part by part: method/parts.py's PartFactors.
+struct Parts {
+  Tensor basis;       // [r, out]
+  Tensor projection;  // [k, u, r, r]
+  std::vector<int64_t> ends;
+  std::vector<int64_t> groups = std::vector<int64_t>(ends.size());  // one v for all
+};
+
 // What a call holds still: node.py's FrozenLinear, but for the backend.
 struct Frozen {
   Tensor weight;      // [out, in]
@@ -111,6 +139,7 @@ struct Frozen {
   Maybe right;        // [r, in]
   Maybe samples;      // [blocks, 256], of the weight that `right` is of
   int64_t order;
+  std::optional<Parts> parts;
 
   // Of a call with these rows, x or g.
   int64_t order_for(const Tensor& rows) const {
@@ -133,6 +162,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Froze
     return {y, t};
   }
   Tensor y = at::linear(input, f.weight).contiguous();
+  if (f.parts) {
+    const auto& [basis, projection, ends, groups] = *f.parts;
+    return {y, update_parts(y, basis, v.unsqueeze(0), projection, f.bias, f.adapter_ids, ends, groups)};
+  }
   Tensor t = update(y, f.basis, v, f.projection, f.bias, f.adapter_ids);
   return {y, t};
 }
@@ -224,7 +257,7 @@ struct TinyLoRALinear : torch::autograd::Node {
   }
 
   variable_list gradients(const Tensor& grad, const Tensor& saved) {
-    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order] = frozen;
+    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order, parts] = frozen;
     const int64_t order = frozen.order_for(grad);
     at::AutoDispatchBelowADInplaceOrView below;
     const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
@@ -246,7 +279,13 @@ struct TinyLoRALinear : torch::autograd::Node {
       if (last) add_product(dx, g, weight);
     } else {
       Tensor g0;
-      std::tie(g0, dv) = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
+      if (parts) {
+        std::tie(g0, dv) = update_parts_backward(g, parts->basis, v.unsqueeze(0), parts->projection, maybe_t, adapter_ids,
+                                                 parts->ends, parts->groups, need_dx);
+        if (maybe_t) dv = dv[0];
+      } else {
+        std::tie(g0, dv) = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
+      }
       // dx (+)= g0 W
       if (more) add_product(dx, g0, weight);
       else if (need_dx) dx = at::matmul(g0, weight);
@@ -255,13 +294,22 @@ struct TinyLoRALinear : torch::autograd::Node {
     return {dx, maybe_t ? dv : Tensor()};
   }
 
+  // t [k, N, r] of parts as that of one update of the rank of all of them: method/parts.py's block_coefficients.
+  Tensor as_one(const Tensor& t) const {
+    if (!frozen.parts || !t.defined()) return t;
+    const Tensor flat = t.transpose(0, 1).flatten(1);
+    return at::constant_pad_nd(flat, {0, frozen.basis.size(0) - flat.size(1)});
+  }
+
   // g_t [N, r] is what came to t.
-  variable_list differentiable(const Tensor& grad, const Tensor& g_t, const Tensor& saved) {
+  variable_list differentiable(const Tensor& grad, const Tensor& of_t, const Tensor& saved) {
+    const Tensor g_t = as_one(of_t);
     const Tensor g = grad.defined() ? grad : at::zeros(sizes, frozen.weight.options());
     Tensor own_t;
     if (saved.defined()) {
       own_t = saved.detach();
       torch::autograd::impl::set_gradient_edge(own_t, {getptr(), /*output=*/1});
+      own_t = as_one(own_t);
     }
     const Tensor a = plain::project(g, frozen.basis);
     Tensor gains = plain::gains(a, v, frozen.projection, frozen.adapter_ids);
@@ -305,16 +353,22 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   return y;
 }
 
+std::optional<Parts> parts_of(const Maybe& basis, const Maybe& projection, Ints ends) {
+  return basis ? std::optional(Parts{*basis, *projection, ends.vec()}) : std::nullopt;
+}
+
 Tensor linear_op(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
                  const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
-                 int64_t order) {
-  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order});
+                 int64_t order, const Maybe& part_basis, const Maybe& part_projection, Ints ends) {
+  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order,
+                                     parts_of(part_basis, part_projection, ends)});
 }
 
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
                     const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
-                    int64_t order) {
-  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order}));
+                    int64_t order, const Maybe& part_basis, const Maybe& part_projection, Ints ends) {
+  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order,
+                                parts_of(part_basis, part_projection, ends)}));
 }
 
 }  // namespace
@@ -322,7 +376,7 @@ Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, cons
 TORCH_LIBRARY_FRAGMENT(tinylora, m) {
   m.def(
       "linear(Tensor x, Tensor v, Tensor weight, Tensor? bias, Tensor basis, Tensor projection, Tensor? adapter_ids, "
-      "Tensor? right, Tensor? samples, int order) -> Tensor");
+      "Tensor? right, Tensor? samples, int order, Tensor? part_basis, Tensor? part_projection, int[] ends) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_op); }

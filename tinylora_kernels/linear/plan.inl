@@ -172,6 +172,14 @@ Runs runs_of(PyObject* held) {
           {numbers, numbers + bits.nbytes()}};
 }
 
+std::optional<Parts> parts_held(PyObject* parts) {
+  if (parts == Py_None) return std::nullopt;
+  const Owned list = attribute(parts, "ends");
+  std::vector<int64_t> ends;
+  for (Py_ssize_t i = 0; i < PyList_Size(list.get()); ++i) ends.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list.get(), i)));
+  return Parts{tensor(parts, "basis"), tensor(parts, "projection"), std::move(ends)};
+}
+
 // Plan(plan, globals of plan.py, globals of dispatch.py, global hooks). The arguments own what is kept of them: fields of
 // a NamedTuple do not change.
 PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
@@ -188,7 +196,7 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
       optional_tensor(plan, "table").value_or(Tensor()),
       {tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
        optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"), optional_tensor(frozen, "samples"),
-       PyLong_AsLongLong(field(frozen, "order"))},
+       PyLong_AsLongLong(field(frozen, "order")), parts_held(field(frozen, "parts"))},
       runs_of(field(plan, "held"))});
   const Questions questions{
       plans, dispatch, global_hooks,
