@@ -188,12 +188,15 @@ def _gradients(
         return dx, (None if t is None else dv), None
     if parts is not None:
         groups = [0] * len(parts.ends)
-        g0, dv = backend.update_parts_backward(
+        g_parts, dv_parts = backend.update_parts_backward(
             g.contiguous(), parts.basis, v[None], parts.projection, t, adapter_ids, parts.ends, groups,
             ctx.needs_input_grad[0],
         )  # fmt: skip
-        dx = torch.matmul(g0, weight) if ctx.needs_input_grad[0] else None
-        return dx, (None if t is None else dv[0]), None
+        return (
+            torch.matmul(g_parts, weight) if ctx.needs_input_grad[0] else None,
+            None if t is None else dv_parts[0],
+            None,
+        )
     g0, dv_or_none = update_gradients(g, basis, v, projection, t, adapter_ids, ctx.needs_input_grad[0], backend)
     # dx = g0 W
     return None if g0 is None else torch.matmul(g0, weight), dv_or_none, None

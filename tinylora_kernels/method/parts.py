@@ -9,7 +9,7 @@ which is the same update with a larger rank: basis [k r, out] whose rows of part
 block-diagonal. So forward, backward, merging, export and adapter banks are those of any layer. Rows of zeros fill the
 rank up to one the kernels are specialised for.
 
-Where that costs too much (linear/rules.py: by_parts) an adapted nn.Linear updates its output part by part in one launch,
+Where that costs too much (linear/rules.py: by_parts) an adapted nn.Linear updates its output part by part in one op,
 update_parts, from part_factors.
 
 Files and factors hold the compact form: U_1^T, ..., U_k^T side by side, [r, out], and the singular values [k, r].
