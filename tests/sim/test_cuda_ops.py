@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.cases import CASES, assert_within_budget, make_case, run_ops
-from tests.part_cases import PartCase, make_part_case, run_parts
+from tests.part_cases import PartCase, check_parts, drawn, make_part_case, run_parts
 from tinylora_kernels.ops.schema import (
     LOW_RANK,
     REFRESH_RIGHT,
@@ -22,7 +22,6 @@ from .checks import draws, same_bits
 from .host import emulator
 from .host.emulator import Emulated
 from .test_cuda_parts import CASES as PART_CASES
-from .test_cuda_parts import check, drawn
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 
@@ -58,7 +57,7 @@ def test_parts(ops, case):
     """The arguments of ops.cpp are those that the simulators are given: the same bits, within the budget."""
     inputs = drawn(case, torch.bfloat16)
     found = [run_parts(ops, one) for one in inputs]
-    check(found, inputs, case)
+    check_parts(found, inputs, case)
     emulated = Emulated(emulator.build("plain", ranks=(2,), dtypes=(torch.bfloat16,)))
     again = run_parts(emulated, inputs[0])
     assert all(same_bits(getattr(found[0], name), getattr(again, name)) for name in vars(again))

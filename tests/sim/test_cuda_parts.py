@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from tests.cases import DTYPES, error, run_ops
-from tests.part_cases import PART_CASES, PartCase, assert_parts_within_budget, make_part_case, one_by_one, run_parts
+from tests.part_cases import PART_CASES, PartCase, check_parts, drawn, make_part_case, one_by_one, run_parts
 from tinylora_kernels.method.parts import SPECIALISED_RANKS
-from tinylora_kernels.ops import reference
 
 from .checks import LARGE, same_bits
 from .compilers import COMPILERS, CUDA, needs_compiler
@@ -42,24 +41,10 @@ CASES = {
 EVERYWHERE = [case for case in PART_CASES if case.rank in SPECIALISED_RANKS]
 
 
-def check(found: list, inputs: list, case: PartCase) -> None:
-    """Within the budget; a shard, whose y0 U is not t, to fp32's error and one rounding."""
-    if not case.inputs:
-        return assert_parts_within_budget(found, inputs)
-    for ours, one in zip(found, inputs, strict=True):
-        truth = run_parts(reference, one)
-        assert error(ours.t, truth.t) < 2e-6 and error(ours.y, truth.y) < 2 * torch.finfo(ours.y.dtype).eps
-        assert error(ours.g0, truth.g0) < 2 * torch.finfo(ours.y.dtype).eps and error(ours.dv, truth.dv) < 1e-5
-
-
-def drawn(case: PartCase, dtype: torch.dtype) -> list:
-    return [make_part_case(case, dtype, draw) for draw in range(3)]
-
-
 def run_everything(make, case: PartCase) -> None:
     """Results, and the same bits in any order, in a graph and on another card; only what is asked for."""
     inputs = drawn(case, torch.bfloat16)
-    check([run_parts(make(), one) for one in inputs], inputs, case)
+    check_parts([run_parts(make(), one) for one in inputs], inputs, case)
     first = run_parts(make(), inputs[0])
     for way in ({"order": "reverse"}, {"capturing": True}):
         other = run_parts(make(**way), inputs[0])
@@ -115,7 +100,7 @@ def test_checks_on_the_interpreter(case):
 @pytest.mark.parametrize("case", EVERYWHERE, ids=str)
 def test_grid(case, dtype, compiler):
     inputs, gpu = drawn(case, dtype), SimulatedCuda(90, compiler=compiler)
-    check([run_parts(gpu, one) for one in inputs], inputs, case)
+    check_parts([run_parts(gpu, one) for one in inputs], inputs, case)
     if case.rows:  # one launch each way, and one more for the sums of a bank
         assert len(gpu.launches) == (3 if case.adapters else 2) * len(inputs)
 
@@ -126,7 +111,7 @@ def test_grid(case, dtype, compiler):
 @pytest.mark.parametrize("case", [EVERYWHERE[i] for i in (2, 5, 6, 8)], ids=str)
 def test_every_target(case, capability, compiler):
     inputs, gpu = drawn(case, torch.bfloat16), SimulatedCuda(capability, compiler=compiler)
-    check([run_parts(gpu, one) for one in inputs], inputs, case)
+    check_parts([run_parts(gpu, one) for one in inputs], inputs, case)
 
 
 @needs_compiler
