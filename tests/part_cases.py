@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import BUDGET, Case, Inputs, Outputs, chain, error, exact, make_case
+from tinylora_kernels.ops import reference
 from tinylora_kernels.ops.schema import accumulation_dtype
 
 
@@ -149,3 +150,17 @@ def assert_parts_within_budget(found: list[Outputs], inputs: list[PartInputs], *
         ours, theirs = error(result, truth), error(plain, truth)
         rounding = torch.finfo(result.dtype).eps
         assert ours <= max(budget * theirs, rounding), f"{name}: error {ours:.3g}, the plain chain's {theirs:.3g}"
+
+
+def check_parts(found: list[Outputs], inputs: list[PartInputs], case: PartCase) -> None:
+    """Within the budget; a shard, whose y0 U is not t, to fp32's error and one rounding."""
+    if not case.inputs:
+        return assert_parts_within_budget(found, inputs)
+    for ours, one in zip(found, inputs, strict=True):
+        truth = run_parts(reference, one)
+        assert error(ours.t, truth.t) < 2e-6 and error(ours.y, truth.y) < 2 * torch.finfo(ours.y.dtype).eps
+        assert error(ours.g0, truth.g0) < 2 * torch.finfo(ours.y.dtype).eps and error(ours.dv, truth.dv) < 1e-5
+
+
+def drawn(case: PartCase, dtype: torch.dtype) -> list[PartInputs]:
+    return [make_part_case(case, dtype, draw) for draw in range(3)]

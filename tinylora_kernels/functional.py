@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from .common import modes
 from .linear.node import FrozenLinear, apply_linear, order_of
+from .method.parts import PartFactors
 from .ops import BACKENDS, TinyLoRAPartsUpdate, TinyLoRAUpdate, TracedUpdate, choose, reference, run_update
 from .ops.checks import check_parts
 from .ops.schema import accumulation_dtype
@@ -154,6 +155,7 @@ def tiny_lora_linear(
     *,
     right: Tensor | None = None,
     samples: Tensor | None = None,
+    parts: PartFactors | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A frozen linear layer and its update, tiny_lora_update(x W^T, ..., bias=b), as one node of autograd.
@@ -168,6 +170,8 @@ def tiny_lora_linear(
             updated in place of a copy of the incoming gradient, where that is faster: the same function.
         samples: on a GPU, of the weight that right is of, as torch.ops.tinylora.refresh_right keeps both: right is made
             again where the weight is another by now.
+        parts: of a fused layer, whose basis and projection are of blocks (method.parts): the update goes part by part
+            then, and right is not read.
 
     Returns:
         [..., out]. Gradients flow into x and v only, to any order, in forward mode and through torch.func as well.
@@ -189,8 +193,11 @@ def tiny_lora_linear(
         return tiny_lora_update(
             y, basis, v, projection, None, adapter_ids, bias=bias, inplace=True, backend=chosen.name
         )
-    order = 0 if right is None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
-    return apply_linear(x, v, FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, chosen))
+    if modes.seen_by_a_mode() or (parts is not None and parts.basis.dtype is not basis.dtype):
+        parts = None  # a mode hands y out again; float64 beside factors of float32
+    order = 0 if right is None or parts is not None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
+    frozen = FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, parts, chosen)
+    return apply_linear(x, v, frozen)
 
 
 def _differentiated_by_torch() -> bool:

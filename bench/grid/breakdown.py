@@ -116,7 +116,7 @@ def parts_of(layer: TinyLoRALayer, x: Tensor, g: Tensor, training: bool, rounds:
     }  # fmt: skip
     if training:
         t, no_t = torch.randn(g.shape[1], len(basis)), torch.randn(0, len(basis))
-        frozen = FrozenLinear(weight, None, basis, projection, None, right, None, order, backend)
+        frozen = FrozenLinear(weight, None, basis, projection, None, right, None, order, None, backend)
         calls |= {
             "apply": lambda: apply_linear(no_x, layer.v, frozen),
             "linear": lambda: nn.functional.linear(no_x, weight),

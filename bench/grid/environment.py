@@ -77,7 +77,7 @@ def code_fingerprint() -> str:
     package = native.LIBRARY.parent
     rooms = [package / name for name in ("ops", "linear", "layers")]
     sources = [package / "functional.py", *(path for room in rooms for path in sorted(room.rglob("*.py")))]
-    sources += [build.SOURCE, build.INCLUDED]
+    sources += [build.SOURCE, *build.INCLUDED]
     digest = hashlib.sha256((node.why_no_twin or "linear node").encode())
     for path in [*sources, native.LIBRARY]:
         digest.update(path.read_bytes() if path.is_file() else b"none")

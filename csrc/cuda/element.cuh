@@ -1,6 +1,7 @@
 // The three element types, and packets of them as they travel between memory and registers.
 #pragma once
 #include "port.h"
+#include "reduce.cuh"
 
 namespace tinylora {
 
@@ -98,7 +99,7 @@ struct Packet {
 
   static __device__ __forceinline__ Packet zero() { return {Bits{}}; }
   static __device__ __forceinline__ Packet load(const T* p) { return {__ldcg(reinterpret_cast<const Bits*>(p))}; }
-  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Bits*>(p) = bits; }
+  __device__ __forceinline__ void store(T* p) const { global(reinterpret_cast<Bits*>(p)) = bits; }
 
   __device__ __forceinline__ void unpack(float (&x)[W]) const {
     constexpr int n = Word<T>::count;
@@ -125,7 +126,7 @@ struct Packet<T, 1> {
 
   static __device__ __forceinline__ Packet zero() { return {from_float<T>(0.0f)}; }
   static __device__ __forceinline__ Packet load(const T* p) { return {load_element(p)}; }
-  __device__ __forceinline__ void store(T* p) const { *p = value; }
+  __device__ __forceinline__ void store(T* p) const { global(p) = value; }
   __device__ __forceinline__ void unpack(float (&x)[1]) const { x[0] = to_float(value); }
   static __device__ __forceinline__ Packet pack(const float (&x)[1]) { return {from_float<T>(x[0])}; }
 };

@@ -20,18 +20,19 @@ inline int module_of(Element element, int rank) {
 }
 
 struct Kernel {
-  enum class Kind { Rows, BankGrad, RefreshRight };
-  static constexpr int kOfModule = 14, kAll = kModules * kOfModule;
+  enum class Kind { Rows, Parts, BankGrad, RefreshRight };
+  static constexpr int kOfModule = 26, kAll = kModules * kOfModule;
 
   Kind kind;
   Element element;
   int rank;
-  Tile tile = Tile::Few;  // of Rows
-  bool ids = false;       // of Rows
+  Tile tile = Tile::Few;  // of Rows and Parts
+  bool ids = false;       // of Rows and Parts
 
   int module() const { return module_of(element, rank); }
   int number() const {
-    const int within = kind == Kind::Rows ? 2 * static_cast<int>(tile) + ids : kind == Kind::BankGrad ? 12 : 13;
+    const int of_tile = 2 * static_cast<int>(tile) + ids;
+    const int within = kind == Kind::Rows ? of_tile : kind == Kind::Parts ? 12 + of_tile : kind == Kind::BankGrad ? 24 : 25;
     return module() * kOfModule + within;
   }
   std::string name() const;  // as compilers mangle it

@@ -22,6 +22,7 @@ struct Side {
   int64_t stride;       // from row to row, in elements
   const float* factor;  // [R, features]: U^T or B^T
   int32_t features;     // D or E
+  int32_t factor_stride;  // from row to row of the factor: features, but for a part of a wider one
 };
 
 // What the term of rank r is added to.
@@ -46,15 +47,29 @@ struct RowsArguments {
   Mixing mixing;
   bool transposed;      // gains = a M instead of t M^T
   bool only_finite;     // elements that are not finite count as zero in the coefficients
+  int32_t warps;        // of a team, in a launch of several parts
+};
+
+constexpr int kMaxParts = 16;  // of one launch: 4 KB of arguments
+
+// Several calls in one launch, each over rows of its own: the parts of a fused projection.
+struct PartsArguments {
+  RowsArguments part[kMaxParts];       // partial, ticket, dv and cleared are those of the launch in all of them
+  int32_t first_block[kMaxParts + 1];  // of each part, and the end
+  int32_t group[kMaxParts];            // tie group: whose dv
+  int32_t parts;                       // k
+  int32_t groups;                      // G
 };
 
 struct BankGradArguments {
-  const float* a;   // [N, R]
-  const float* t;   // [N, R]
-  float* dv;        // [K, u]; zero where there are more adapters than ids
-  int32_t rows;     // N
-  int32_t ids;      // B
-  Mixing mixing;    // v is not used
+  const float* a;            // [k, N, R]
+  const float* t;            // [k, N, R]
+  float* dv;                 // [G, K, u]; zero where there are more adapters than ids
+  int32_t rows;              // N
+  int32_t ids;               // B
+  int32_t parts;             // k: 1 but for a fused projection, whose P' is [k, u, R, R]
+  int32_t group[kMaxParts];  // tie group of each part
+  Mixing mixing;             // v is not used
 };
 
 struct RightArguments {

@@ -1,6 +1,7 @@
 // Every kernel of one element type and rank: what NVRTC is given, with -DTINYLORA_ELEMENT=tinylora::BFloat16 and
 // -DTINYLORA_RANK=2. kernel.cpp has the names under which they are found.
 #include "bank_grad.cuh"
+#include "parts.cuh"
 #include "right.cuh"
 #include "rows.cuh"
 
@@ -8,7 +9,11 @@ namespace tinylora {
 
 #define ROWS(TILE)                                                                                       \
   template __global__ void rows_kernel<TINYLORA_ELEMENT, TINYLORA_RANK, Tile::TILE, false>(RowsArguments); \
-  template __global__ void rows_kernel<TINYLORA_ELEMENT, TINYLORA_RANK, Tile::TILE, true>(RowsArguments);
+  template __global__ void rows_kernel<TINYLORA_ELEMENT, TINYLORA_RANK, Tile::TILE, true>(RowsArguments);  \
+  template __global__ void parts_kernel<TINYLORA_ELEMENT, TINYLORA_RANK, Tile::TILE, false>(               \
+      const __grid_constant__ PartsArguments);                                                             \
+  template __global__ void parts_kernel<TINYLORA_ELEMENT, TINYLORA_RANK, Tile::TILE, true>(                \
+      const __grid_constant__ PartsArguments);
 ROWS(Few)
 ROWS(Short)
 ROWS(Medium)

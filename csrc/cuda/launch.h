@@ -20,6 +20,15 @@ void run_rows_and_gradient(const Device& device, Element element, int rank, cons
                            RowsArguments arguments, const float* t, float* dv, float* scratch, Stream stream);
 int64_t scratch_words(int rank, const LaunchPlan& plan, const RowsArguments& arguments);
 
+// The same for the parts of a fused projection: the launch, written into the arguments as well; coefficients [k, N, R]
+// where they are given, t [k, N, R], dv [G, K, u].
+LaunchPlan plan_parts(const Device& device, Element element, int rank, PartsArguments& arguments);
+void run_parts(const Device& device, Element element, int rank, const LaunchPlan& plan, const PartsArguments& arguments,
+               Stream stream);
+void run_parts_and_gradient(const Device& device, Element element, int rank, const LaunchPlan& plan,
+                            PartsArguments& arguments, const float* t, float* dv, float* scratch, Stream stream);
+int64_t scratch_words(int rank, const LaunchPlan& plan, const PartsArguments& arguments);
+
 // One launch; `samples` has a row for every kRightColumns columns.
 void run_refresh_right(const Device& device, Element element, int rank, const RightArguments& arguments, Stream stream);
 

@@ -8,7 +8,7 @@ namespace tinylora {
 constexpr int kBare = -1;  // the id of a row without an adapter
 
 __device__ __forceinline__ int64_t id_at(const Mixing& m, int i) {
-  return m.wide_ids ? static_cast<const int64_t*>(m.ids)[i] : static_cast<const int*>(m.ids)[i];
+  return m.wide_ids ? __ldg(static_cast<const long long*>(m.ids) + i) : __ldg(static_cast<const int*>(m.ids) + i);
 }
 __device__ __forceinline__ int64_t adapter_of(const Mixing& m, int row) { return id_at(m, row / m.rows_per_id); }
 
@@ -33,9 +33,10 @@ __device__ __forceinline__ Entries<R> contract(const Mixing& m, const float* v, 
   return sum;
 }
 
-// dv_i = <P'_i, dM>, or for LoRA-XS dv = P' * dM, by all threads of the block.
+// dv_i = <P'_i, dM>, or for LoRA-XS dv = P' * dM, by all threads of the block; added to what is there, or not.
 template <int R>
-__device__ __forceinline__ void contract_gradient(const Mixing& m, const float* dM, float* dv, int thread, int threads) {
+__device__ __forceinline__ void contract_gradient(const Mixing& m, const float* dM, float* dv, bool adds, int thread,
+                                                  int threads) {
   for (int i = thread; i < m.numbers; i += threads) {
     float total = 0.0f;
     if (m.elementwise) {
@@ -44,7 +45,7 @@ __device__ __forceinline__ void contract_gradient(const Mixing& m, const float* 
 #pragma unroll
       for (int e = 0; e < R * R; ++e) total = fmaf(m.projection[int64_t(i) * R * R + e], dM[e], total);
     }
-    dv[i] = total;
+    global(dv + i) = adds ? global(dv + i) + total : total;
   }
 }
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -63,7 +64,8 @@ RowsArguments rows_arguments(const Arguments& call) {
   at_most("numbers of the projection", call.numbers * call.rank * call.rank, INT32_MAX, "use the reference backend");
   at_most("adapters", call.adapters, INT32_MAX, "use the reference backend");
   RowsArguments p{};
-  p.source = {call.activation, call.stride, static_cast<const float*>(call.basis), static_cast<int32_t>(call.features)};
+  p.source = {call.activation, call.stride, static_cast<const float*>(call.basis), static_cast<int32_t>(call.features),
+              static_cast<int32_t>(call.basis_stride)};
   p.rows = static_cast<int32_t>(call.rows);
   p.offset = static_cast<const float*>(call.offset);
   p.mixing.v = static_cast<const float*>(call.v);
@@ -79,7 +81,8 @@ RowsArguments rows_arguments(const Arguments& call) {
 
 Side side_of(const OtherSide& out) {
   at_most("features", out.features, kMaxExtent, "use the reference backend");
-  return {out.activation, out.stride, static_cast<const float*>(out.factor), static_cast<int32_t>(out.features)};
+  return {out.activation, out.stride, static_cast<const float*>(out.factor), static_cast<int32_t>(out.features),
+          static_cast<int32_t>(out.factor_stride)};
 }
 
 // A GPU while an op runs on it: torch's current device, for what torch allocates, and the driver's.
@@ -138,7 +141,8 @@ std::tuple<Tensor, Tensor> update_backward_cuda(const Tensor& g, const Tensor& b
   const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
   RowsArguments p = rows_arguments(call);
-  p.target = {need_input_grad ? g0.mutable_data_ptr() : nullptr, call.features, p.source.factor, p.source.features};
+  p.target = {need_input_grad ? g0.mutable_data_ptr() : nullptr, call.features, p.source.factor, p.source.features,
+              p.source.factor_stride};
   p.onto = Onto::Source;
   return {g0, run_backward(g, call, v, t.has_value(), p)};
 }
@@ -169,6 +173,80 @@ Tensor update_input_grad_cuda(const Tensor& dx, const Tensor& right, const Tenso
   return run_backward(g, call, v, t.has_value(), p);
 }
 
+// What both directions of a fused projection have in common.
+PartsArguments parts_arguments(const std::vector<Part>& parts, int64_t groups) {
+  at_most("parts", static_cast<int64_t>(parts.size()), kMaxParts, "use the triton or the reference backend");
+  at_most("numbers of v", groups * parts[0].call.adapters * parts[0].call.numbers, INT32_MAX, "use the reference backend");
+  PartsArguments all{};
+  all.parts = static_cast<int32_t>(parts.size());
+  all.groups = static_cast<int32_t>(groups);
+  for (int i = 0; i < all.parts; ++i) {
+    all.part[i] = rows_arguments(parts[i].call);
+    all.group[i] = static_cast<int32_t>(parts[i].group);
+  }
+  return all;
+}
+
+Tensor update_parts_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
+                         const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& x, const std::optional<Tensor>& right,
+                         const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
+                         const std::vector<int64_t>& groups) {
+  const std::vector<Part> parts =
+      check_update_parts(y, basis, v, projection, offset, bias, x, right, adapter_ids, ends, groups);
+  const Arguments& call = parts[0].call;
+  const Element element = element_of(call.dtype);
+  const int rank = static_cast<int>(call.rank);
+  PartsArguments all = parts_arguments(parts, v.size(0));
+  const OnDevice on(y);
+  Tensor t = empty_coefficients(y, all.parts, call.rows, rank);
+  for (int i = 0; i < all.parts; ++i) {
+    RowsArguments& p = all.part[i];
+    p.target = side_of(parts[i].out);
+    p.onto = x ? Onto::Target : Onto::Source;
+    p.bias = parts[i].out.bias;
+    p.only_finite = !x;
+    p.coefficients = static_cast<float*>(t.mutable_data_ptr()) + i * call.rows * rank;
+  }
+  const LaunchPlan plan = plan_parts(on.device, element, rank, all);
+  run_parts(on.device, element, rank, plan, all, current_stream(y));
+  return t;
+}
+
+std::tuple<Tensor, Tensor> update_parts_backward_cuda(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                                      const Tensor& projection, const std::optional<Tensor>& t,
+                                                      const std::optional<Tensor>& adapter_ids,
+                                                      const std::vector<int64_t>& ends,
+                                                      const std::vector<int64_t>& groups, bool need_input_grad) {
+  const std::vector<Part> parts = check_update_parts_backward(g, basis, v, projection, t, adapter_ids, ends, groups);
+  const Arguments& call = parts[0].call;
+  const Element element = element_of(call.dtype);
+  const int rank = static_cast<int>(call.rank);
+  PartsArguments all = parts_arguments(parts, v.size(0));
+  const OnDevice on(g);
+  Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
+  char* const rows = need_input_grad ? static_cast<char*>(g0.mutable_data_ptr()) : nullptr;
+  for (int i = 0; i < all.parts; ++i) {
+    RowsArguments& p = all.part[i];
+    p.target = p.source;
+    p.target.rows = rows ? rows + parts[i].begin * element_bytes(element) : nullptr;
+    p.target.stride = ends.back();
+    p.onto = Onto::Source;
+    p.transposed = true;
+  }
+  const LaunchPlan plan = plan_parts(on.device, element, rank, all);
+  if (!t) {
+    if (need_input_grad) run_parts(on.device, element, rank, plan, all, current_stream(g));
+    return {g0, empty_vector(v)};
+  }
+  Tensor dv = empty_contiguous_like(v);
+  Tensor scratch = empty_matrix(g, /*accumulate=*/true, 1, scratch_words(rank, plan, all));
+  run_parts_and_gradient(on.device, element, rank, plan, all, static_cast<const float*>(t->const_data_ptr()),
+                         static_cast<float*>(dv.mutable_data_ptr()), static_cast<float*>(scratch.mutable_data_ptr()),
+                         current_stream(g));
+  return {g0, dv};
+}
+
 void refresh_right_cuda(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
                         bool force) {
   const KeptRight kept = check_refresh_right(right, samples, weight, basis, kRightColumns, kRightThreads);
@@ -189,5 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(tinylora, CUDA, m) {
   m.impl("update_backward", TORCH_BOX(&tinylora::update_backward_cuda));
   m.impl("low_rank", TORCH_BOX(&tinylora::low_rank_cuda));
   m.impl("update_input_grad", TORCH_BOX(&tinylora::update_input_grad_cuda));
+  m.impl("update_parts", TORCH_BOX(&tinylora::update_parts_cuda));
+  m.impl("update_parts_backward", TORCH_BOX(&tinylora::update_parts_backward_cuda));
   m.impl("refresh_right", TORCH_BOX(&tinylora::refresh_right_cuda));
 }

@@ -5,6 +5,13 @@
 
 namespace tinylora {
 
+// *p, said to be global memory wherever the pointer was kept.
+template <class T>
+__device__ __forceinline__ T& global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return *p;
+}
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // The sum over the lanes l, l + C, l + 2 C ... of a warp, in all of them.

@@ -14,11 +14,27 @@ struct RowBlock {
   int rows;      // fewer than the tile's, or none, at the end
   int features;
   const float* factor;
+  int factor_stride;
 
   __device__ __forceinline__ RowBlock(Side side, int row, int rows)
       : first(side.rows ? static_cast<T*>(side.rows) + row * side.stride : nullptr),
-        stride(side.stride), rows(rows), features(side.features), factor(side.factor) {}
+        stride(side.stride), rows(rows), features(side.features), factor(side.factor), factor_stride(side.factor_stride) {}
 };
+
+// Where a thread is in a block of blockDim.y teams of blockDim.x threads. Nothing is kept in registers.
+struct Place {
+  static __device__ __forceinline__ int warps() { return blockDim.x / kWarp; }  // of a team
+  static __device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }  // in it
+  static __device__ __forceinline__ int teams() { return blockDim.y; }
+  static __device__ __forceinline__ int team() { return threadIdx.y; }
+  static __device__ __forceinline__ int rows(int left, int most) { return min(max(left, 0), most); }  // of the team's tile
+};
+
+template <class PLACE>
+__device__ __forceinline__ int block_warp(const PLACE& place) { return place.team() * place.warps() + place.warp(); }
+__device__ __forceinline__ int block_warps() { return blockDim.x * blockDim.y / kWarp; }
+__device__ __forceinline__ int block_thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int block_threads() { return blockDim.x * blockDim.y; }
 
 // The stride of a factor, hidden from the compiler at each use: otherwise it keeps the addresses of all R rows of the
 // factor from one packet to the next, and for R = 8 spills some.
@@ -29,18 +45,21 @@ __device__ __forceinline__ int hidden(int stride) {
 
 // rows x vectors packets of one thread. From column `start` on a warp covers vectors * 32 consecutive packets of a row,
 // and lane l holds packet l of each 32: its packets lie a constant step apart, so one address serves them all.
-template <class T, int R, Tile TILE>
+template <class T, int R, Tile TILE, class PLACE>
 struct RowTile {
   static constexpr TileShape shape = kTileShape<TILE, sizeof(T)>;
   static constexpr int ROWS = shape.rows, V = shape.vectors, W = shape.width, kStep = kWarp * W;
   static constexpr bool kHeld = TILE == Tile::Few && R <= 2;  // the factor's packets are in registers too, read once
   static constexpr int kGroup = kHeld ? V : TILE == Tile::Few && R == 4 ? 2 : 1;  // packets whose factors are asked for at once
+  PLACE place;
   Packet<T, W> packet[ROWS][V];
   float held[kHeld ? V : 1][R][W];
 
-  static __device__ __forceinline__ int span() { return blockDim.x * V * W; }
-  static __device__ __forceinline__ int first_column(int start) {
-    return start + (threadIdx.x / kWarp * V * kWarp + threadIdx.x % kWarp) * W;
+  explicit __device__ __forceinline__ RowTile(const PLACE& place) : place(place) {}
+
+  __device__ __forceinline__ int span() const { return place.warps() * kWarp * V * W; }
+  __device__ __forceinline__ int first_column(int start) const {
+    return start + (place.warp() * V * kWarp + threadIdx.x % kWarp) * W;
   }
 
   __device__ __forceinline__ void load(const RowBlock<T>& block, int start) {
@@ -54,7 +73,7 @@ struct RowTile {
         packet[r][v] = inside && r < block.rows ? Packet<T, W>::load(source + r * block.stride + v * kStep)
                                                 : Packet<T, W>::zero();
     }
-    if constexpr (kHeld) load_factors<V>(block.factor + first, left, block.features, held);
+    if constexpr (kHeld) load_factors<V>(block.factor + first, left, block.factor_stride, held);
   }
 
   __device__ __forceinline__ void clear() {
@@ -118,7 +137,7 @@ struct RowTile {
         for (int v = 0; v < V; ++v) use(v, held[v]);
       } else {
         float u[kGroup][R][W];
-        load_factors<kGroup>(block.factor + first + g * kStep, left - g * kStep, hidden(block.features), u);
+        load_factors<kGroup>(block.factor + first + g * kStep, left - g * kStep, hidden(block.factor_stride), u);
 #pragma unroll
         for (int i = 0; i < kGroup && g + i < V; ++i) use(g + i, u[i]);
       }

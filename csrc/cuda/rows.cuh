@@ -19,10 +19,11 @@ namespace tinylora {
 
 // Adapter ids: warp w of a team writes the M of its rows w, w + warps, ... into `mixing` [ROWS, R, R], unless `held` says
 // it is there already from two tiles ago. An id out of range ends the launch.
-template <int R, int ROWS>
-__device__ __forceinline__ void mix_rows(const RowsArguments& p, int row, int rows, float* mixing, int* held) {
+template <int R, int ROWS, class PLACE>
+__device__ __forceinline__ void mix_rows(const RowsArguments& p, const PLACE& place, int row, int rows, float* mixing,
+                                         int* held) {
 #pragma unroll 1
-  for (int r = threadIdx.x / kWarp; r < ROWS && r < rows; r += blockDim.x / kWarp) {
+  for (int r = place.warp(); r < ROWS && r < rows; r += place.warps()) {
     const int64_t id = adapter_of(p.mixing, row + r);
     if (id < kBare || id >= p.mixing.adapters) __trap();
     if (id == kBare || id == held[r] || !p.target.rows) continue;
@@ -34,24 +35,24 @@ __device__ __forceinline__ void mix_rows(const RowsArguments& p, int row, int ro
 
 // The coefficients over the elements that are finite, an element at a time: where one in a thousand launches comes by.
 // `sums` [warps, ROWS * R]; lane l returns coefficient l % R of row l / R.
-template <class T, int R, int ROWS>
-__device__ __forceinline__ float finite_coefficients(const RowBlock<T>& source, float* sums) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+template <class T, int R, int ROWS, class PLACE>
+__device__ __forceinline__ float finite_coefficients(const RowBlock<T>& source, const PLACE& place, float* sums) {
+  const int lane = threadIdx.x % kWarp, warp = place.warp();
 #pragma unroll 1
   for (int r = 0; r < ROWS; ++r) {
     float dot[R] = {};
 #pragma unroll 1
-    for (int c = threadIdx.x; c < source.features && r < source.rows; c += blockDim.x) {
+    for (int c = warp * kWarp + lane; c < source.features && r < source.rows; c += place.warps() * kWarp) {
       const float x = to_float(load_element(source.first + r * source.stride + c));
       if (!is_finite(x)) continue;
 #pragma unroll
-      for (int j = 0; j < R; ++j) dot[j] = fmaf(x, __ldg(source.factor + int64_t(j) * source.features + c), dot[j]);
+      for (int j = 0; j < R; ++j) dot[j] = fmaf(x, __ldg(source.factor + int64_t(j) * source.factor_stride + c), dot[j]);
     }
     const float sum = warp_sums(dot);
     if (lane < R) sums[(warp * ROWS + r) * R + summed_by<R>(lane)] = sum;
   }
   __syncthreads();
-  return column_sum(sums + lane % (ROWS * R), blockDim.x / kWarp, ROWS * R);
+  return column_sum(sums + lane % (ROWS * R), place.warps(), ROWS * R);
 }
 
 // dM[j, k] += sum_r a[r, j] t[r, k], from lanes that hold coefficient l % R of row l / R.
@@ -68,20 +69,16 @@ __device__ __forceinline__ void add_outer_products(float a, float t, Entries<R>&
   }
 }
 
-// dv from the dM of every team of the grid: a block adds up those of its teams, the block that comes last those of the
-// blocks, the same sums in the same order whichever it is. `sums` [GROUPS, R * R] and `dM` [R, R] are scratch in shared
-// memory.
-template <int R, int GROUPS>
-__device__ __forceinline__ void finish_gradient(const RowsArguments& p, const Entries<R>& team_dM, float* sums, float* dM,
-                                                bool* last) {
+// Whether this block is the last of the grid to leave its dM, the sum of those of its teams, in `partial` [blocks, R * R].
+template <int R, class PLACE>
+__device__ __forceinline__ bool leave_block_gradient(const RowsArguments& p, const PLACE& place, const Entries<R>& team_dM,
+                                                     float* sums, bool* last) {
   constexpr int RR = R * R;
-  static_assert(GROUPS >= kMaxTeams, "room for the dM of every team");
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  const int entry = thread % RR, group = thread / RR, groups = min(threads / RR, GROUPS);
+  const int thread = block_thread();
   __syncthreads();  // nobody reads the sums of the last tile any more
-  if (threadIdx.x < kWarp) team_dM.store(sums + threadIdx.y * RR);
+  if (place.warp() == 0 && place.team() < place.teams()) team_dM.store(sums + place.team() * RR);
   __syncthreads();
-  if (thread < RR) p.partial[blockIdx.x * RR + thread] = column_sum(sums + thread, blockDim.y, RR);
+  if (thread < RR) global(p.partial + blockIdx.x * RR + thread) = column_sum(sums + thread, place.teams(), RR);
   __syncthreads();  // the block's dM is written
   if (thread == 0) {
     __threadfence();  // the block's dM is visible everywhere before its ticket is drawn
@@ -89,10 +86,20 @@ __device__ __forceinline__ void finish_gradient(const RowsArguments& p, const En
     __threadfence();  // and those of the blocks that drew before are visible here
   }
   __syncthreads();
-  if (!*last) return;
+  return *last;
+}
+
+// dM [R, R] of the blocks from `first` to `end`, added up by all threads of one: the same sums in the same order whichever
+// block it is. `sums` [GROUPS, R * R] and `dM` are in shared memory.
+template <int R, int GROUPS>
+__device__ __forceinline__ void sum_blocks(const float* partial, int first, int end, float* sums, float* dM) {
+  constexpr int RR = R * R;
+  static_assert(GROUPS >= kMaxTeams, "room for the dM of every team");
+  const int thread = block_thread(), entry = thread % RR, group = thread / RR;
+  const int groups = min(block_threads() / RR, GROUPS);
   float sum = 0.0f;
 #pragma unroll 8
-  for (int i = group; group < groups && i < int(gridDim.x); i += groups) sum += __ldcg(p.partial + i * RR + entry);
+  for (int i = first + group; group < groups && i < end; i += groups) sum += __ldcg(partial + i * RR + entry);
   if (group < groups) sums[thread] = sum;
   __syncthreads();
   if (thread < RR) {
@@ -101,7 +108,6 @@ __device__ __forceinline__ void finish_gradient(const RowsArguments& p, const En
     dM[thread] = total;
   }
   __syncthreads();
-  contract_gradient<R>(p.mixing, dM, p.dv, thread, threads);
 }
 
 // Blocks of a multiprocessor at once, at least, which bounds the registers of a thread: 80 for three of 256 threads.
@@ -116,44 +122,44 @@ TL_BOTH constexpr int blocks_at_once(Tile tile, int element_bytes, int rank, boo
   return kArchitecture < 1000 && rank <= 2 ? 3 : 2;  // from sm_100 on two sums are one instruction on pairs of registers
 }
 
-template <class T, int R, Tile TILE, bool IDS>
-__global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at_once(TILE, sizeof(T), R, IDS))
-    rows_kernel(const RowsArguments p) {
+// Floats of shared memory for the sums of a block: of two tiles, and as many for finite_coefficients.
+template <class T, int R, Tile TILE>
+constexpr int kSums = 3 * kMaxWarps * kTileShape<TILE, sizeof(T)>.rows * R;
+
+// The rows of block `block` of those that share them out, and what its teams sum of dM.
+template <class T, int R, Tile TILE, bool IDS, class PLACE>
+__device__ __forceinline__ void pass_rows(const RowsArguments& p, const PLACE& place, int block, float* sums,
+                                          Entries<R>& team_dM) {
   constexpr TileShape shape = kTileShape<TILE, sizeof(T)>;
   constexpr int ROWS = shape.rows, C = ROWS * R, RR = R * R;
   static_assert(C <= kWarp, "a lane for every coefficient of a tile");
   // Two tiles are under way at once: a warp may write for the next one what another still reads for this one.
-  TL_SHARED(float, sums, 3 * kMaxWarps * C);  // [2, warps of the block, C], and as many for finite_coefficients
   TL_SHARED(float, mixing, IDS ? 2 * kMaxTeams * C * R : kMaxWarps * RR);  // [2, teams, ROWS] M; or a share of M each warp
   TL_SHARED(int, held, IDS ? 2 * kMaxTeams * ROWS : 1);                    // [2, teams, ROWS] whose M that is
-  TL_SHARED(float, dM, RR);
-  TL_SHARED(bool, last, 1);
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int team = threadIdx.y, place = team * warps + warp;  // in the block
+  const int warps = place.warps(), warp = place.warp(), team = place.team(), lane = threadIdx.x % kWarp;
   const int r = lane % C / R, j = lane % R;                   // lane l has coefficient j of row r
-  const int block = blockIdx.x, begin = block * p.share + min(block, p.longer), end = begin + p.share + (block < p.longer);
+  const int begin = block * p.share + min(block, p.longer), end = begin + p.share + (block < p.longer);
   float M[R] = {};  // row j of M; transposed: column j
-  Entries<R> team_dM{};
-  for (int64_t i = (int64_t(blockIdx.x) * blockDim.y + team) * blockDim.x + threadIdx.x; i < p.cleared_count;
-       i += int64_t(gridDim.x) * blockDim.y * blockDim.x)
-    p.cleared[i] = 0.0f;
+  for (int64_t i = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+       i < p.cleared_count; i += int64_t(gridDim.x) * blockDim.y * blockDim.x)
+    global(p.cleared + i) = 0.0f;
   if constexpr (IDS) {
-    for (int i = place * kWarp + lane; i < 2 * kMaxTeams * ROWS; i += blockDim.x * blockDim.y) held[i] = kBare;
+    for (int i = block_thread(); i < 2 * kMaxTeams * ROWS; i += block_threads()) held[i] = kBare;
     __syncthreads();
   }
 
-  for (int first = begin, half = 0; first < end; first += blockDim.y * ROWS, half ^= 1) {
-    const int row = first + team * ROWS, rows = min(max(end - row, 0), ROWS);
+  for (int first = begin, half = 0; first < end; first += place.teams() * ROWS, half ^= 1) {
+    const int row = first + team * ROWS, rows = place.rows(end - row, ROWS);
     const RowBlock<T> source(p.source, row, rows);
-    RowTile<T, R, TILE> tile;
+    RowTile<T, R, TILE, PLACE> tile(place);
     if constexpr (shape.resident) tile.load(source, 0);
     const float t = !IDS && p.t && r < rows ? __ldg(p.t + int64_t(row + r) * R + j) : 0.0f;
     // M = sum_i v_i P'_i, while the rows are on their way
     float* const matrices = mixing + (half * kMaxTeams + team) * C * R;  // [ROWS, R, R]
     if constexpr (IDS) {
-      mix_rows<R, ROWS>(p, row, rows, matrices, held + (half * kMaxTeams + team) * ROWS);
+      mix_rows<R, ROWS>(p, place, row, rows, matrices, held + (half * kMaxTeams + team) * ROWS);
     } else if (first == begin) {
-      contract<R, 4>(p.mixing, p.mixing.v, place, warps * blockDim.y).store(mixing + place * RR);
+      contract<R, 4>(p.mixing, p.mixing.v, block_warp(place), block_warps()).store(mixing + block_warp(place) * RR);
     }
 
     // t = y U - c
@@ -173,12 +179,12 @@ __global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at
     const bool unsound = __syncthreads_or(p.only_finite && !is_finite(sum));
     float coefficient = column_sum(team_sums + lane % C, warps, C);
     if (unsound) {
-      const float finite = finite_coefficients<T, R, ROWS>(source, sums + (2 * kMaxWarps + team * warps) * C);
+      const float finite = finite_coefficients<T, R, ROWS>(source, place, sums + (2 * kMaxWarps + team * warps) * C);
       const unsigned mask = __ballot_sync(kAllLanes, !is_finite(coefficient));
       if (mask >> r * R & ((1u << R) - 1)) coefficient = finite;  // the other rows keep their bits
     }
     coefficient -= offset;
-    if (p.coefficients && warp == 0 && lane < C && r < rows) p.coefficients[int64_t(row + r) * R + j] = coefficient;
+    if (p.coefficients && warp == 0 && lane < C && r < rows) global(p.coefficients + int64_t(row + r) * R + j) = coefficient;
     if constexpr (!IDS) {
       if (p.t && warp == 0) add_outer_products<R, ROWS>(coefficient, t, team_dM);
     }
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at
       for (int k = 0; k < R; ++k) M[k] = bare ? 0.0f : matrices[r * RR + corner + k * step];
     } else if (first == begin) {
 #pragma unroll
-      for (int k = 0; k < R; ++k) M[k] = column_sum(mixing + corner + k * step, warps * blockDim.y, RR);
+      for (int k = 0; k < R; ++k) M[k] = column_sum(mixing + corner + k * step, block_warps(), RR);
     }
     float gain = 0.0f, gains[C];
 #pragma unroll
@@ -222,8 +228,21 @@ __global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at
     }
   }
 
+}
+
+template <class T, int R, Tile TILE, bool IDS>
+__global__ void __launch_bounds__(kTileShape<TILE, sizeof(T)>.threads, blocks_at_once(TILE, sizeof(T), R, IDS))
+    rows_kernel(const RowsArguments p) {
+  constexpr int kSumsOfBlock = kSums<T, R, TILE>, RR = R * R;
+  TL_SHARED(float, sums, kSumsOfBlock);
+  TL_SHARED(float, dM, RR);
+  TL_SHARED(bool, last, 1);
+  Entries<R> team_dM{};
+  pass_rows<T, R, TILE, IDS>(p, Place{}, blockIdx.x, sums, team_dM);
   if (IDS || !p.t) return;  // of a bank's rows, bank_grad_kernel
-  finish_gradient<R, 3 * kMaxWarps * C / RR>(p, team_dM, sums, dM, last);
+  if (!leave_block_gradient(p, Place{}, team_dM, sums, last)) return;
+  sum_blocks<R, kSumsOfBlock / RR>(p.partial, 0, gridDim.x, sums, dM);
+  contract_gradient<R>(p.mixing, dM, p.dv, /*adds=*/false, block_thread(), block_threads());
 }
 
 }  // namespace tinylora

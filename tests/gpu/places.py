@@ -59,6 +59,18 @@ class OnDevice:
         dx.copy_(there)
         return dv.cpu()
 
+    def update_parts(self, y, *others):
+        there, *others = self._put(y, self.skew), *self._all(*others[:-2]), *others[-2:]
+        t = self._backend.update_parts(there, *others)
+        y.copy_(there)
+        return t.cpu()
+
+    def update_parts_backward(self, g, *others):
+        g0, dv = self._backend.update_parts_backward(
+            self._put(g, self.skew), *self._all(*others[:-3]), *others[-3:]
+        )  # fmt: skip
+        return g0.cpu(), dv.cpu()
+
     def refresh_right(self, right, samples, weight, basis, force):
         kept, seen = self._all(right, samples)
         self._backend.refresh_right(kept, seen, *self._all(weight, basis), force)

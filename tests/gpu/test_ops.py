@@ -3,11 +3,17 @@ import pytest
 import torch
 
 from tests.cases import Case, make_case, run_ops
+from tests.part_cases import PART_CASES, PartCase, check_parts, drawn, run_parts
 from tests.sim import checks
 from tinylora_kernels import ops
 
 from .places import OnDevice, kernels, on_a_card
 
+PARTS = [case for case in PART_CASES if case.rank != 3] + [
+    PartCase(500, (3584, 512, 512), (0, 0, 0), numbers=13),
+    PartCase(300, (18944, 18944), (0, 1), numbers=13),
+    PartCase(1, (3584, 512, 512), (0, 1, 0), numbers=13, adapters=5),
+]
 ON_DEVICE = ("budget", "not finite", "alignment", "rounding", "bare rows")
 
 
@@ -25,6 +31,17 @@ def test_around_the_product(device, backend):
     """To the error of fp32 sums in the order of the GPU's kernels: the CPU's order costs more on the longest rows."""
     cases = [case for case in checks.ALL if device != "cpu" or case.features < 30000]
     checks.around(lambda: OnDevice(device, backend), cases=cases)
+
+
+@kernels
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_parts(case, device, backend):
+    inputs = drawn(case, torch.bfloat16)
+    found = [run_parts(OnDevice(device, backend), one) for one in inputs]
+    check_parts(found, inputs, case)
+    again = run_parts(OnDevice(device, backend), inputs[0])
+    for name, first in vars(found[0]).items():
+        assert torch.equal(getattr(again, name), first), name
 
 
 @kernels

@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import error
 from tests.files.test_adapter import forge
@@ -25,6 +27,7 @@ from tinylora_kernels import (
 )
 from tinylora_kernels.factors.svd import Factors
 from tinylora_kernels.files.format import read
+from tinylora_kernels.linear import node, plan
 from tinylora_kernels.method.parts import block_basis, block_projection, compact_basis, padded_rank
 
 SIZES = (16, 8, 8)
@@ -264,3 +267,107 @@ def test_models_with_fused_projections(make, tmp_path):
     bare.load_state_dict(weights)
     loaded = load_adapter(bare, tmp_path / "a.safetensors", cache=False, progress=False)
     assert torch.equal(loaded(tokens).logits, y)
+
+
+NODES = ["C++", "Python"] if node.twin is not None else ["Python"]
+
+
+@pytest.fixture(params=NODES)
+def part_by_part(request, monkeypatch):
+    """The way of a GPU, with the ops of the CPU."""
+    monkeypatch.setattr(plan, "by_parts", lambda weight: True)
+    if request.param == "Python":
+        monkeypatch.setattr(node, "twin", None)
+        monkeypatch.setattr(plan, "twin", None)
+    return request.param
+
+
+def trained(model, x, g):
+    """Output, dx and dv of the second call: that of a plan."""
+    for _ in range(2):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.backward(g)
+    return y.detach(), leaf.grad, trainable_vectors(model)[0].grad.clone()
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_an_update_part_by_part_is_that_of_the_rank_of_all(part_by_part, dtype, bound, monkeypatch):
+    x, g = torch.randn(2, 5, 12).to(dtype), torch.randn(2, 5, 32).to(dtype)
+    model = by_parts(Fused(dtype)).qkv_proj
+    found = trained(model, x, g)
+    assert model._plan is not None and model._parts is not None and model._right is None
+    monkeypatch.setattr(plan, "by_parts", lambda weight: False)
+    for ours, whole in zip(found, trained(by_parts(Fused(dtype)).qkv_proj, x, g), strict=True):
+        assert error(ours, whole.double()) < bound
+
+
+def test_it_runs_update_parts_alone(part_by_part):
+    model, x = by_parts().qkv_proj, X.clone()
+    model(x)
+    with torch.autograd.profiler.profile() as profile:
+        model(x.requires_grad_()).sum().backward()
+    calls = {event.key for event in profile.key_averages() if event.key.startswith("tinylora::update")}
+    assert calls == {"tinylora::update_parts", "tinylora::update_parts_backward"}
+
+
+@pytest.mark.skipif(len(NODES) < 2, reason=f"no node in C++: {node.why_no_twin}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_nodes_give_its_bits(dtype, monkeypatch):
+    monkeypatch.setattr(plan, "by_parts", lambda weight: True)
+    x, g = torch.randn(2, 5, 12).to(dtype), torch.randn(2, 5, 32).to(dtype)
+    in_cpp = trained(by_parts(Fused(dtype)).qkv_proj, x, g)
+    monkeypatch.setattr(node, "twin", None)
+    monkeypatch.setattr(plan, "twin", None)
+    for one, two in zip(in_cpp, trained(by_parts(Fused(dtype)).qkv_proj, x, g), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_second_derivatives_part_by_part(part_by_part):
+    model = by_parts(Fused(torch.float64), v_dtype=torch.float64).qkv_proj
+    x, v = X.double()[0, :2].requires_grad_(), trainable_vectors(model)[0]
+    model(x)
+
+    def run(x, v):
+        return functional_call(model, {"v": v}, (x,)).square()
+
+    assert torch.autograd.gradcheck(lambda x: model(x), (x,)) and torch.autograd.gradgradcheck(run, (x, v.detach()))
+    (dv,) = torch.autograd.grad(model(x).square().sum(), v, create_graph=True)
+    (dx,) = torch.autograd.grad(dv.square().sum(), x)
+    whole = by_parts(Fused(torch.float64), v_dtype=torch.float64).qkv_proj
+    whole.base.register_forward_hook(lambda module, args, out: None)  # two nodes, of the rank of all
+    (other,) = torch.autograd.grad(whole(x).square().sum(), whole.v, create_graph=True)
+    assert error(dx, torch.autograd.grad(other.square().sum(), x)[0]) < 1e-11
+
+
+def test_banks_checkpoints_other_factors_and_modes_part_by_part(part_by_part):
+    model, x = by_parts(), X.clone()
+    whole = by_parts()
+    whole.qkv_proj.base.register_forward_hook(lambda module, args, out: None)
+    for one in (model, whole):
+        one.qkv_proj(x)
+        U, S, _ = torch.linalg.svd(torch.randn(32, 12, generator=torch.Generator().manual_seed(3)).double())
+        one.qkv_proj.set_factors(U[:2].float(), S[:6].view(3, 2).float())
+    for _ in range(2):
+        assert error(model(x), whole(x).double().detach()) < 2e-6
+    with FlopCounterMode(display=False):  # a dispatch mode: nothing is written in place
+        assert error(model(x), whole(x).double().detach()) < 2e-6
+    leaf, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+    checkpoint(model, leaf, use_reentrant=False).sum().backward()
+    whole(twin).sum().backward()
+    assert error(leaf.grad, twin.grad.double()) < 2e-6
+    banks = [AdapterBank(one, capacity=2, trainable=True) for one in (model, whole)]
+    for bank, one in zip(banks, (model, whole), strict=True):
+        bank.add("a"), bank.add("b")
+        with torch.no_grad():
+            for n, table in enumerate(bank.tables.values()):
+                table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(n)))
+        for _ in range(3):
+            with bank.use(["b", None]):
+                y = one(x)
+        y.square().sum().backward()
+        bank.out = y.detach(), [table.grad.clone() for table in bank.tables.values()]
+    assert error(banks[0].out[0], banks[1].out[0].double()) < 2e-6
+    for ours, theirs in zip(banks[0].out[1], banks[1].out[1], strict=True):
+        assert error(ours, theirs.double()) < 2e-6

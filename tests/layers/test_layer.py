@@ -16,7 +16,7 @@ from tests.paper import delta_weight
 from tinylora_kernels import TinyLoRAConfig, ops
 from tinylora_kernels.functional import tiny_lora_linear
 from tinylora_kernels.layers.layer import TinyLoRALayer
-from tinylora_kernels.linear import node, plan
+from tinylora_kernels.linear import node, plan, rules
 from tinylora_kernels.ops import reference
 from tinylora_kernels.ops.native import library
 from tinylora_kernels.ops.reference import contract
@@ -278,6 +278,39 @@ def test_a_right_factor_that_the_device_looks_after_follows_its_weight(backend, 
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
     looked = rows == 600 and (backend == "reference" or node.twin is None)  # the node in C++ calls the op itself
     assert looks == [True] + 3 * [False] * looked
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])  # the node in Python; in C++
+@pytest.mark.parametrize("out_features, rows, looks", [(48, 600, 1), (48, 5, 0), (24, 600, 0)])
+def test_the_device_looks_where_a_pass_uses_the_right_factor_and_nowhere_else(
+    backend, out_features, rows, looks, monkeypatch
+):
+    """Once a forward pass whose product comes last; not where it comes first, nor for few rows, nor backward."""
+    if ops.BACKENDS[backend].why_not("cpu", torch.float32, 2) is not None:
+        pytest.skip("no native library")
+    module = library if backend == "cpu" else reference
+    found = {name: getattr(module, name) for name in ("low_rank", "update_input_grad", "refresh_right")}
+    calls = []
+    if backend == "reference":  # no op of torch's, which the profiler would see
+        found["refresh_right"] = lambda *arguments: calls.append(1) or reference.refresh_right(*arguments)
+    monkeypatch.setitem(ops.BACKENDS, backend, ops.BACKENDS[backend]._replace(**found))
+    monkeypatch.setattr(node, "product_order", lambda weight, bias: rules.product_order(weight.to("meta"), bias))
+    layer, x = linear(False, torch.float32, out_features), torch.randn(rows, 16, requires_grad=True)
+    layer.backend = backend
+    layer(x)  # makes B^T, where it will be used
+    calls.clear()
+    for run in (lambda: layer(x), lambda: layer(x).sum().backward()):
+        with torch.autograd.profiler.profile() as profile:
+            run()
+        calls += [event for event in profile.function_events if event.name == "tinylora::refresh_right"]
+        assert len(calls) == looks
+        calls.clear()
+
+
+def test_a_gpus_orders_put_the_product_last_forward_or_nothing():
+    for out_features in range(1, 100):
+        order = rules.product_order(torch.empty(out_features, 16, device="meta"), None)
+        assert order == 0 or order & rules.LAST_FORWARD
 
 
 def write_weight(weight):

@@ -132,7 +132,8 @@ def compiler_that_fails(folder: Path) -> Path:
 def test_the_node_belongs_to_one_torch(tmp_path):
     release, commit = torch.__version__.split("+")[0], torch.version.git_version[:8]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    sources = hashlib.sha256(node_build.SOURCE.read_bytes() + node_build.INCLUDED.read_bytes()).hexdigest()[:8]
+    sources = b"".join(path.read_bytes() for path in (node_build.SOURCE, *node_build.INCLUDED))
+    sources = hashlib.sha256(sources).hexdigest()[:8]
     expected = f"libtinylora_node-{release}-{commit}-{sources}{suffix}"
     assert node_build.file_name(Path(torch.__file__).parent) == expected
     (tmp_path / "version.py").write_text("__version__ = '9.1.0a0+local'\ncuda: str = '13.0'\n")

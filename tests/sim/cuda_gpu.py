@@ -33,7 +33,10 @@ class Mixing(ctypes.Structure):  # csrc/cuda/kernel_arguments.h
 
 
 class Side(ctypes.Structure):
-    _fields_ = [("rows", c_void_p), ("stride", c_int64), ("factor", c_void_p), ("features", c_int32)]
+    _fields_ = [
+        ("rows", c_void_p), ("stride", c_int64), ("factor", c_void_p), ("features", c_int32),
+        ("factor_stride", c_int32),
+    ]  # fmt: skip
 
 
 SOURCE, TARGET, NOTHING = range(3)  # enum class Onto
@@ -45,12 +48,24 @@ class RowsArguments(ctypes.Structure):
         ("longer", c_int32), ("bias", c_void_p), ("offset", c_void_p), ("coefficients", c_void_p), ("t", c_void_p),
         ("partial", c_void_p), ("ticket", c_void_p), ("dv", c_void_p), ("cleared", c_void_p),
         ("cleared_count", c_int64), ("mixing", Mixing), ("transposed", c_bool), ("only_finite", c_bool),
+        ("warps", c_int32),
+    ]  # fmt: skip
+
+
+MAX_PARTS = 16
+
+
+class PartsArguments(ctypes.Structure):
+    _fields_ = [
+        ("part", RowsArguments * MAX_PARTS), ("first_block", c_int32 * (MAX_PARTS + 1)),
+        ("group", c_int32 * MAX_PARTS), ("parts", c_int32), ("groups", c_int32),
     ]  # fmt: skip
 
 
 class BankGradArguments(ctypes.Structure):
     _fields_ = [
-        ("a", c_void_p), ("t", c_void_p), ("dv", c_void_p), ("rows", c_int32), ("ids", c_int32), ("mixing", Mixing),
+        ("a", c_void_p), ("t", c_void_p), ("dv", c_void_p), ("rows", c_int32), ("ids", c_int32), ("parts", c_int32),
+        ("group", c_int32 * MAX_PARTS), ("mixing", Mixing),
     ]  # fmt: skip
 
 
@@ -73,6 +88,9 @@ def launchers(sources: Path) -> ctypes.CDLL:
     library.simulate_scratch_words.restype = c_int64
     library.simulate_scratch_words.argtypes = [c_int, c_int, POINTER(RowsArguments)]
     library.simulate_rows.argtypes = [c_int, c_int, POINTER(RowsArguments), c_void_p, c_void_p, c_void_p, c_int]
+    library.simulate_parts_scratch_words.restype = c_int64
+    library.simulate_parts_scratch_words.argtypes = [c_int, c_int, POINTER(PartsArguments)]
+    library.simulate_parts.argtypes = [c_int, c_int, POINTER(PartsArguments), c_void_p, c_void_p, c_void_p, c_int]
     library.simulate_refresh_right.argtypes = [c_int, c_int, POINTER(RightArguments)]
     library.simulate_on_launch.argtypes = [_Callback]
     return library
@@ -125,7 +143,7 @@ class SimulatedCuda:
         rows = _skewed(g, self.skew)
         p = _rows_arguments(rows, basis, v, projection, adapter_ids)
         g0 = torch.empty(g.shape, dtype=g.dtype) if need_input_grad else g.new_empty(0)
-        p.target, p.onto = Side(_pointer(g0), p.source.features, p.source.factor, p.source.features), SOURCE
+        p.target, p.onto = _of_g0(p.source, _pointer(g0), p.source.features), SOURCE
         return g0, self._backward(p, rows, len(basis), v, t)
 
     def low_rank(
@@ -153,6 +171,46 @@ class SimulatedCuda:
         written = set() if force else {right.data_ptr(), samples.data_ptr()}
         self._run(weight.dtype, "simulate_refresh_right", len(basis), p, written=written)
 
+    def update_parts(
+        self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, offset: Tensor | None, bias: Tensor | None,
+        x: Tensor | None, right: Tensor | None, adapter_ids: Tensor | None, ends: list[int], groups: list[int],
+    ) -> Tensor:  # fmt: skip
+        rows = _skewed(y, self.skew)
+        bias = None if bias is None else _skewed(bias.view(1, -1), self.bias_skew).view(-1)
+        t = torch.empty(len(ends), len(y), len(basis))
+        p = _parts_arguments(rows, basis, v, projection, adapter_ids, ends, groups)
+        for i, (begin, one) in enumerate(zip([0, *ends[:-1]], p.part, strict=False)):
+            one.target, one.onto, one.only_finite = one.source, SOURCE, True
+            if x is not None:
+                one.source, one.onto, one.only_finite = _side(x, right[i]), TARGET, False
+            one.bias = None if bias is None else bias[begin:].data_ptr()
+            one.offset = None if offset is None else offset[i].data_ptr()
+            one.coefficients = _pointer(t[i])
+        self._call(y.dtype, len(basis), p, None, None, None)
+        if rows is not y:
+            y.copy_(rows)
+        return t
+
+    def update_parts_backward(
+        self, g: Tensor, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None, adapter_ids: Tensor | None,
+        ends: list[int], groups: list[int], need_input_grad: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows = _skewed(g, self.skew)
+        p = _parts_arguments(rows, basis, v, projection, adapter_ids, ends, groups)
+        g0 = torch.empty(g.shape, dtype=g.dtype) if need_input_grad else g.new_empty(0)
+        for begin, one in zip([0, *ends[:-1]], p.part, strict=False):
+            at = g0[:, begin:].data_ptr() if need_input_grad and len(g) else None
+            one.target, one.onto, one.transposed = _of_g0(one.source, at, ends[-1]), SOURCE, True
+        dv, scratch = torch.empty_like(v) if t is not None else v.new_empty(0), torch.empty(0)
+        if t is not None:
+            self._library().simulate_card(*self.card)
+            words = self._library().simulate_parts_scratch_words
+            scratch = torch.empty(words(ELEMENTS.index(g.dtype), len(basis), ctypes.byref(p)))
+        elif not need_input_grad:
+            return g0, dv
+        self._call(g.dtype, len(basis), p, t, dv, scratch)
+        return g0, dv
+
     def _forward(self, p: RowsArguments, rows: Tensor, rank: int, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else _skewed(bias.view(1, -1), self.bias_skew)
         t = torch.empty(p.rows, rank)
@@ -176,9 +234,10 @@ class SimulatedCuda:
     def _library(self) -> ctypes.CDLL:
         return launchers(self.sources)
 
-    def _call(self, dtype: torch.dtype, rank: int, p: RowsArguments, *tensors: Tensor | None) -> None:
+    def _call(self, dtype: torch.dtype, rank: int, p: ctypes.Structure, *tensors: Tensor | None) -> None:
         self._library().simulate_card(*self.card)
-        self._run(dtype, "simulate_rows", rank, p, *map(_pointer, tensors), self.capturing, written=set())
+        function = "simulate_rows" if isinstance(p, RowsArguments) else "simulate_parts"
+        self._run(dtype, function, rank, p, *map(_pointer, tensors), self.capturing, written=set())
 
     def _run(self, dtype: torch.dtype, function: str, rank: int, p: ctypes.Structure, *rest, written: set[int]) -> None:
         """written: addresses of what is initialised before the first launch."""
@@ -204,10 +263,12 @@ class SimulatedCuda:
         itemsize = ELEMENTS[element].itemsize
         if kind is RowsArguments:
             buffers = _rows_buffers(arguments, rank, itemsize, blocks=grid[0])
+        elif kind is PartsArguments:
+            buffers = _parts_buffers(arguments, rank, itemsize, blocks=grid[0])
         elif kind is RightArguments:
             buffers = _right_buffers(arguments, rank, itemsize, blocks=grid[0], samples=block[0])
         else:
-            buffers = _bank_buffers(arguments, rank)
+            buffers = _bank_buffers(arguments, rank, groups=grid[1])
         for pointer, buffer in buffers.items():
             buffer.initialised = buffer.read_only or buffer.initialised or pointer in written
         kernel = kernel_of(element, rank, self.capability, self.sources, self.compiler, name)
@@ -234,7 +295,11 @@ def _skewed(x: Tensor, skew: int) -> Tensor:
 
 
 def _side(x: Tensor, factor: Tensor) -> Side:
-    return Side(_pointer(x), x.stride(0), factor.data_ptr(), x.shape[1])
+    return Side(_pointer(x), x.stride(0), factor.data_ptr(), x.shape[1], x.shape[1])
+
+
+def _of_g0(source: Side, rows: int | None, stride: int) -> Side:
+    return Side(rows, stride, source.factor, source.features, source.factor_stride)
 
 
 def _rows_arguments(
@@ -252,6 +317,20 @@ def _rows_arguments(
         wide_ids=adapter_ids is not None and adapter_ids.dtype is torch.int64,
     )
     return RowsArguments(source=_side(x, factor), rows=len(x), mixing=mixing)
+
+
+def _parts_arguments(
+    y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, ends: list[int],
+    groups: list[int],
+) -> PartsArguments:  # fmt: skip
+    """As parts_arguments in csrc/cuda/ops.cu."""
+    p = PartsArguments(parts=len(ends), groups=len(v))
+    for i, (begin, end, group) in enumerate(zip([0, *ends[:-1]], ends, groups, strict=True)):
+        one = _rows_arguments(y, basis, v[group], projection[i], adapter_ids)
+        at = y[:, begin:].data_ptr() if len(y) else None
+        one.source = Side(at, y.stride(0), basis[:, begin:].data_ptr(), end - begin, ends[-1])
+        p.part[i], p.group[i] = one, group
+    return p
 
 
 def _memory(name: str, address: int, elements: int, itemsize: int, *, rows=None, **flags: bool) -> Buffer:
@@ -291,7 +370,8 @@ def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, blocks: int) -> di
             )  # fmt: skip
         if side.factor:
             name = "right" if (side is p.source) == (names[0] == "x") else "basis"
-            found[side.factor] = _memory(name, side.factor, rank * side.features, 4, read_only=True)
+            shape = rank, side.features, side.factor_stride
+            found[side.factor] = _memory(name, side.factor, 0, 4, rows=shape, read_only=True)
     for name, count, size in (
         ("bias", p.target.features, itemsize), ("offset", rank, 4), ("t", p.rows * rank, 4),
     ):  # fmt: skip
@@ -308,11 +388,23 @@ def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, blocks: int) -> di
     return found
 
 
-def _bank_buffers(p: BankGradArguments, rank: int) -> dict[int, Buffer]:
+def _parts_buffers(p: PartsArguments, rank: int, itemsize: int, blocks: int) -> dict[int, Buffer]:
+    """Those of every part; what the launch has once, and x, for all of them."""
+    found: dict[int, Buffer] = {}
+    for one in p.part[: p.parts]:
+        found |= {at: buffer for at, buffer in _rows_buffers(one, rank, itemsize, blocks).items() if at not in found}
+        if one.dv:
+            found[one.dv] = _memory("dv", one.dv, p.groups * one.mixing.numbers, 4, initialised=False)
+    return found
+
+
+def _bank_buffers(p: BankGradArguments, rank: int, groups: int) -> dict[int, Buffer]:
     found = _mixing_buffers(p.mixing, rank, p.rows)
-    found[p.a] = _memory("a", p.a, p.rows * rank, 4, read_only=True)
-    found[p.t] = _memory("t", p.t, p.rows * rank, 4, read_only=True)
-    found[p.dv] = _memory("dv", p.dv, p.mixing.adapters * p.mixing.numbers, 4, initialised=False)
+    entries = p.parts * (1 if p.mixing.elementwise else p.mixing.numbers) * rank * rank
+    found[p.mixing.projection] = _memory("projection", p.mixing.projection, entries, 4, read_only=True)
+    found[p.a] = _memory("a", p.a, p.parts * p.rows * rank, 4, read_only=True)
+    found[p.t] = _memory("t", p.t, p.parts * p.rows * rank, 4, read_only=True)
+    found[p.dv] = _memory("dv", p.dv, groups * p.mixing.adapters * p.mixing.numbers, 4, initialised=False)
     return found
 
 
@@ -328,7 +420,10 @@ def _right_buffers(p: RightArguments, rank: int, itemsize: int, blocks: int, sam
     }
 
 
-_KINDS = {"rows_kernel": RowsArguments, "bank_grad": BankGradArguments, "refresh_right": RightArguments}
+_KINDS = {
+    "rows_kernel": RowsArguments, "parts_kernel": PartsArguments, "bank_grad": BankGradArguments,
+    "refresh_right": RightArguments,
+}  # fmt: skip
 
 
 def _translated(arguments: ctypes.Structure, address) -> bytes:
@@ -340,6 +435,9 @@ def _translated(arguments: ctypes.Structure, address) -> bytes:
                 setattr(structure, name, address(value))
             elif isinstance(value, ctypes.Structure):
                 replace(value)
+            elif isinstance(value, ctypes.Array) and issubclass(value._type_, ctypes.Structure):
+                for one in value:
+                    replace(one)
 
     copy = type(arguments).from_buffer_copy(arguments)
     replace(copy)

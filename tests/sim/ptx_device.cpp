@@ -59,6 +59,21 @@ void simulate_rows(int element, int rank, const RowsArguments* p, const float* t
     run_rows(device, kind, rank, plan, *p, stream);
   }
 }
+int64_t simulate_parts_scratch_words(int element, int rank, PartsArguments* p) {
+  const LaunchPlan plan = plan_parts(Device(0), static_cast<Element>(element), rank, *p);
+  return scratch_words(rank, plan, *p);
+}
+void simulate_parts(int element, int rank, PartsArguments* p, const float* t, float* dv, float* scratch, int capturing) {
+  const Device device(0);
+  const auto stream = reinterpret_cast<Stream>(static_cast<uintptr_t>(capturing));
+  const auto kind = static_cast<Element>(element);
+  const LaunchPlan plan = plan_parts(device, kind, rank, *p);
+  if (dv) {
+    run_parts_and_gradient(device, kind, rank, plan, *p, t, dv, scratch, stream);
+  } else {
+    run_parts(device, kind, rank, plan, *p, stream);
+  }
+}
 void simulate_refresh_right(int element, int rank, const RightArguments* p) {
   run_refresh_right(Device(0), static_cast<Element>(element), rank, *p, nullptr);
 }

@@ -53,9 +53,12 @@ def compile_module(element: str, rank: int, target: Target, compiler: str | None
 
 
 def kernel_name(mangled: str) -> str:
-    """rows_kernel<float, 2, Short, true> -> 'r2 Short ids'; bank_grad_kernel<2> -> 'r2 bank'; 'r2 right'."""
-    if found := re.search(r"rows_kernel.*Li(\d)ELNS_4TileE(\d)ELb(\d)E", mangled):
-        return f"r{found[1]} {TILES[int(found[2])]}{' ids' if found[3] == '1' else ''}"
+    """rows_kernel<float, 2, Short, true> -> 'r2 Short ids', parts_kernel the same and ' parts'; bank_grad_kernel<2> ->
+    'r2 bank'; 'r2 right'.
+    """
+    if found := re.search(r"(rows|parts)_kernel.*Li(\d)ELNS_4TileE(\d)ELb(\d)E", mangled):
+        options = " ids" * (found[4] == "1") + " parts" * (found[1] == "parts")
+        return f"r{found[2]} {TILES[int(found[3])]}{options}"
     found = re.search(r"(bank)_grad_kernelILi(\d)E|refresh_(right)_kernel.*Li(\d)E", mangled)
     return f"r{found[2] or found[4]} {found[1] or found[3]}"
 

@@ -6,11 +6,22 @@ import pytest
 import torch
 
 from tests.cases import CASES, assert_within_budget, make_case, run_ops
-from tinylora_kernels.ops.schema import LOW_RANK, REFRESH_RIGHT, UPDATE, UPDATE_BACKWARD, UPDATE_INPUT_GRAD
+from tests.part_cases import PartCase, check_parts, drawn, make_part_case, run_parts
+from tinylora_kernels.ops.schema import (
+    LOW_RANK,
+    REFRESH_RIGHT,
+    UPDATE,
+    UPDATE_BACKWARD,
+    UPDATE_INPUT_GRAD,
+    UPDATE_PARTS,
+    UPDATE_PARTS_BACKWARD,
+)
 
 from . import checks
 from .checks import draws, same_bits
 from .host import emulator
+from .host.emulator import Emulated
+from .test_cuda_parts import CASES as PART_CASES
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 
@@ -18,7 +29,9 @@ pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emula
 @pytest.fixture(scope="module")
 def ops():
     library = torch.library.Library("tinylora_emulated", "DEF")
-    for schema in (UPDATE, UPDATE_BACKWARD, LOW_RANK, UPDATE_INPUT_GRAD, REFRESH_RIGHT):
+    for schema in (
+        UPDATE, UPDATE_BACKWARD, LOW_RANK, UPDATE_INPUT_GRAD, REFRESH_RIGHT, UPDATE_PARTS, UPDATE_PARTS_BACKWARD
+    ):  # fmt: skip
         library.define(schema)
     torch.ops.load_library(emulator.build_torch_ops())
     yield torch.ops.tinylora_emulated
@@ -37,6 +50,36 @@ def test_within_the_error_budget(ops, case):
 @pytest.mark.parametrize("case", [c for c in OPS_CASES if c.rank == 2 and c.rows > 3], ids=str)
 def test_around_the_product(ops, case):
     checks.around(lambda: ops, dtypes=(torch.bfloat16,), cases=(case,))
+
+
+@pytest.mark.parametrize("case", PART_CASES.values(), ids=PART_CASES)
+def test_parts(ops, case):
+    """The arguments of ops.cpp are those that the simulators are given: the same bits, within the budget."""
+    inputs = drawn(case, torch.bfloat16)
+    found = [run_parts(ops, one) for one in inputs]
+    check_parts(found, inputs, case)
+    emulated = Emulated(emulator.build("plain", ranks=(2,), dtypes=(torch.bfloat16,)))
+    again = run_parts(emulated, inputs[0])
+    assert all(same_bits(getattr(found[0], name), getattr(again, name)) for name in vars(again))
+
+
+def test_parts_of_more_dimensions_of_none_and_of_too_many(ops):
+    one = make_part_case(PartCase(24, (40, 24), (0, 1), numbers=3), torch.float32)
+    flat = run_parts(ops, one)
+    y, g = (rows.clone().view(2, 3, 4, -1) for rows in (one.y, one.g))
+    t = ops.update_parts(y, *one.forward())
+    g0, dv = ops.update_parts_backward(g, *one.backward(t)[1:])
+    assert y.shape == g0.shape == (2, 3, 4, 64) and t.shape == (2, 24, 2)
+    assert same_bits(y.view(24, -1), flat.y) and same_bits(g0.view(24, -1), flat.g0) and same_bits(dv, flat.dv)
+    empty = make_part_case(PartCase(0, (16, 8), (0, 0)), torch.float32)
+    assert not run_parts(ops, empty).dv.any()
+    for count, refusal in ((16, None), (17, "parts: the CUDA kernels take at most 16, found 17; use the triton")):
+        many = make_part_case(PartCase(3, (4,) * count, (0,) * count), torch.float32)
+        if refusal is None:
+            run_parts(ops, many)
+        else:
+            with pytest.raises((ValueError, RuntimeError), match=refusal):
+                run_parts(ops, many)
 
 
 def test_what_is_not_finite(ops):

@@ -18,7 +18,7 @@ needs_cuobjdump = pytest.mark.skipif(static.cuobjdump() is None, reason="needs c
 @pytest.mark.parametrize("architecture", static.ARCHITECTURES)
 def test_compiled_code(architecture, compiler):
     kernels = static.inspect("bfloat16", (2, 8), architecture, compiler)
-    assert len(kernels) == 2 * (2 * len(TILES) + 2)
+    assert len(kernels) == 2 * (4 * len(TILES) + 2)
     for name, kernel in kernels.items():
         rank, tile = int(name[1]), name.split()[1]
         threads = THREADS.get(tile) or shape(tile, 2).threads
@@ -31,11 +31,10 @@ def test_compiled_code(architecture, compiler):
         if tile in THREADS:
             assert atomics == 0
             continue
-        assert atomics == counts["ATOMG.INC"] == (0 if name.endswith("ids") else 1), f"{name}: {counts}"
+        assert atomics == counts["ATOMG.INC"] == (0 if "ids" in name else 1), f"{name}: {counts}"
         expected = static.expected_packets(tile, 2, rank)
         wide = shape(tile, 2).width > 1
-        ids = 2 if name.endswith("ids") else 0  # loads of a 64-bit id
-        assert counts["LDG.64"] == (expected["row loads"] if wide else 0) + ids, f"{name}: {counts}"
+        assert counts["LDG.64"] == (expected["row loads"] if wide else 0), f"{name}: {counts}"
         assert counts["LDG.128.CONSTANT"] == (expected["factor loads"] if wide else 0), f"{name}: {counts}"
         # for some targets the code is there twice, with a bias and without
         assert counts["STG.64"] in ((n := expected["row stores"] if wide else 0), 2 * n), f"{name}: {counts}"
@@ -43,13 +42,17 @@ def test_compiled_code(architecture, compiler):
 
 @needs_cuobjdump
 def test_three_blocks_of_256_threads_fit_a_multiprocessor_where_rows_are_short():
-    """On the card that was measured, at the method's rank, in 16 bits: 80 registers; two blocks where rows are long."""
+    """On the card that was measured, at the method's rank, in 16 bits: 80 registers; two blocks where rows are long,
+    and of the kernels of several parts.
+    """
     for element in ("bfloat16", "float16"):
         for name, kernel in static.inspect(element, (1, 2), 90).items():
             tile = name.split()[1]
-            if tile in ("Short", "Medium", "Stream", "Scalar"):
+            if name.endswith("parts"):
+                assert kernel.registers <= 128, name
+            elif tile in ("Short", "Medium", "Stream", "Scalar"):
                 assert kernel.registers <= 80, name
-            if tile == "Long" and not name.endswith("ids"):
+            elif tile == "Long" and not name.endswith("ids"):
                 assert kernel.registers <= 64, name
 
 
@@ -79,7 +82,8 @@ def test_accesses_in_the_ptx(element):
             assert counts[f"ld.global.cg.{vector}"] == expected["row loads"], f"{name}: {counts}"
             assert counts["ld.global.nc.v4.f32"] == expected["factor loads"], f"{name}: {counts}"
             stores = counts[f"st.global.{vector}"] + counts[f"st.global.{vector.replace('u', 'f')}"]
-            assert stores == expected["row stores"], f"{name}: {counts}"
+            n = expected["row stores"]  # of several parts the code is there twice, with a bias and without
+            assert stores in ((n, 2 * n) if name.endswith("parts") else (n,)), f"{name}: {counts}"
         else:
             loads = sum(n for op, n in counts.items() if op.startswith("ld.global.cg"))
             assert loads >= expected["row loads"]  # and those of the coefficients over what is finite, one at a time

@@ -25,6 +25,7 @@ from ..functional import tiny_lora_linear, tiny_lora_update
 from ..linear.plan import (
     Buffers,
     Chosen,
+    HeldParts,
     HeldRight,
     Plan,
     changes,
@@ -33,6 +34,7 @@ from ..linear.plan import (
     is_plain_linear,
     make_plan,
     note_change,
+    parts_for,
     right_for,
 )
 from ..method.config import IDENTITY_FIELDS, Method
@@ -92,6 +94,7 @@ class TinyLoRALayer(nn.Module):
     v: nn.Parameter  # its own, or that of the layer that holds it
     _plan: Plan | None
     _right: HeldRight | None
+    _parts: HeldParts | None
     _selection: Selection | None
     _adapted_to: Witness | None
     _in_doubt: bool | list[str]
@@ -115,6 +118,7 @@ class TinyLoRALayer(nn.Module):
         super().__init__()
         self.__dict__["_plan"] = None  # how the last call ran, if the next ones can run like it
         self.__dict__["_right"] = None  # B^T and the weight it was computed from: linear.plan.right_for
+        self.__dict__["_parts"] = None  # of a fused layer, and what they were taken from: linear.plan.parts_for
         self.__dict__["_selection"] = None  # the bank's at the last call
         self.__dict__["_adapted_to"] = None  # the witness of the weight that U and sigma are of
         self.__dict__["_in_doubt"] = False  # whether the weight may be another one now: it was loaded, or emptied
@@ -178,13 +182,14 @@ class TinyLoRALayer(nn.Module):
         if self._product and fresh and weight is not None and one_input and is_bare_product(base, args[0]):
             if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
                 watched = modes.seen_by_a_mode()
-                held = None if watched else right_for(self, args[0])
+                parts = None if watched else parts_for(self, projection)
+                held = None if watched or parts is not None else right_for(self, args[0])
                 if not watched and self._worth_a_plan(chosen):
                     self.__dict__["_plan"] = make_plan(self, self._owner[0], held, chosen, asked_at)
                 right, samples = (None, None) if held is None else (held.right, held.samples)
                 return tiny_lora_linear(
                     args[0], weight, bias, basis, v, projection, None, adapter_ids, right=right, samples=samples,
-                    backend=self.backend,
+                    parts=parts, backend=self.backend,
                 )  # fmt: skip
             # traced, cast by autocast, with a W that is trained, or of another kind
             y = self._product(base, args[0], weight)
@@ -244,7 +249,7 @@ class TinyLoRALayer(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles carry no bank: it belongs to the layers of one model in one process."""
-        return {**self.__dict__, "bank": None, "_plan": None, "_right": None, "_selection": None}
+        return {**self.__dict__, "bank": None, "_plan": None, "_right": None, "_parts": None, "_selection": None}
 
     # What the weight was
 
@@ -355,7 +360,7 @@ class TinyLoRALayer(nn.Module):
         self.sigma.copy_(sigma)
         self.projection.copy_(projection)
         self.take_witness()
-        self.__dict__.update(_plan=None, _right=None)  # B^T is of the old U
+        self.__dict__.update(_plan=None, _right=None, _parts=None)  # they are of the old U
         note_change()
 
     def keep(self) -> Callable[[], None]:
@@ -368,7 +373,7 @@ class TinyLoRALayer(nn.Module):
         def put_back() -> None:
             for tensor, was in tensors:
                 tensor.copy_(was)
-            self.__dict__.update(state, _plan=None, _right=None)
+            self.__dict__.update(state, _plan=None, _right=None, _parts=None)
             note_change()
 
         return put_back

@@ -1,5 +1,5 @@
-"""Compiles the C++ of an adapted nn.Linear: its node of autograd (node.cpp), and the plan by which it is called
-(plan.inl).
+"""Compiles the C++ of an adapted nn.Linear: its node of autograd (node.cpp), the sum of dx that layers share
+(siblings.inl), and the plan by which it is called (plan.inl).
 
 The kernels use torch's stable ABI, which has no autograd, so that one file of them serves every torch and every
 Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE = Path(__file__).with_name("node.cpp")
-INCLUDED = Path(__file__).with_name("plan.inl")
+INCLUDED = [Path(__file__).with_name(name) for name in ("siblings.inl", "plan.inl")]
 COMMAND = "python -m tinylora_kernels compile"
 UNFINISHED = ".compiling-"  # begins the name of a folder in which one is being compiled
 KEPT = 8  # libraries in a cache: those used last
@@ -44,7 +44,7 @@ def file_name(torch_directory: Path) -> str:
     The same for a release's CPU and CUDA builds, whose C++ is one; another for other sources, so that none is loaded
     that was compiled from older ones.
     """
-    sources = hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes()).hexdigest()[:8]
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *INCLUDED))).hexdigest()[:8]
     text = (torch_directory / "version.py").read_text()
     version, commit = (re.search(rf"{name}\b.*= '(\w[^']*)'", text) for name in ("__version__", "git_version"))
     release = version.group(1).split("+")[0] if version else "unknown"

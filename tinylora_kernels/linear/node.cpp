@@ -8,13 +8,19 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -75,6 +81,26 @@ Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const
   return call.call(dx, right, g, basis, v, projection, t, adapter_ids, add);
 }
 
+using Ints = c10::IntArrayRef;
+
+Tensor update_parts(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& bias,
+                    const Maybe& adapter_ids, Ints ends, Ints groups) {
+  static const auto call =
+      op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&,
+                const Maybe&, const Maybe&, Ints, Ints)>("tinylora::update_parts");
+  return call.call(y, basis, v, projection, /*offset=*/std::nullopt, bias, /*x=*/std::nullopt, /*right=*/std::nullopt,
+                   adapter_ids, ends, groups);
+}
+
+std::tuple<Tensor, Tensor> update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
+                                                 const Tensor& projection, const Maybe& t, const Maybe& adapter_ids,
+                                                 Ints ends, Ints groups, bool need_input_grad) {
+  static const auto call =
+      op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                                    const Maybe&, Ints, Ints, bool)>("tinylora::update_parts_backward");
+  return call.call(g, basis, v, projection, t, adapter_ids, ends, groups, need_input_grad);
+}
+
 // Bits of an order; rules.py decides them and says why.
 enum Order : int64_t { kLastForward = 1, kPastWeight = 2, kLastBackward = 4 };
 constexpr int64_t kGpuRows = 512;  // of a call whose product comes last; rules.py has the same
@@ -95,6 +121,14 @@ Tensor empty_rows(const Tensor& like, int64_t width) {
   return at::empty(sizes, like.options());
 }
 
+// Of a fused layer whose update goes part by part: method/parts.py's PartFactors.
+struct Parts {
+  Tensor basis;       // [r, out]
+  Tensor projection;  // [k, u, r, r]
+  std::vector<int64_t> ends;
+  std::vector<int64_t> groups = std::vector<int64_t>(ends.size());  // one v for all
+};
+
 // What a call holds still: node.py's FrozenLinear, but for the backend.
 struct Frozen {
   Tensor weight;      // [out, in]
@@ -105,6 +139,7 @@ struct Frozen {
   Maybe right;        // [r, in]
   Maybe samples;      // [blocks, 256], of the weight that `right` is of
   int64_t order;
+  std::optional<Parts> parts;
 
   // Of a call with these rows, x or g.
   int64_t order_for(const Tensor& rows) const {
@@ -127,6 +162,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Froze
     return {y, t};
   }
   Tensor y = at::linear(input, f.weight).contiguous();
+  if (f.parts) {
+    const auto& [basis, projection, ends, groups] = *f.parts;
+    return {y, update_parts(y, basis, v.unsqueeze(0), projection, f.bias, f.adapter_ids, ends, groups)};
+  }
   Tensor t = update(y, f.basis, v, f.projection, f.bias, f.adapter_ids);
   return {y, t};
 }
@@ -180,6 +219,8 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 
 }  // namespace plain
 
+#include "siblings.inl"
+
 // Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Its second output is t, which
 // nobody reads: as an output it has a history, by which gradients of gradients find their way (ops/autograd.py). It gets that
 // history where one is asked for: a SavedVariable of an output makes two tensors more at every call.
@@ -188,6 +229,7 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 // to be made and found again around every product.
 struct TinyLoRALinear : torch::autograd::Node {
   SavedVariable t;  // where v wants a gradient
+  Siblings* siblings = nullptr;  // at the end of the first edge, or null: dx is handed to autograd
   Tensor v;
   Frozen frozen;
   std::vector<int64_t> sizes;  // of y
@@ -215,32 +257,59 @@ struct TinyLoRALinear : torch::autograd::Node {
   }
 
   variable_list gradients(const Tensor& grad, const Tensor& saved) {
-    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order] = frozen;
+    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order, parts] = frozen;
     const int64_t order = frozen.order_for(grad);
     at::AutoDispatchBelowADInplaceOrView below;
     const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
     const bool need_dx = task_should_compute_output(0);
     const Tensor g = grad.contiguous();  // expanded gradients (sum, mean) have stride 0
+    // A hook is shown this layer's dx, and so is who calls the node by hand.
+    const bool on_its_own = !need_dx || !post_hooks().empty() || torch::autograd::get_current_graph_task_id() < 0;
+    Siblings* const others = on_its_own ? nullptr : siblings;
+    Tensor dx = others ? others->take() : Tensor();
+    const bool more = dx.defined();  // the sum of those before, to be added to
+    Tensor dv;
     if (need_dx && order & kPastWeight) {
-      const bool last = order & kLastBackward;
-      // dx = (a M) B^T + g W
-      Tensor dx = last ? empty_rows(g, weight.size(1)) : at::matmul(g, weight);
-      Tensor dv = update_input_grad(dx, *right, g, basis, v, projection, maybe_t, adapter_ids, !last);
+      const bool last = order & kLastBackward && !more;
+      // dx (+)= (a M) B^T + g W
+      if (last) dx = empty_rows(g, weight.size(1));
+      else if (more) add_product(dx, g, weight);
+      else dx = at::matmul(g, weight);
+      dv = update_input_grad(dx, *right, g, basis, v, projection, maybe_t, adapter_ids, !last);
       if (last) add_product(dx, g, weight);
-      return {dx, maybe_t ? dv : Tensor()};
+    } else {
+      Tensor g0;
+      if (parts) {
+        std::tie(g0, dv) = update_parts_backward(g, parts->basis, v.unsqueeze(0), parts->projection, maybe_t, adapter_ids,
+                                                 parts->ends, parts->groups, need_dx);
+        if (maybe_t) dv = dv[0];
+      } else {
+        std::tie(g0, dv) = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
+      }
+      // dx (+)= g0 W
+      if (more) add_product(dx, g0, weight);
+      else if (need_dx) dx = at::matmul(g0, weight);
     }
-    auto [g0, dv] = update_backward(g, basis, v, projection, maybe_t, adapter_ids, need_dx);
-    // dx = g0 W
-    return {need_dx ? at::matmul(g0, weight) : Tensor(), maybe_t ? dv : Tensor()};
+    if (others) others->put(std::move(dx));  // and leaves dx undefined
+    return {dx, maybe_t ? dv : Tensor()};
+  }
+
+  // t [k, N, r] of parts as that of one update of the rank of all of them: method/parts.py's block_coefficients.
+  Tensor as_one(const Tensor& t) const {
+    if (!frozen.parts || !t.defined()) return t;
+    const Tensor flat = t.transpose(0, 1).flatten(1);
+    return at::constant_pad_nd(flat, {0, frozen.basis.size(0) - flat.size(1)});
   }
 
   // g_t [N, r] is what came to t.
-  variable_list differentiable(const Tensor& grad, const Tensor& g_t, const Tensor& saved) {
+  variable_list differentiable(const Tensor& grad, const Tensor& of_t, const Tensor& saved) {
+    const Tensor g_t = as_one(of_t);
     const Tensor g = grad.defined() ? grad : at::zeros(sizes, frozen.weight.options());
     Tensor own_t;
     if (saved.defined()) {
       own_t = saved.detach();
       torch::autograd::impl::set_gradient_edge(own_t, {getptr(), /*output=*/1});
+      own_t = as_one(own_t);
     }
     const Tensor a = plain::project(g, frozen.basis);
     Tensor gains = plain::gains(a, v, frozen.projection, frozen.adapter_ids);
@@ -259,19 +328,6 @@ struct TinyLoRALinear : torch::autograd::Node {
   }
 };
 
-// Torch's pointer to a node: std::shared_ptr up to some release, its own counted pointer from then on.
-template <class N, class Pointer = decltype(torch::autograd::Edge::function)>
-Pointer new_node(N*& node) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    Pointer pointer(node = new N, [](auto* old) { deleteNode(old); });  // torch's: without deep recursion
-    return pointer;
-  } else {
-    auto pointer = c10::make_intrusive<N>();
-    node = pointer.get();
-    return pointer;
-  }
-}
-
 Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& frozen) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const auto below = [&] {
@@ -279,9 +335,12 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
     return run(x, v, frozen);
   };
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || v.requires_grad())) return std::get<0>(below());
+  torch::autograd::edge_list edges = torch::autograd::collect_next_edges(x, v);
+  Siblings* const siblings = siblings_of(x, v, edges[0], frozen.weight);
   TinyLoRALinear* node = nullptr;
   const auto pointer = new_node(node);
-  node->set_next_edges(torch::autograd::collect_next_edges(x, v));
+  node->siblings = siblings;
+  node->set_next_edges(std::move(edges));
   auto [y, t] = below();
   node->sizes = y.sizes().vec();
   node->frozen = frozen;
@@ -294,16 +353,22 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   return y;
 }
 
+std::optional<Parts> parts_of(const Maybe& basis, const Maybe& projection, Ints ends) {
+  return basis ? std::optional(Parts{*basis, *projection, ends.vec()}) : std::nullopt;
+}
+
 Tensor linear_op(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
                  const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
-                 int64_t order) {
-  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order});
+                 int64_t order, const Maybe& part_basis, const Maybe& part_projection, Ints ends) {
+  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order,
+                                     parts_of(part_basis, part_projection, ends)});
 }
 
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
                     const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
-                    int64_t order) {
-  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order}));
+                    int64_t order, const Maybe& part_basis, const Maybe& part_projection, Ints ends) {
+  return std::get<0>(run(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order,
+                                parts_of(part_basis, part_projection, ends)}));
 }
 
 }  // namespace
@@ -311,7 +376,7 @@ Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, cons
 TORCH_LIBRARY_FRAGMENT(tinylora, m) {
   m.def(
       "linear(Tensor x, Tensor v, Tensor weight, Tensor? bias, Tensor basis, Tensor projection, Tensor? adapter_ids, "
-      "Tensor? right, Tensor? samples, int order) -> Tensor");
+      "Tensor? right, Tensor? samples, int order, Tensor? part_basis, Tensor? part_projection, int[] ends) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_op); }

@@ -4,7 +4,8 @@ Against the update behind torch's own linear this spares one node each way, whic
 instead with the native kernels where it is compiled (compiled.py); here is what runs beside any torch and Python.
 
 A process may change from this one to its twin between any two calls (plan.take_twin): what the two save for the
-backward pass is the same, number by number, since a checkpoint may take it from the other one.
+backward pass is the same, number by number, since a checkpoint may take it from the other one. Layers that read one x
+add up their dx in C++ alone (siblings.inl), and not in a process that has changed.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common import modes
+from ..method.parts import PartFactors, block_coefficients
 from ..ops.autograd import differentiable_gradients, run_update, update_gradients
 from ..ops.dispatch import Backend
 from ..ops.reference import product
@@ -38,6 +40,7 @@ def backward_is_compiled() -> bool:
 def take_twin(compiled_since: ModuleType) -> None:
     """Calls run the twin from now on."""
     global extension, why_no_twin, twin
+    compiled_since.set_siblings(False)  # dx would be rounded otherwise from some call on
     extension, why_no_twin, twin = compiled_since, None, torch.ops.tinylora.linear.default
 
 
@@ -52,6 +55,7 @@ class FrozenLinear(NamedTuple):
     right: Tensor | None  # [r, in] B^T = U^T W, where the order wants it
     samples: Tensor | None  # on a GPU, of the W that B^T is of: backend.refresh_right looks before each use
     order: int  # rules.product_order, 0 without right
+    parts: PartFactors | None  # of a fused layer whose update goes part by part; with order 0
     backend: Backend
 
     def order_for(self, rows: Tensor) -> int:
@@ -66,13 +70,16 @@ def order_of(weight: Tensor, bias: Tensor | None, backend: Backend) -> int:
     return product_order(weight, bias) if backend.low_rank is not None else 0
 
 
+NO_PARTS: tuple[None, None, list[int]] = None, None, []
+
+
 def apply_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> Tensor:
     """The updated output of a linear layer, by the shortest node there is; by none where nothing wants a gradient."""
     compiling = _is_compiling()  # asked first: a graph that had looked at the twin would be of one that is not there
     live = torch.is_grad_enabled() and (v.requires_grad or x.requires_grad)
     if not compiling and twin is not None and frozen.backend.name in TWIN_BACKENDS and not modes.seen_by_a_mode():
         if not (live and backward_is_compiled()):
-            return twin(x, v, *frozen[:-1])
+            return twin(x, v, *frozen[:-2], *(frozen.parts or NO_PARTS))
     if not live:
         return _updated_linear(x, v, frozen)[0]
     return TracedLinear.apply(x, v, frozen) if compiling else _apply_untransformed(x, v, frozen)[0]
@@ -96,7 +103,7 @@ if TYPE_CHECKING:
 class TinyLoRALinear(torch.autograd.Function):
     """y = x W^T + b and its update, W and b frozen: gradients into x and v; also t (ops/autograd.py says why).
 
-    Saves t, and refers to v and W.
+    Saves t ([k, N, r] where the update goes part by part), and refers to v and W.
     """
 
     @staticmethod
@@ -121,6 +128,8 @@ class TinyLoRALinear(torch.autograd.Function):
             return _gradients(ctx, g, t, v)
         basis, adapter_ids = ctx.frozen.basis, ctx.frozen.adapter_ids
         g = weight.new_zeros(ctx.shape) if g is None else g
+        if ctx.frozen.parts is not None:  # as one update of the rank of all parts
+            t, g_t = (None if one is None else block_coefficients(one, len(basis)) for one in (t, g_t))
         g0, dv = differentiable_gradients(g, g_t, basis, v, ctx.frozen.projection, t, adapter_ids)
         # dx = g0 W
         return product(g0, weight) if ctx.needs_input_grad[0] else None, dv, None
@@ -165,7 +174,7 @@ def _gradients(
     if torch.is_autocast_enabled(g.device.type):  # it would cast the product
         with torch.autocast(g.device.type, enabled=False):
             return _gradients(ctx, g, t, v)
-    weight, _, basis, projection, adapter_ids, right, _, _, backend = ctx.frozen
+    weight, _, basis, projection, adapter_ids, right, _, _, parts, backend = ctx.frozen
     order = ctx.frozen.order_for(g)
     if order & PAST_WEIGHT and ctx.needs_input_grad[0]:
         assert right is not None and backend.update_input_grad is not None  # or the order were 0
@@ -177,6 +186,17 @@ def _gradients(
         if last:
             _add_product(dx, g, weight)
         return dx, (None if t is None else dv), None
+    if parts is not None:
+        groups = [0] * len(parts.ends)
+        g_parts, dv_parts = backend.update_parts_backward(
+            g.contiguous(), parts.basis, v[None], parts.projection, t, adapter_ids, parts.ends, groups,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return (
+            torch.matmul(g_parts, weight) if ctx.needs_input_grad[0] else None,
+            None if t is None else dv_parts[0],
+            None,
+        )
     g0, dv_or_none = update_gradients(g, basis, v, projection, t, adapter_ids, ctx.needs_input_grad[0], backend)
     # dx = g0 W
     return None if g0 is None else torch.matmul(g0, weight), dv_or_none, None
@@ -184,7 +204,7 @@ def _gradients(
 
 def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor, Tensor]:
     """The updated output, fresh and no view of another tensor, and t [N, r]."""
-    weight, bias, basis, projection, adapter_ids, right, samples, _, backend = frozen
+    weight, bias, basis, projection, adapter_ids, right, samples, _, parts, backend = frozen
     order = frozen.order_for(x)
     if order and samples is not None:
         assert right is not None and backend.refresh_right is not None  # or there were no samples
@@ -197,6 +217,11 @@ def _updated_linear(x: Tensor, v: Tensor, frozen: FrozenLinear) -> tuple[Tensor,
         _add_product(y, x, weight.t())
         return y, t
     y = torch.nn.functional.linear(x, weight).contiguous()
+    if parts is not None:
+        return y, backend.update_parts(
+            y, parts.basis, v[None], parts.projection, None, bias, None, None, adapter_ids, parts.ends,
+            [0] * len(parts.ends),
+        )  # fmt: skip
     return run_update(backend, y, basis, v, projection, None, bias, adapter_ids)
 
 

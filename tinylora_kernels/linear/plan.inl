@@ -172,6 +172,14 @@ Runs runs_of(PyObject* held) {
           {numbers, numbers + bits.nbytes()}};
 }
 
+std::optional<Parts> parts_held(PyObject* parts) {
+  if (parts == Py_None) return std::nullopt;
+  const Owned list = attribute(parts, "ends");
+  std::vector<int64_t> ends;
+  for (Py_ssize_t i = 0; i < PyList_Size(list.get()); ++i) ends.push_back(PyLong_AsLongLong(PyList_GET_ITEM(list.get(), i)));
+  return Parts{tensor(parts, "basis"), tensor(parts, "projection"), std::move(ends)};
+}
+
 // Plan(plan, globals of plan.py, globals of dispatch.py, global hooks). The arguments own what is kept of them: fields of
 // a NamedTuple do not change.
 PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
@@ -188,7 +196,7 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
       optional_tensor(plan, "table").value_or(Tensor()),
       {tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
        optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"), optional_tensor(frozen, "samples"),
-       PyLong_AsLongLong(field(frozen, "order"))},
+       PyLong_AsLongLong(field(frozen, "order")), parts_held(field(frozen, "parts"))},
       runs_of(field(plan, "held"))});
   const Questions questions{
       plans, dispatch, global_hooks,
@@ -237,7 +245,14 @@ PyType_Slot plan_slots[] = {
     {}};
 PyType_Spec plan_type = {"tinylora_kernels.linear._node.Plan", sizeof(PlanObject), 0,
                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, plan_slots};
-PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node"};
+
+PyObject* set_siblings(PyObject*, PyObject* wanted) {
+  const int on = PyObject_IsTrue(wanted);
+  return on < 0 ? nullptr : PyBool_FromLong(siblings_wanted.exchange(on));
+}
+PyMethodDef functions[] = {
+    {"set_siblings", set_siblings, METH_O, "Whether layers that read one x add up their dx themselves; as it was."}, {}};
+PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
 
 }  // namespace
 

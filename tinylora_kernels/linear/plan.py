@@ -19,13 +19,14 @@ from torch.autograd import forward_ad
 from ..base.weights import PLAIN, right_factor
 from ..base.witness import Witness, witness
 from ..common import modes
+from ..method.parts import PartFactors, part_factors
 from ..ops import BACKENDS, choose, dispatch
 from ..ops.dispatch import Backend
 from ..ops.native import library as native
 from ..ops.schema import accumulation_dtype, samples_shape
 from . import compiled, node
 from .node import FrozenLinear, apply_linear
-from .rules import wants_right
+from .rules import by_parts, wants_right
 
 _all_modules = nn.modules.module
 _GLOBAL_HOOKS = (
@@ -109,6 +110,7 @@ class Layer(Protocol):
 
     backend: str | None
     group: int
+    parts: tuple[int, ...] | None  # output rows of each part of a fused layer
     _modules: dict[str, nn.Module | None]
     _buffers: dict[str, Tensor | None]
     _parameters: dict[str, nn.Parameter | None]
@@ -250,11 +252,12 @@ def make_plan(
     if weight.is_inference():  # it has no version
         return None
     backend = BACKENDS[choose(weight.device.type, weight.dtype, basis.shape[0], layer.backend)]
-    order = node.order_of(weight, bias, backend)
+    parts = parts_for(layer, projection)
+    order = 0 if parts is not None else node.order_of(weight, bias, backend)
     lacks_right = held is None and wants_right(order, training=True)
     right, samples = (None, None) if held is None else (held.right, held.samples)
     frozen = FrozenLinear(
-        weight, bias, basis, projection, adapter_ids, right, samples, 0 if held is None else order, backend
+        weight, bias, basis, projection, adapter_ids, right, samples, 0 if held is None else order, parts, backend
     )
     plan = Plan(
         asked_at, _written(weight), dispatch.requested, base.__dict__, weight.dtype, weight.device.type, layer._buffers,
@@ -265,6 +268,31 @@ def make_plan(
     if node.extension is None:
         compiled.wanted(take_twin)
     return plan if twin is None else twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
+
+
+class HeldParts(NamedTuple):
+    """The factors of a layer's parts, and what they were taken from."""
+
+    basis: Tensor
+    projection: Tensor
+    factors: PartFactors
+
+
+def parts_for(layer: Layer, projection: Tensor) -> PartFactors | None:
+    """Of a fused layer whose base is_plain_linear, where its update goes part by part; None with another's P'."""
+    buffers = cast(Buffers, layer._buffers)
+    if layer.parts is None or projection is not buffers["projection"]:
+        return None
+    weight = cast(LinearParameters, cast(nn.Linear, layer._modules["base"])._parameters)["weight"]
+    if not by_parts(weight):
+        return None
+    basis = buffers["basis"]
+    held: HeldParts | None = layer.__dict__["_parts"]
+    if held is None or held.basis is not basis or held.projection is not projection:
+        with modes.out_of_sight():
+            factors = part_factors(basis, projection, buffers["sigma"].shape[1], layer.parts)
+        held = layer.__dict__["_parts"] = HeldParts(basis, projection, factors)
+    return held.factors
 
 
 def right_for(layer: Layer, x: Tensor) -> HeldRight | None:

@@ -9,13 +9,18 @@ which is the same update with a larger rank: basis [k r, out] whose rows of part
 block-diagonal. So forward, backward, merging, export and adapter banks are those of any layer. Rows of zeros fill the
 rank up to one the kernels are specialised for.
 
+Where that costs too much (linear/rules.py: by_parts) an adapted nn.Linear updates its output part by part in one op,
+update_parts, from part_factors.
+
 Files and factors hold the compact form: U_1^T, ..., U_k^T side by side, [r, out], and the singular values [k, r].
 """
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .selection import suffixes
@@ -85,3 +90,24 @@ def block_projection(projections: Sequence[Tensor]) -> Tensor:
         block = slice(part * rank, (part + 1) * rank)
         blocks[:, block, block] = projection
     return blocks
+
+
+class PartFactors(NamedTuple):
+    """A fused layer's factors as update_parts takes them: nothing in them is zero for being another part's."""
+
+    basis: Tensor  # [r, out] U_1^T, ..., U_k^T side by side
+    projection: Tensor  # [k, u, r, r]
+    ends: list[int]
+
+
+def part_factors(blocks: Tensor, projection: Tensor, rank: int, sizes: Sequence[int]) -> PartFactors:
+    """Of basis [R, out] and P' [u, R, R] as block_basis and block_projection arrange them."""
+    corners = [slice(part * rank, (part + 1) * rank) for part in range(len(sizes))]
+    own = torch.stack([projection[:, corner, corner] for corner in corners])
+    return PartFactors(compact_basis(blocks, rank, sizes).contiguous(), own, list(accumulate(sizes)))
+
+
+def block_coefficients(t: Tensor, total: int) -> Tensor:
+    """t [k, N, r] of the parts -> [N, R], as they are beside block_basis."""
+    flat = t.transpose(0, 1).flatten(1)  # [N, k r]
+    return torch.nn.functional.pad(flat, (0, total - flat.shape[1]))

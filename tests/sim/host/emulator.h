@@ -97,10 +97,12 @@ inline unsigned lane() {
 #define blockIdx (emulator::block_index())
 #define blockDim (emulator::block_size())
 #define gridDim (emulator::grid_size())
+#define __grid_constant__
 #define TL_SHARED(T, name, count)      \
   static const char name##_identity = 0; \
   T* const name = static_cast<T*>(emulator::shared(&name##_identity, sizeof(T) * (count)))
 
+#define __builtin_assume(...)
 inline void __syncthreads(int line = __builtin_LINE()) { emulator::barrier(line); }
 inline int __syncthreads_or(int holds, int line = __builtin_LINE()) { return emulator::barrier_or(holds, line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { emulator::sync_warp(mask, line); }

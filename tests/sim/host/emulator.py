@@ -186,7 +186,7 @@ SOURCE, TARGET, NOTHING = range(3)  # enum class Onto
 
 @dataclass(frozen=True)
 class Emulated:
-    """A backend: the four ops on 2-D activations.
+    """A backend: the four ops, and those of parts, on 2-D activations.
 
     Attributes:
         skew, bias_skew: elements by which the rows, and the bias, miss 16-byte alignment.
@@ -221,6 +221,47 @@ class Emulated:
     def update_input_grad(self, dx, right, g, basis, v, projection, t, adapter_ids, add) -> Tensor:
         return self._backward(TARGET if add else NOTHING, g, dx, basis, right, v, projection, t, adapter_ids)
 
+    def update_parts(self, y, basis, v, projection, offset, bias, x, right, adapter_ids, ends, groups) -> Tensor:
+        arrays = basis, v, projection, offset, x, right, adapter_ids
+        span, _, t, _ = self._call_parts(y, bias, *arrays, None, ends, groups, transposed=False, writes=True)
+        _row_span(y).copy_(_tensor(span, y.dtype, (-1,)))
+        return _tensor(t, torch.float32, (len(ends), len(y), len(basis)))
+
+    def update_parts_backward(
+        self, g, basis, v, projection, t, adapter_ids, ends, groups, need_input_grad
+    ) -> tuple[Tensor, Tensor]:
+        g0 = torch.full(g.shape, torch.nan, dtype=g.dtype) if need_input_grad else g.new_empty(0)
+        if t is None and not need_input_grad:
+            return g0, v.new_empty(0)
+        arrays = basis, v, projection, None, None, None, adapter_ids
+        found = self._call_parts(g, None, *arrays, t, ends, groups, transposed=True, writes=need_input_grad)
+        if found[0] != _raw(_row_span(g))[8:]:
+            raise Fault("a backward op wrote to g")
+        if need_input_grad:
+            g0.copy_(_tensor(found[1], g.dtype, g.shape))
+        return g0, _tensor(found[3], torch.float32, v.shape if t is not None else (0,))
+
+    def _call_parts(
+        self, y, bias, basis, v, projection, offset, x, right, ids, t, ends, groups, *, transposed, writes
+    ) -> list[bytes]:
+        """What y, g0, the coefficients and dv hold afterwards."""
+        count, width = y.shape
+        header = [
+            1, transposed, writes, self.capturing, list(ELEMENTS).index(y.dtype), len(basis), len(ends), len(v), count,
+            y.stride(0), 0 if x is None else x.shape[1], 0 if x is None else x.stride(0), v.shape[-1],
+            1 if ids is None else v.shape[1], 1 if ids is None or not len(ids) else count // len(ids),
+            ids is not None and ids.dtype is torch.int64, projection.dim() == 3, self.skew, self.bias_skew,
+            ORDERS.index(self.order), self.seed, *self.card,
+            *(number for pair in zip(ends, groups, strict=True) for number in pair),
+        ]  # fmt: skip
+        span = _row_span(y)
+        arrays = [span, bias, basis, v, projection, offset, None if x is None else _row_span(x), right, ids, t]
+        out = run(self.executable, struct.pack(f"<{len(header)}q", *map(int, header)) + b"".join(map(_raw, arrays)))
+        sizes = [span.numel() * y.element_size(), count * width * y.element_size() if transposed and writes else 0]
+        sizes += [0 if transposed else len(ends) * count * len(basis) * 4, v.numel() * 4 if t is not None else 0]
+        ends_of = [sum(sizes[: i + 1]) for i in range(4)]
+        return [out[end - size : end] for size, end in zip(sizes, ends_of, strict=True)]
+
     def _backward(self, onto, g, target, basis, other, v, projection, t, ids) -> Tensor:
         if t is None and target is None:
             return v.new_empty(0)
@@ -239,7 +280,7 @@ class Emulated:
         count, width = source.shape
         written = source if target is None else target
         header = [
-            transposed, stays, self.capturing, onto, ELEMENTS.index(source.dtype), len(factor), count,
+            0, transposed, stays, self.capturing, onto, ELEMENTS.index(source.dtype), len(factor), count,
             width, source.stride(0), written.shape[1], written.stride(0),
             v.shape[-1], 1 if ids is None else len(v), 1 if ids is None or not len(ids) else count // len(ids),
             ids is not None and ids.dtype is torch.int64, projection.dim() == 2,

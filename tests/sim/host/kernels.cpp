@@ -25,6 +25,8 @@ template <Tile TILE>
 void add_rows() {
   add({Kind::Rows, kElement<T>, R, TILE, false}, rows_kernel<T, R, TILE, false>);
   add({Kind::Rows, kElement<T>, R, TILE, true}, rows_kernel<T, R, TILE, true>);
+  add({Kind::Parts, kElement<T>, R, TILE, false}, parts_kernel<T, R, TILE, false>);
+  add({Kind::Parts, kElement<T>, R, TILE, true}, parts_kernel<T, R, TILE, true>);
 }
 
 const bool added = [] {

@@ -197,7 +197,8 @@ class GlobalMemory:
     def write_back(self) -> None:
         for buffer, region in zip(self.buffers, self.regions, strict=True):
             if not buffer.read_only:
-                buffer.data[:] = region.data[buffer.start : buffer.start + len(buffer.data)]
+                found = region.data[buffer.start : buffer.start + len(buffer.data)]
+                np.copyto(buffer.data, found, where=True if buffer.valid is None else buffer.valid)  # gaps are others'
 
     def locate(self, access: Access, addresses: np.ndarray) -> list[tuple[Region, np.ndarray, np.ndarray]]:
         """(region, which of the accesses, their offsets in it), after the checks of alignment and bounds."""

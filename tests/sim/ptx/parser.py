@@ -6,6 +6,7 @@ execution are dropped; .loc is kept, so that a finding can name the line of the 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def parse(ptx: str, entry: str | None = None) -> Kernel:
     for statement in variables:
         _declare(kernel, statement)
     first_line = text.count("\n", 0, body_start) + 1
-    for line, statement in _statements(text[body_start + 1 : body_end], first_line):
+    for line, statement in _statements(_own_names(text[body_start + 1 : body_end]), first_line):
         _add_statement(kernel, statement, f"line {line}" + (f" ({sources[line]})" if line in sources else ""))
     return kernel
 
@@ -181,8 +182,22 @@ def _module_statements(text: str) -> Iterator[str]:
     yield from (s.strip() for s in text[at:].split(";") if s.strip())
 
 
+def _own_names(body: str) -> str:
+    """Registers that braces declare, under names of their own: outside they may be another's (bar.red of nvcc)."""
+    scopes = itertools.count()
+
+    def rename(match: re.Match) -> str:
+        scope, number = match[0], next(scopes)
+        for names in re.findall(r"\.reg\s+\.\w+\s+([^;<]+);", scope):
+            for name in names.split(","):
+                scope = re.sub(rf"{re.escape(name.strip())}\b", f"{name.strip()}_of_{number}", scope)
+        return scope
+
+    return re.sub(r"\{[^{}]*\.reg\b[^{}]*\}", rename, body)
+
+
 def _statements(body: str, line: int) -> Iterator[tuple[int, str]]:
-    """(line, statement) pairs; labels keep their colon. Braces that open a scope are dropped: names never clash."""
+    """(line, statement) pairs; labels keep their colon. Braces that open a scope are dropped: names do not clash."""
     start = counted = 0  # of the statement; up to where `line` has counted
     for mark in re.finditer("[;:{}]", body):
         text = body[start : mark.start()]
@@ -217,7 +232,8 @@ def _declare(kernel: Kernel, statement: str) -> None:
         kernel.shared[name] = kernel.static_shared
         kernel.static_shared += size
     elif space != "shared":
-        data = b"".join(int(x, 0).to_bytes(BITS[kind] // 8, "little") for x in (values or "").split(",") if x.strip())
+        numbers = (int(x, 0) % (1 << BITS[kind]) for x in (values or "").split(",") if x.strip())
+        data = b"".join(number.to_bytes(BITS[kind] // 8, "little") for number in numbers)
         kernel.constants[name] = data.ljust(size, b"\0")
 
 
