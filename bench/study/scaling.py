@@ -104,8 +104,9 @@ def half(gains: dict[int, float]) -> float | None:
 
 
 def share_at(gains: dict[int, float], size: int = MOST) -> float:
-    """Of the best gain, at so many numbers; not a number where these were not tried."""
-    return gains.get(size, math.nan) / max(gains.values())
+    """Of the best gain, at so many numbers; not a number where these were not tried, or nothing is gained."""
+    best = max(gains.values())
+    return gains.get(size, math.nan) / best if best > 0 else math.nan
 
 
 def read(model: str, parameters: int, rows: list[dict], objective: str, metric: str) -> Reading:
