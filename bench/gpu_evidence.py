@@ -35,16 +35,17 @@ from tests.sim.host.plan import plan_rows, shape  # noqa: E402
 from tests.sim.mutants import MUTANTS, edited_copy  # noqa: E402
 
 HEAD = 152064  # the output layer of Qwen2.5
+USUAL_RANKS = (1, 2)
 # NVIDIA's datasheets: H100 SXM5 80 GB, A100 SXM4 80 GB; dense bf16 operations and bytes of memory traffic a second.
 CARDS = {"H100": (989.4e12, 3.35e12), "A100": (312e12, 2.039e12)}
 
 
 def kernels() -> Iterator[dict]:
-    """One row for every kernel, element type, architecture and compiler."""
+    """One row for every kernel of the method's usual ranks, element type, architecture and compiler."""
     for element, size in static.ELEMENTS.items():
         for architecture in static.ARCHITECTURES:
             for compiler in compilers.COMPILERS:
-                for name, kernel in sorted(static.inspect(element, static.RANKS, architecture, compiler).items()):
+                for name, kernel in sorted(static.inspect(element, USUAL_RANKS, architecture, compiler).items()):
                     rank, tile, *ids = name.split()
                     if tile == "bank" and element != "float32":
                         continue  # the same kernel for every element type
@@ -163,7 +164,7 @@ page was measured.
 COMPILED = """## Compiled code
 
 {kernels} kernels for {architectures} by each of {compilers}; with spills or local memory: {spilled}. The wheels hold
-those of the first. Ranges are over the architectures; r = 1 and 2, the others are in gpu_kernels.csv.
+those of the first. Ranges are over the architectures, r = 1 and 2.
 """
 TRAFFIC = """## Traffic, counted in simulation
 
@@ -191,8 +192,7 @@ def kernels_table(found: list[dict]) -> str:
     compiled = list(dict.fromkeys(r["compiler"] for r in found))
     groups = defaultdict(lambda: defaultdict(list))
     for r in found:
-        if int(r["rank"]) <= 2:
-            groups[r["element"], r["kernel"], int(r["rank"]), r["threads"]][r["compiler"]].append(r)
+        groups[r["element"], r["kernel"], int(r["rank"]), r["threads"]][r["compiler"]].append(r)
     rows = []
     for key, group in groups.items():
         spans = [span([int(r[k]) for r in group[name]]) for k in ("registers", "instructions") for name in compiled]

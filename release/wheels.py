@@ -4,8 +4,8 @@
                                               aarch64 (aarch64-linux-gnu-g++) those for it too
     python release/wheels.py cpu gpu-aarch64  these wheels, and the sdist they are built from
 
-A GPU wheel is a CPU wheel with device code in it, for every architecture and the same on every machine: it serves any
-CUDA from 12.0. A CPU wheel compiles that code where it finds a GPU.
+A GPU wheel is a CPU wheel with device code in it, for every architecture and the ranks 1 and 2, the same on every
+machine: it serves any CUDA from 12.0. A CPU wheel compiles that code where it finds a GPU.
 
 Runs on Linux, x86-64 or aarch64, in an environment that has torch >= 2.10 (any build: its headers are what is used, no
 GPU and no CUDA torch is needed), setuptools, wheel, cmake and ninja, with g++ and binutils on PATH, and for a GPU wheel
@@ -36,6 +36,7 @@ LIBRARY, RECORD = "tinylora_kernels/libtinylora.so", "tinylora_kernels/_build_re
 MEGABYTE = 10**6
 # Machine code for every generation since Turing. PTX of 100, not of 120: it serves those to come, and sm_110 too.
 ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100-real;120-real;100-virtual"
+RANKS = "1 2"  # the method's; those of 4 and 8, which make a wheel twice as large, are compiled where they are used
 COMPILER = "NVRTC 12."  # whose machine code every driver from 525 on takes
 
 
@@ -90,6 +91,7 @@ def build_wheel(flavour: str, source: Path, out: Path, work: Path) -> Path:
         "TINYLORA_BUILD_DIR": str(work / f"objects-{flavour}"),
         "TINYLORA_BUILD_NATIVE": "1",
         "TINYLORA_CUDA_ARCHITECTURES": ARCHITECTURES if flavour.startswith("gpu") else "",
+        "TINYLORA_CUDA_RANKS": RANKS,
         "TINYLORA_DEVICE_CODE_DIR": str(work / "device-code"),
         "TINYLORA_BUILD_NODE": "0",  # it serves one torch, a wheel all of them
     }

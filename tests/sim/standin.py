@@ -26,9 +26,9 @@ def build() -> Path:
 
     flags = emulator.COMMON
     includes = [HERE, emulator.HERE, emulator.KERNELS]
-    objects = [emulator.compile_object(HERE / name, flags, includes) for name in ("libcuda.cpp", "cubin.cpp")]
+    files = (HERE / "libcuda.cpp", HERE / "cubin.cpp", emulator.KERNELS / "kernel.cpp")
+    objects = [emulator.compile_object(path, flags, includes) for path in files]  # hidden: the library has its own
     objects += emulator.kernel_objects("plain", emulator.KERNELS, emulator.RANKS, emulator.ELEMENTS)
-    objects += [emulator.host_object(emulator.KERNELS / "kernel.cpp")]
     objects += [emulator.compile_object(emulator.HERE / "scheduler.cpp", flags, [emulator.HERE])]
     driver = emulator.link_shared(objects, "-Wl,-soname,libcuda.so.1", "-Wl,-z,defs")
     folder = driver.with_suffix("")
@@ -73,7 +73,9 @@ def build_library(sources: Path) -> Path:
         emulator.compile_object(path, embedding if path.name == "images.cpp" else flags, [sources, csrc])
         for path in (*sorted(sources.glob("*.cpp")), csrc / "common" / "arguments.cpp")
     ]
-    return emulator.link_shared(objects, f"-L{package / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl")
+    return emulator.link_shared(
+        objects, "-Wl,-Bsymbolic", f"-L{package / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"
+    )
 
 
 def run(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:

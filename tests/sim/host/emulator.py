@@ -107,7 +107,7 @@ def host_sources(kernels: Path = KERNELS) -> list[Path]:
 
 def link_shared(objects: list[Path], *libraries: str) -> Path:
     """One shared library from these objects, cached like them."""
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+    digest = hashlib.sha256(" ".join(map(str, [*objects, *libraries])).encode()).hexdigest()[:20]
     target = _cache_directory() / f"{objects[0].stem}-{digest}.so"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")

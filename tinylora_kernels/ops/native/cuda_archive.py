@@ -78,7 +78,7 @@ class Archive:
         """The device code as one source."""
         return lzma.decompress(self._source).decode()
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - a process has one archive
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a process has one archive
     def modules(self, target: str) -> dict[Module, bytes]:
         """The code of every module for a target."""
         targets, compressed = self._streams[target]
