@@ -153,7 +153,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for (name, layer), group in zip(layers.items(), groups, strict=True):
         for kind, tensor in zip("ABP", _peft_tensors(layer), strict=True):
             tensors[f"{PREFIX}{name}.tinylora_{kind}"] = as_finite(f"{name}: its {kind} as PEFT has it", tensor)
-        tensors[f"base_model.tinylora_v.{group}"] = as_finite(f"{name}: its vector v", layer.v.detach().float().cpu())
+        v = as_finite(f"{name}: its vector v", layer.v.detach().float().cpu())
+        tensors[f"base_model.tinylora_v.{group}"] = v.clone()  # of one that several modules share
     numbers = {len(tensor) for key, tensor in tensors.items() if ".tinylora_v." in key}
     if len(numbers) > 1:
         raise ValueError(f"model: PEFT has one u for all modules, found {sorted(numbers)}")

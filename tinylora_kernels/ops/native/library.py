@@ -75,10 +75,11 @@ def load() -> Status:
     refusal = isa.removeprefix("error: ") if isa.startswith("error: ") else None
     try:
         archive = cuda_code.archive_of(library)
-    except ValueError as error:
+        if archive:
+            cuda_code.provide_to(library)
+    except (ValueError, AttributeError) as error:  # another archive than this one reads, a function that is missing
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}: {error}", None, record)
     if archive:
-        cuda_code.provide_to(library)
         build |= {"cuda": " ".join(archive.targets), "cuda_compiler": archive.compiler}
     return Status(LIBRARY, refusal, archive is not None, None if refusal else isa, build, record)
 
