@@ -92,7 +92,7 @@ def fast_dtype() -> torch.dtype:
     """bfloat16 where the hardware multiplies in it, else float32: emulated products take five times as long."""
     if torch.cuda.is_available():
         return torch.bfloat16
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch < 2.11 cannot tell
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 

@@ -208,3 +208,5 @@ def test_the_page_shows_what_the_rows_say():
         assert part in page
     not_run = [model for model in scaling.MODELS if model not in rows]
     assert all(model in page for model in not_run)  # said so
+    moved = transfer.run(RESULTS, 1, until=0.0)
+    assert len(moved) == len(transfer.ADAPTERS) * len(transfer.TASKS) and transfer.text(moved) in page
