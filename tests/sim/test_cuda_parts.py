@@ -9,6 +9,7 @@ import torch
 from tests.cases import DTYPES, error, run_ops
 from tests.part_cases import PART_CASES, PartCase, check_parts, drawn, make_part_case, one_by_one, run_parts
 from tinylora_kernels.method.parts import SPECIALISED_RANKS
+from tinylora_kernels.ops import reference
 
 from .checks import LARGE, same_bits
 from .compilers import COMPILERS, CUDA, needs_compiler
@@ -77,7 +78,7 @@ def bare_and_infinite(make) -> None:
     found = run_parts(make(), one)
     assert (~found.y.isfinite()).nonzero().tolist() == [[2, 5], [4, 50]]
     rest = [row for row in range(9) if row not in (2, 4)]
-    assert same_bits(found.y[rest], clean.y[rest]) and found.t.isfinite().all()
+    assert same_bits(found.y[rest], clean.y[rest]) and error(found.t, run_parts(reference, one).t) < 1e-5
     one = make_part_case(PartCase(8, (40, 24), (0, 1), numbers=3, adapters=2), torch.bfloat16)
     one.adapter_ids[5] = 2
     with pytest.raises(Exception, match="trap"):
