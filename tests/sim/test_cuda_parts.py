@@ -16,7 +16,7 @@ from .compilers import COMPILERS, CUDA, needs_compiler
 from .cuda_gpu import SimulatedCuda
 from .host import emulator
 from .host.emulator import Emulated, Fault
-from .mutants import PART_MUTANTS, edited_copy
+from .mutants import PART_MUTANTS, Mutant, edited_copy
 from .ptx import SimulationError
 
 needs_emulator = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
@@ -85,14 +85,19 @@ def bare_and_infinite(make) -> None:
         run_parts(make(), one)
 
 
-def look_for(case: str, make) -> None:
+def run_case(case: str, make) -> None:
     bare_and_infinite(make) if case == "bare" else run_everything(make, CASES[case])
+
+
+def look_for(mutant: Mutant, make) -> None:
+    """The case that has to show this mutant: raises on a finding."""
+    run_case(mutant.case, make)
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", [*CASES, "bare"])
 def test_checks_on_the_interpreter(case):
-    look_for(case, lambda **options: SimulatedCuda(90, **options))
+    run_case(case, lambda **options: SimulatedCuda(90, **options))
 
 
 @needs_compiler
@@ -151,7 +156,7 @@ def test_blocks_are_shared_out_by_what_the_parts_move(rows):
 @pytest.mark.parametrize("case", [*CASES, "bare"])
 def test_checks_on_the_emulator(mode, case):
     executable = emulator.build(mode, ranks=(2,), dtypes=(torch.bfloat16,))
-    look_for(case, lambda **options: Emulated(executable, **options))
+    run_case(case, lambda **options: Emulated(executable, **options))
 
 
 @needs_compiler
@@ -159,7 +164,7 @@ def test_checks_on_the_emulator(mode, case):
 def test_every_mutant_is_caught(tmp_path, mutant):
     sources = edited_copy(CUDA, tmp_path, (mutant.edit,))
     with pytest.raises((SimulationError, AssertionError, pytest.fail.Exception)):
-        look_for(mutant.case, lambda **options: SimulatedCuda(90, sources=sources, **options))
+        look_for(mutant, lambda **options: SimulatedCuda(90, sources=sources, **options))
 
 
 @needs_emulator
@@ -169,4 +174,4 @@ def test_every_mutant_is_caught_on_the_emulator(tmp_path, mutant):
     mode = {"races": "race", "bounds": "asan"}.get(mutant.check, "plain")
     executable = emulator.build(mode, kernels=sources, ranks=(2,), dtypes=(torch.bfloat16,))
     with pytest.raises((Fault, AssertionError, pytest.fail.Exception)):
-        look_for(mutant.case, lambda **options: Emulated(executable, **options))
+        look_for(mutant, lambda **options: Emulated(executable, **options))
