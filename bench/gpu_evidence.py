@@ -27,12 +27,14 @@ sys.path.insert(0, str(ROOT))
 
 from bench.grid.shapes import MODELS, RANK, layer  # noqa: E402
 from tests.cases import Case, make_case, run_ops  # noqa: E402
+from tests.part_cases import PartCase, make_part_case, run_parts  # noqa: E402
 from tests.sim import compilers, static  # noqa: E402
 from tests.sim.checks import MODE, look_for  # noqa: E402
 from tests.sim.cuda_gpu import SimulatedCuda  # noqa: E402
 from tests.sim.host import emulator  # noqa: E402
 from tests.sim.host.plan import plan_rows, shape  # noqa: E402
-from tests.sim.mutants import MUTANTS, edited_copy  # noqa: E402
+from tests.sim.mutants import MUTANTS, PART_MUTANTS, edited_copy  # noqa: E402
+from tests.sim.test_cuda_parts import look_for as look_for_parts  # noqa: E402
 
 HEAD = 152064  # the output layer of Qwen2.5
 USUAL_RANKS = (1, 2)
@@ -69,30 +71,43 @@ def widths() -> list[int]:
 
 
 def traffic() -> Iterator[dict]:
-    """Forward and backward of one layer for each width, executed from the PTX for compute_90."""
+    """Forward and backward of one layer for each width, and of the fused projections by their parts, executed from the
+    PTX for compute_90.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         for features in widths():
-            rows = 2 if features == HEAD else 4
-            inputs = make_case(Case(rows, features, RANK, numbers=13), dtype)
-            gpu = SimulatedCuda(90)
-            run_ops(gpu, inputs)
-            forward, backward = gpu.launches
-            size = dtype.itemsize
-            for direction, launch, source, target in (
-                ("forward", forward, "y", "y"), ("backward", backward, "g", "g0"),
-            ):  # fmt: skip
-                seen, least = launch.traffic, rows * features * size
-                moved = seen.bytes_read(source) + seen.bytes_written(target)
-                yield {
-                    "element": str(dtype).removeprefix("torch."), "columns": features, "rank": RANK,
-                    "direction": direction, "tile": plan_rows(rows, features, size).tile,
-                    "row_bytes_moved": moved // rows, "row_bytes_least": 2 * least // rows,
-                    "ratio": round(moved / (2 * least), 4),
-                    "sectors_per_request": round(seen.of(source).sectors_per_request, 2),
-                    "excess_sectors": round(seen.of(source).excess, 4),
-                    "basis_bytes_a_row": seen.bytes_read("basis") // rows,
-                    "launches": 1,
-                }  # fmt: skip
+            rows, gpu = 2 if features == HEAD else 4, SimulatedCuda(90)
+            run_ops(gpu, make_case(Case(rows, features, RANK, numbers=13), dtype))
+            yield from moved_by(gpu, dtype, rows, features, plan_rows(rows, features, dtype.itemsize).tile)
+        for sizes in fused_sizes():
+            rows, gpu = 4, SimulatedCuda(90)
+            run_parts(gpu, make_part_case(PartCase(rows, sizes, (0,) * len(sizes), RANK, numbers=13), dtype))
+            tile = plan_rows(rows, max(sizes), dtype.itemsize).tile
+            yield from moved_by(gpu, dtype, rows, sum(sizes), f"{tile}, {len(sizes)} parts")
+
+
+def fused_sizes() -> list[tuple[int, ...]]:
+    """The parts of q, k, v and of gate, up, of the models of the benchmark."""
+    found = {(m.hidden, m.key_value, m.key_value) for m in MODELS.values()}
+    return sorted(found | {(m.intermediate, m.intermediate) for m in MODELS.values()})
+
+
+def moved_by(gpu: SimulatedCuda, dtype: torch.dtype, rows: int, features: int, tile: str) -> Iterator[dict]:
+    """What one forward and one backward launch moved."""
+    forward, backward = gpu.launches
+    for direction, launch, source, target in (("forward", forward, "y", "y"), ("backward", backward, "g", "g0")):
+        seen, least = launch.traffic, rows * features * dtype.itemsize
+        moved = seen.bytes_read(source) + seen.bytes_written(target)
+        yield {
+            "element": str(dtype).removeprefix("torch."), "columns": features, "rank": RANK,
+            "direction": direction, "tile": tile,
+            "row_bytes_moved": moved // rows, "row_bytes_least": 2 * least // rows,
+            "ratio": round(moved / (2 * least), 4),
+            "sectors_per_request": round(seen.of(source).sectors_per_request, 2),
+            "excess_sectors": round(seen.of(source).excess, 4),
+            "basis_bytes_a_row": seen.bytes_read("basis") // rows,
+            "launches": 1,
+        }  # fmt: skip
 
 
 def bounds() -> Iterator[dict]:
@@ -125,13 +140,14 @@ def repeatable(text: str) -> str:
 
 def mutants() -> Iterator[dict]:
     """Each mutant under the check that is expected to catch it, on the host emulator."""
-    for mutant in MUTANTS:
+    for mutant in MUTANTS + PART_MUTANTS:
         mode = MODE.get(mutant.check, "plain")
+        look = look_for if mutant in MUTANTS else look_for_parts
         with tempfile.TemporaryDirectory() as folder:
             sources = edited_copy(emulator.KERNELS, Path(folder) / "cuda", (mutant.edit,))
             executable = emulator.build(mode, kernels=sources, ranks=(2,), dtypes=(torch.bfloat16,))
             try:
-                look_for(mutant, lambda run=executable, **options: emulator.Emulated(run, **options))
+                look(mutant, lambda run=executable, **options: emulator.Emulated(run, **options))
                 report = "NOT CAUGHT"
             except (emulator.Fault, AssertionError, pytest.fail.Exception) as caught:
                 report = str(caught).strip().split("\n")[0] or type(caught).__name__

@@ -30,7 +30,7 @@ __device__ __forceinline__ void outer_products(const BankGradArguments& p, int p
 }
 
 template <int R>
-__global__ void __launch_bounds__(kBankThreads) bank_grad_kernel(const BankGradArguments p) {
+__global__ void __launch_bounds__(kBankThreads, 1) bank_grad_kernel(const BankGradArguments p) {
   constexpr int RR = R * R, kGroup = RR < kWarp ? RR : kWarp;  // numbers that one call of warp_sums takes
   constexpr int kWarps = kBankThreads / kWarp;
   TL_SHARED(float, sums, kWarps * RR);

@@ -8,7 +8,7 @@ namespace tinylora {
 constexpr int kBare = -1;  // the id of a row without an adapter
 
 __device__ __forceinline__ int64_t id_at(const Mixing& m, int i) {
-  return m.wide_ids ? __ldg(static_cast<const long long*>(m.ids) + i) : __ldg(static_cast<const int*>(m.ids) + i);
+  return m.wide_ids ? global(static_cast<const int64_t*>(m.ids) + i) : global(static_cast<const int*>(m.ids) + i);
 }
 __device__ __forceinline__ int64_t adapter_of(const Mixing& m, int row) { return id_at(m, row / m.rows_per_id); }
 

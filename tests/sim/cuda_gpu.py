@@ -361,7 +361,8 @@ def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, blocks: int) -> di
     found = _mixing_buffers(p.mixing, rank, p.rows)
     in_place = p.source.rows == p.target.rows
     names = ("y", "y") if in_place else ("g", "g0" if p.onto == SOURCE else "dx") if p.transposed else ("x", "y")
-    for name, side, written in zip(names, (p.source, p.target), (in_place, True), strict=True):
+    source, target = p.source, p.target  # once: each look makes another object
+    for name, side, written in zip(names, (source, target), (in_place, True), strict=True):
         if side.rows and side.rows not in found:
             shape = p.rows, side.features, side.stride
             fresh = written and not in_place and p.onto != TARGET
@@ -369,7 +370,7 @@ def _rows_buffers(p: RowsArguments, rank: int, itemsize: int, blocks: int) -> di
                 name, side.rows, 0, itemsize, rows=shape, read_only=not written, initialised=not fresh
             )  # fmt: skip
         if side.factor:
-            name = "right" if (side is p.source) == (names[0] == "x") else "basis"
+            name = "right" if names[0] == "x" and side is source or names[1] == "dx" and side is target else "basis"
             shape = rank, side.features, side.factor_stride
             found[side.factor] = _memory(name, side.factor, 0, 4, rows=shape, read_only=True)
     for name, count, size in (

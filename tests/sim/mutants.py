@@ -280,7 +280,7 @@ PART_MUTANTS = (
     Mutant("warps left over read for a whole team", "parts.cuh", "return left_over() ? 1 : p.warps;", "return p.warps;",
            "races", "long"),
     Mutant("more teams than there is room for", "parts.cuh", "min(block_warps() / p.warps, kMaxTeams)",
-           "block_warps() / p.warps", "bounds", "wide with adapters"),
+           "block_warps() / p.warps", "races", "wide with adapters"),
     Mutant("dv by the P' of one part", "parts.cuh", "contract_gradient<R>(all.part[q].mixing",
            "contract_gradient<R>(p.mixing",
            "budget", "parts"),

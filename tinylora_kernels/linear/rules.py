@@ -47,10 +47,10 @@ LAST_BACKWARD = 4
 def by_parts(weight: Tensor) -> bool:
     """Whether a fused layer's update goes part by part, after the product, and not as one of the rank of all of them.
 
-    The rank of all reads k times the factors and a row of zeros for every row that fills it up: on a GPU, whose caches
-    the factors keep busy as it is. On the CPU the rows are what takes time, and the product goes last
-    (qkv of 960 x 576 and gate and up of 3072 x 576, 512 rows, forward and backward over frozen, one thread of a Zen 4:
-    1.05 and 1.05 in fp32, 1.05 and 1.05 by parts; one row, forward: 1.03 and 1.01, by parts not below).
+    The rank of all reads k times the factors, and a row of zeros for every row that fills it up: on a GPU, whose
+    caches the factors keep busy as it is (counted, not timed). On the CPU the rows are what takes time: q, k and v of
+    960 x 576, gate and up of 3072 x 576, 512 rows, forward and backward over frozen, one thread of a busy Xeon: fp32
+    1.05 and 1.05 as one, 1.05 and 1.05 by parts.
     """
     return weight.device.type != "cpu"
 
