@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CROSS = "aarch64"  # the other machine that wheels are made for here
 LIBRARY, RECORD = "tinylora_kernels/libtinylora.so", "tinylora_kernels/_build_record.json"
 MEGABYTE = 10**6
-# Machine code for every generation since Turing. PTX of 100, not of 120: it serves those to come, and sm_110 too.
-ARCHITECTURES = "75-real;80-real;86-real;89-real;90-real;100-real;120-real;100-virtual"
+# Machine code for every generation since Turing; sm_86 and sm_89 run that of sm_80. PTX of 100, not of 120: it serves
+# those to come, and sm_110 too.
+ARCHITECTURES = "75-real;80-real;90-real;100-real;120-real;100-virtual"
 RANKS = "1 2"  # the method's; those of 4 and 8, which make a wheel twice as large, are compiled where they are used
 COMPILER = "NVRTC 12."  # whose machine code every driver from 525 on takes
 

@@ -126,7 +126,7 @@ class Compiler(nvrtc.Nvrtc):
         self.folder, self.error, self.seconds, self.version, self.path = folder, error, seconds, (12, 9), "made up"
 
     def architectures(self):
-        return [75, 90, 120]
+        return [75, 80, 86, 90, 120]
 
     def compile(self, source, target, options=()):
         (self.folder / f"compiled-{os.getpid()}-{time.monotonic_ns()}").touch()
@@ -171,6 +171,7 @@ def test_a_rank_that_was_left_out_is_compiled(monkeypatch, library, tmp_path, ca
 def test_a_gpu_that_the_compiler_does_not_know_gets_ptx(tmp_path):
     compiler = Compiler(tmp_path)
     assert compiler.best_target(120) == Target(120, ptx=False)
+    assert compiler.best_target(86) == compiler.best_target(89) == Target(80, ptx=False)
     assert compiler.best_target(130) == Target(120, ptx=True)
     with pytest.raises(CompileError, match="NVRTC 12.9 compiles for sm_75 and later, the GPU is sm_70"):
         compiler.best_target(70)

@@ -18,7 +18,7 @@ from tinylora_kernels.ops.native.nvrtc import Target
 from . import compilers
 from .host.plan import TILES, shape
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (75, 80, 90, 100, 120)  # of the wheels
 ELEMENTS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes; in the order of enum class Element
 RANKS = SPECIALISED_RANKS
 REGISTERS_OF_A_BLOCK = 65536

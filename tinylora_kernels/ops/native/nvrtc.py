@@ -16,6 +16,7 @@ from typing import NamedTuple
 MAJORS = (12, 13)  # of the CUDA whose NVRTC is looked for
 ELEMENTS = ("float", "tinylora::BFloat16", "tinylora::Half")  # in the order of enum class Element
 RANKS = (1, 2, 4, 8)
+_CODE_OF = {86: 80, 87: 80, 89: 80}  # run that of sm_80, where NVRTC 12.9 spills less: on sm_86 it does for long rows
 
 
 class CompileError(Exception):
@@ -72,7 +73,7 @@ class Nvrtc:
 
     def best_target(self, architecture: int) -> Target:
         """For a GPU that may be younger than this compiler: the driver then compiles the PTX of the last it knows."""
-        known = self.architectures()
+        known, architecture = self.architectures(), _CODE_OF.get(architecture, architecture)
         if architecture in known:
             return Target(architecture, ptx=False)
         earlier = [number for number in known if number < architecture]
