@@ -167,7 +167,7 @@ def _have_compiled(folder: Path, lock: int | None) -> None:
     )  # fmt: skip
     logging.getLogger("tinylora_kernels").warning(
         f"tinylora_kernels: the C++ node of linear layers is being compiled for torch {torch.__version__}, once, in "
-        "the background; layers run the one in Python until then: the same bits, slower (TINYLORA_NODE=0: always)"
+        "the background; layers run the one in Python until then, which is slower (TINYLORA_NODE=0: always)"
     )
     if (status := process.wait()) > 0:
         error = f"the process that was to compile it ended with status {status}"
