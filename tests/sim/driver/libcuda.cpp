@@ -177,22 +177,28 @@ const Arguments& block_as(const KernelState& kernel, const std::vector<char>& bl
   return *reinterpret_cast<const Arguments*>(block.data());
 }
 
+void expect_rows(const tinylora::RowsArguments& p, const std::string& name, int device) {
+  for (const auto& [what, pointer] : std::initializer_list<std::pair<const char*, const void*>>{
+           {"source", p.source.rows}, {"factor", p.source.factor}, {"target", p.target.rows},
+           {"target's factor", p.target.factor}, {"bias", p.bias}, {"offset", p.offset}, {"t", p.t},
+           {"coefficients", p.coefficients}, {"partial", p.partial}, {"ticket", p.ticket}, {"dv", p.dv},
+           {"cleared", p.cleared}})
+    expect_memory(what, pointer, device);
+  expect_mixing(p.mixing, device);
+  if ((name.find("ELb1E") != std::string::npos) != (p.mixing.ids != nullptr))
+    throw std::runtime_error("the kernel of rows with ids, and no ids, or the other way round");
+  if (static_cast<unsigned>(p.onto) > 2 || p.rows <= 0 || p.source.features < 0)
+    throw std::runtime_error("a structure that makes no sense");
+}
+
 void expect_pointers(const Launch& launch) {
   const int device = launch.context->device;
   const KernelState& kernel = *launch.kernel;
   if (kernel.name.find("11rows_kernel") != std::string::npos) {
-    const auto& p = block_as<tinylora::RowsArguments>(kernel, launch.arguments);
-    for (const auto& [what, pointer] : std::initializer_list<std::pair<const char*, const void*>>{
-             {"source", p.source.rows}, {"factor", p.source.factor}, {"target", p.target.rows},
-             {"target's factor", p.target.factor}, {"bias", p.bias}, {"offset", p.offset}, {"t", p.t},
-             {"coefficients", p.coefficients}, {"partial", p.partial}, {"ticket", p.ticket}, {"dv", p.dv},
-             {"cleared", p.cleared}})
-      expect_memory(what, pointer, device);
-    expect_mixing(p.mixing, device);
-    if ((kernel.name.find("ELb1E") != std::string::npos) != (p.mixing.ids != nullptr))
-      throw std::runtime_error("the kernel of rows with ids, and no ids, or the other way round");
-    if (static_cast<unsigned>(p.onto) > 2 || p.rows <= 0 || p.source.features < 0)
-      throw std::runtime_error("a structure that makes no sense");
+    expect_rows(block_as<tinylora::RowsArguments>(kernel, launch.arguments), kernel.name, device);
+  } else if (kernel.name.find("12parts_kernel") != std::string::npos) {
+    const auto& p = block_as<tinylora::PartsArguments>(kernel, launch.arguments);
+    for (int i = 0; i < p.parts; ++i) expect_rows(p.part[i], kernel.name, device);
   } else if (kernel.name.find("16bank_grad_kernel") != std::string::npos) {
     const auto& p = block_as<tinylora::BankGradArguments>(kernel, launch.arguments);
     expect_memory("a", p.a, device);
