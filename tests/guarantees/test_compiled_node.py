@@ -140,7 +140,6 @@ BEGINS = """
 """
 CHANGES = """
     y = model(x)
-    assert node.twin is None and type(model[0]._plan) is plan.Plan
     until(lambda: node.twin is not None)
     assert torch.equal(model(x), y) and type(model[0]._plan) is plan.twin and node.why_no_twin is None
 """
@@ -154,6 +153,7 @@ def test_the_first_call_has_it_compiled_and_the_next_ones_run_it(machine):
         assert not os.path.exists({str(machine.cache)!r})
         model(x)
         until(lambda: os.path.exists(calls))
+        assert node.twin is None and type(model[0]._plan) is plan.Plan
         assert compiled.outlook() == "a process compiles it now"
         os.unlink({str(machine.tools / "hold")!r})
     """, CHANGES)
@@ -196,9 +196,9 @@ def test_nothing_is_left_of_it_in_the_process_table(machine):
 
 def test_processes_at_once_have_it_compiled_once(machine):
     machine.tell("hold")
-    processes = [machine.start(CHANGES) for _ in range(3)]
-    until(lambda: machine.calls)
-    time.sleep(3)  # for the others to come to their call
+    ready = "model(x)\nopen(f'{calls}-{os.getpid()}', 'w').close()\n"
+    processes = [machine.start(ready, CHANGES) for _ in range(3)]
+    until(lambda: machine.calls and len(list(machine.tools.glob("calls-*"))) == 3)
     machine.tell("hold", on=False)
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], results
