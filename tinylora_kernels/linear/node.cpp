@@ -232,7 +232,6 @@ struct TinyLoRALinear : torch::autograd::Node {
   Siblings* siblings = nullptr;  // at the end of the first edge, or null: dx is handed to autograd
   Tensor v;
   Frozen frozen;
-  std::vector<int64_t> sizes;  // of y
   int64_t v_version, weight_version;
   bool released = false;
 
@@ -304,7 +303,7 @@ struct TinyLoRALinear : torch::autograd::Node {
   // g_t [N, r] is what came to t.
   variable_list differentiable(const Tensor& grad, const Tensor& of_t, const Tensor& saved) {
     const Tensor g_t = as_one(of_t);
-    const Tensor g = grad.defined() ? grad : at::zeros(sizes, frozen.weight.options());
+    const Tensor g = grad.defined() ? grad : input_metadata(0).zeros_like();
     Tensor own_t;
     if (saved.defined()) {
       own_t = saved.detach();
@@ -342,7 +341,6 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   node->siblings = siblings;
   node->set_next_edges(std::move(edges));
   auto [y, t] = below();
-  node->sizes = y.sizes().vec();
   node->frozen = frozen;
   node->v = v;
   node->v_version = v._version();
