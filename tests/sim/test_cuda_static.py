@@ -31,7 +31,9 @@ def test_compiled_code(architecture, compiler):
         if tile in THREADS:
             assert atomics == 0
             continue
-        assert atomics == counts["ATOMG.INC"] == (0 if "ids" in name else 1), f"{name}: {counts}"
+        # the ticket of a part is chosen among several: the compiler then no longer knows that it is in global memory
+        ticket = "ATOM.INC" if name.endswith("parts") else "ATOMG.INC"
+        assert atomics == counts[ticket] == (0 if "ids" in name else 1), f"{name}: {counts}"
         expected = static.expected_packets(tile, 2, rank)
         wide = shape(tile, 2).width > 1
         ids = 2 if "ids" in name else 0  # loads of a 64-bit id
