@@ -8,6 +8,7 @@ without it. Here the first is an error, the second ends what it began, and the t
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import sys
 import threading
@@ -143,23 +144,30 @@ class Scope:
 
 def _stash(key: str, value: object) -> None:
     """torch._C._stash_obj_in_tls with a reference of its own: up to torch 2.11 it gives back one that it never took."""
-    if not _STORE_COUNTS:
+    if not _store_counts():
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     torch._C._stash_obj_in_tls(key, value)
 
 
+@functools.cache
 def _store_counts() -> bool:
-    """Whether the store takes a reference to what it holds."""
-    probe = object()
-    before = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls("tinylora probe", probe)
-    if sys.getrefcount(probe) > before:
-        return True
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
-    return False
+    """Whether the store takes a reference to what it holds. Tried in a thread that ends: nothing can be taken out of a
+    store again, and each backward pass copies the store of the thread that calls it several times (5 us an entry).
+    """
+    counts = []
 
+    def probe() -> None:
+        value = object()
+        before = sys.getrefcount(value)
+        torch._C._stash_obj_in_tls("tinylora probe", value)
+        counts.append(sys.getrefcount(value) > before)
+        if not counts[0]:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
-_STORE_COUNTS = _store_counts()
+    thread = threading.Thread(target=probe)
+    thread.start()
+    thread.join()
+    return counts[0]
 
 
 def _within(block: Block | None, other: Block) -> bool:
