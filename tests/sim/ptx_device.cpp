@@ -3,6 +3,7 @@
 #include "device.h"
 
 #include <cstring>
+#include <utility>
 
 #include "launch.h"
 
@@ -43,6 +44,8 @@ void simulate_card(int multiprocessors, int resident) {
   card[1] = resident;
 }
 void simulate_on_launch(Callback callback) { on_launch = callback; }
+// What the last op left in the ticket of the stream, which is zero from now on.
+uint32_t simulate_take_ticket() { return std::exchange(ticket_zero, 0); }
 int64_t simulate_scratch_words(int element, int rank, const RowsArguments* p) {
   const Device device(0);
   return scratch_words(rank, plan_rows(device, static_cast<Element>(element), rank, *p), *p);

@@ -105,3 +105,12 @@ def test_every_mutant_is_caught(tmp_path, mutant):
     sources = edited_copy(CUDA, tmp_path, (mutant.edit,))
     with pytest.raises((SimulationError, AssertionError, pytest.fail.Exception)):
         look_for(mutant, lambda **options: SimulatedCuda(90, sources=sources, **options))
+
+
+def test_a_finding_leaves_nothing_to_the_next_run(tmp_path):
+    """Both share the launchers, and the ticket with them."""
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "the ticket is left as it is")
+    inputs = make_case(Case(100, 64), torch.bfloat16)
+    with pytest.raises(SimulationError, match="the ticket is left at"):
+        run_ops(SimulatedCuda(90, sources=edited_copy(CUDA, tmp_path, (mutant.edit,))), inputs)
+    run_ops(SimulatedCuda(90), inputs)

@@ -88,8 +88,8 @@ int check() {
   }
   *ticket = 0;
   *total = 0;
-  TL_LAUNCH(sum_rows<BUG>, dim3(rows), dim3(kThreads), cudaStream_t{}, x, out, rows);
-  TL_LAUNCH(last_block_sums<BUG>, dim3(rows), dim3(32), cudaStream_t{}, out, scratch, ticket, total);
+  emulator::launch(sum_rows<BUG>, dim3(rows), dim3(kThreads), x, out, rows);
+  emulator::launch(last_block_sums<BUG>, dim3(rows), dim3(32), out, scratch, ticket, total);
   float expected = 0;
   for (int i = 0; i < rows * kColumns; ++i) expected += static_cast<float>(i % 7);
   if (*total != expected) {

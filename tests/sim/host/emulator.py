@@ -118,7 +118,7 @@ def link_shared(objects: list[Path], *libraries: str) -> Path:
 
 def runtime_objects(mode: str) -> list[Path]:
     flags = COMMON + [flag for flag in SANITIZERS[mode] if flag != "-fsanitize=thread"]
-    names = ["scheduler.cpp", "device.cpp"] + (["race.cpp"] if mode == "race" else [])
+    names = ["scheduler.cpp"] + (["race.cpp"] if mode == "race" else [])
     return [compile_object(HERE / name, flags, [HERE, KERNELS]) for name in names]
 
 
@@ -133,8 +133,9 @@ def kernel_objects(mode: str, kernels: Path, ranks, dtypes) -> list[Path]:
 
 
 def host_objects(mode: str, kernels: Path) -> list[Path]:
-    """The launchers; host code, in which there is no race to look for."""
-    return [kernel_object(source, "plain" if mode == "race" else mode, kernels) for source in host_sources(kernels)]
+    """The launchers and the device they launch on; host code, in which there is no race to look for."""
+    sources = [*host_sources(kernels), HERE / "device.cpp"]
+    return [kernel_object(source, "plain" if mode == "race" else mode, kernels) for source in sources]
 
 
 def build_torch_ops() -> Path:
