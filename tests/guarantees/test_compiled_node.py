@@ -443,9 +443,9 @@ def in_python(monkeypatch):
         monkeypatch.setattr(node, name, None)
     monkeypatch.setattr(node, "why_no_twin", "not compiled yet")
     monkeypatch.setattr(plan, "twin", None)
-    siblings = EXTENSION.set_siblings(True)
+    shared_from = EXTENSION.share_dx_from(0)
     yield lambda: plan.take_twin(EXTENSION)
-    EXTENSION.set_siblings(siblings)
+    EXTENSION.share_dx_from(shared_from)
 
 
 def adapted(dtype=torch.float32, **kwargs):

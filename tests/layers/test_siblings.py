@@ -27,9 +27,9 @@ DTYPES = [(torch.float32, 1e-6), (torch.float64, 1e-14), (torch.bfloat16, 8e-3)]
 @pytest.fixture(autouse=True)
 def together():
     """Whatever a test before has changed."""
-    before = node.extension.set_siblings(True)
+    before = node.extension.share_dx_from(0)
     yield
-    node.extension.set_siblings(before)
+    node.extension.share_dx_from(before)
 
 
 class Three(nn.Module):
@@ -111,6 +111,15 @@ def test_layers_that_read_one_x_share_a_node_and_nothing_is_added_beside_it():
         torch.autograd.backward(model(x * 1, apart=True), g)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts.get("aten::add", 0) + counts.get("aten::add_", 0) >= 2
+
+
+def test_a_short_sum_is_left_to_autograd():
+    """The node costs more than to add a few rows."""
+    model = warm(Three())
+    node.extension.share_dx_from(4 * 16)
+    for rows, shared in ((3, False), (4, True)):
+        ys = model(torch.randn(rows, 16, requires_grad=True) * 1)
+        assert all((siblings_of(y).name() == NAME) is shared for y in ys)
 
 
 def test_sixteen_bits_on_the_cpu_keep_to_themselves():
@@ -274,7 +283,7 @@ def test_a_hook_on_a_layers_node_is_shown_its_own_dx(watched):
 def test_a_node_called_by_hand_returns_its_dx():
     model, (x, g) = warm(Three()), inputs()
     y = model.q(x.requires_grad_() * 1)
-    dx, _ = y.grad_fn(g[0], None)
+    dx, _ = y.grad_fn(g[0])
     own = x.detach().double().requires_grad_()
     (dense(model.q, own) * g[0].double()).sum().backward()
     assert error(dx.detach(), own.grad) < 1e-6
@@ -399,14 +408,14 @@ def test_a_process_that_changed_nodes_leaves_the_sums_to_torch(monkeypatch):
     model = warm(Three())
     x = torch.randn(2, 16, requires_grad=True) * 1
     assert {siblings_of(y).name() for y in model(x)} == {"MulBackward0"}
-    node.extension.set_siblings(True)
+    node.extension.share_dx_from(0)
     assert {siblings_of(y).name() for y in model(x)} == {NAME}
 
 
 def test_the_switch():
     code = (
         "import torch; from tests.layers.test_siblings import Three, warm\n"
-        "ys = warm(Three())(torch.randn(2, 16, requires_grad=True) * 1)\n"
+        "ys = warm(Three())(torch.randn(600, 16, requires_grad=True) * 1)\n"
         "print({y.grad_fn.next_functions[0][0].name() for y in ys})"
     )
     for setting, expected in (("0", "MulBackward0"), ("1", NAME)):

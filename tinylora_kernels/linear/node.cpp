@@ -221,9 +221,9 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 
 #include "siblings.inl"
 
-// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Its second output is t, which
-// nobody reads: as an output it has a history, by which gradients of gradients find their way (ops/autograd.py). It gets that
-// history where one is asked for: a SavedVariable of an output makes two tensors more at every call.
+// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Gradients of gradients find
+// their way through the history of t (ops/autograd.py), which makes t the node's second output. It becomes one where a
+// history is asked for, in the first backward pass: from the start, it would cost the engine an allocation at every call.
 //
 // A node by hand: torch::autograd::Function keeps maps and lists on the heap for what any function might want, and that has
 // to be made and found again around every product.
@@ -246,13 +246,14 @@ struct TinyLoRALinear : torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(2);
+    const Tensor of_t = grads.size() > 1 ? grads[1] : Tensor();
+    if (!grads[0].defined() && !of_t.defined()) return variable_list(2);
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     const Tensor saved = t.unpack();  // a checkpoint runs forward again here, with autograd
     expect_version("v", v, v_version);
     expect_version("the frozen weight", frozen.weight, weight_version);
-    return grads[1].defined() || at::GradMode::is_enabled() ? differentiable(grads[0], grads[1], saved)
-                                                            : gradients(grads[0], saved);
+    return of_t.defined() || at::GradMode::is_enabled() ? differentiable(grads[0], of_t, saved)
+                                                        : gradients(grads[0], saved);
   }
 
   variable_list gradients(const Tensor& grad, const Tensor& saved) {
@@ -307,7 +308,8 @@ struct TinyLoRALinear : torch::autograd::Node {
     Tensor own_t;
     if (saved.defined()) {
       own_t = saved.detach();
-      torch::autograd::impl::set_gradient_edge(own_t, {getptr(), /*output=*/1});
+      const uint32_t output = num_inputs() > 1 ? 1 : add_input_metadata(own_t);
+      torch::autograd::impl::set_gradient_edge(own_t, {getptr(), output});
       own_t = as_one(own_t);
     }
     const Tensor a = plain::project(g, frozen.basis);
@@ -335,7 +337,7 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   };
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || v.requires_grad())) return std::get<0>(below());
   torch::autograd::edge_list edges = torch::autograd::collect_next_edges(x, v);
-  Siblings* const siblings = siblings_of(x, v, edges[0], frozen.weight);
+  Siblings* const siblings = siblings_of(x, edges[0], frozen.weight);
   TinyLoRALinear* node = nullptr;
   const auto pointer = new_node(node);
   node->siblings = siblings;
@@ -346,7 +348,6 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   node->v_version = v._version();
   node->weight_version = frozen.weight._version();
   torch::autograd::set_history(y, pointer);
-  node->add_input_metadata(t);
   if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
   return y;
 }

@@ -40,7 +40,7 @@ def backward_is_compiled() -> bool:
 def take_twin(compiled_since: ModuleType) -> None:
     """Calls run the twin from now on."""
     global extension, why_no_twin, twin
-    compiled_since.set_siblings(False)  # dx would be rounded otherwise from some call on
+    compiled_since.share_dx_from(sys.maxsize)  # never: dx would be rounded otherwise from some call on
     extension, why_no_twin, twin = compiled_since, None, torch.ops.tinylora.linear.default
 
 

@@ -246,12 +246,12 @@ PyType_Slot plan_slots[] = {
 PyType_Spec plan_type = {"tinylora_kernels.linear._node.Plan", sizeof(PlanObject), 0,
                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, plan_slots};
 
-PyObject* set_siblings(PyObject*, PyObject* wanted) {
-  const int on = PyObject_IsTrue(wanted);
-  return on < 0 ? nullptr : PyBool_FromLong(siblings_wanted.exchange(on));
+PyObject* share_dx_from(PyObject*, PyObject* numbers) {
+  const int64_t from = PyLong_AsLongLong(numbers);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(shared_from.exchange(from));
 }
 PyMethodDef functions[] = {
-    {"set_siblings", set_siblings, METH_O, "Whether layers that read one x add up their dx themselves; as it was."}, {}};
+    {"share_dx_from", share_dx_from, METH_O, "Numbers of x from which layers that read it share its dx; as it was."}, {}};
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
 
 }  // namespace

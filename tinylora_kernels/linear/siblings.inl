@@ -38,9 +38,12 @@ struct Siblings : torch::autograd::Node {
   std::map<int, Tensor> sums;  // one for each backward pass under way: an aborted one leaves its own behind
 };
 
-std::atomic<bool> siblings_wanted = [] {
+constexpr int64_t kNever = INT64_MAX;
+
+// Numbers of a dx on the CPU from which on layers share its sum. The node costs 3 us, more than to add what is shorter.
+std::atomic<int64_t> shared_from = [] {
   const char* const setting = std::getenv("TINYLORA_SIBLINGS");
-  return !setting || std::strcmp(setting, "0") != 0;
+  return setting && std::strcmp(setting, "0") == 0 ? kNever : int64_t(1) << 13;
 }();
 
 // Torch's pointer to a node: std::shared_ptr up to some release, its own counted pointer from then on.
@@ -63,8 +66,12 @@ std::weak_ptr<N> weak(const std::shared_ptr<N>& pointer) { return pointer; }
 template <class N>
 c10::weak_intrusive_ptr<N> weak(const c10::intrusive_ptr<N>& pointer) { return c10::weak_intrusive_ptr<N>(pointer); }
 
-// oneDNN's products of 16 bits pay more for adding to what is there than the sum costs (rules.py).
-bool adds_at_no_cost(const Tensor& weight) { return weight.device().type() != c10::DeviceType::CPU || weight.itemsize() >= 4; }
+bool pays_off(const Tensor& x, const Tensor& weight) {
+  const int64_t from = shared_from;
+  if (weight.device().type() != c10::DeviceType::CPU) return from != kNever;
+  // oneDNN's products of 16 bits pay more for adding to what is there than the sum costs (rules.py)
+  return weight.itemsize() >= 4 && x.numel() >= from;
+}
 
 // On this stream the layers before it wrote what it adds to.
 bool is_current_stream(const c10::Stream& stream) {
@@ -73,9 +80,9 @@ bool is_current_stream(const c10::Stream& stream) {
 }
 
 // The node between a layer and what its x came from, of which `edge` is made the way to it; null: the layer hands its dx on.
-Siblings* siblings_of(const Tensor& x, const Tensor& v, torch::autograd::Edge& edge, const Tensor& weight) {
+Siblings* siblings_of(const Tensor& x, torch::autograd::Edge& edge, const Tensor& weight) {
   thread_local std::optional<decltype(weak(NodePointer()))> last;  // that a layer of this thread made
-  if (!edge.is_valid() || !siblings_wanted || !adds_at_no_cost(weight)) return nullptr;
+  if (!edge.is_valid() || !pays_off(x, weight)) return nullptr;
   NodePointer found = last ? last->lock() : NodePointer();
   const auto joins = [&] {
     const auto& known = found->input_metadata(0);
