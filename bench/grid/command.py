@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import adapters, breakdown, environment, layers, report, shapes, whole_model
+from . import adapters, breakdown, busy, environment, layers, report, shapes, whole_model
 from .contenders import NAMES
 
 SUITES = ("layers", "model", "breakdown", "adapters", "report")
@@ -23,11 +23,24 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or environment.results_directory()
     if options.quick:
         out = out / "quick"
+    if options.busy:
+        out = out / "busy"
     if options.restart:
         for name in (layers.TIMES_FILE, layers.MEMORY_FILE, whole_model.FILE, breakdown.FILE, adapters.FILE):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    begun, left = time.perf_counter(), 0
+    begun = time.perf_counter()
+    with busy.processes(options.busy):
+        left = _measure(options, out)
+    report.write(out)
+    rest = f"; {left} cases left, run again" if left else ""
+    print(f"{time.perf_counter() - begun:.0f} s; results in {out}{rest}")
+    return 1 if left else 0
+
+
+def _measure(options: argparse.Namespace, out: Path) -> int:
+    """Every suite that is wanted; how many cases are left to another run."""
+    left = 0
     if "layers" in options.suite:
         cases = shapes.quick_grid() if options.quick else shapes.full_grid()
         left = layers.run(
@@ -42,10 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         breakdown.run(out, dtypes=_dtypes(options), quick=options.quick)
     if "adapters" in options.suite:
         adapters.run(out, quick=options.quick)
-    report.write(out)
-    rest = f"; {left} cases left, run again" if left else ""
-    print(f"{time.perf_counter() - begun:.0f} s; results in {out}{rest}")
-    return 1 if left else 0
+    return left
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="parts to run (default: all)")
     p.add_argument("--out", type=Path, help="directory of the results (default: bench/results)")
     p.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="default: 2, or 1 on one core")
+    p.add_argument("--busy", type=int, default=0, help="beside so many processes that keep a core busy each")
     p.add_argument("--max-seconds", type=float, help="begin no case after this long; run again to go on")
     p.add_argument("--seconds", type=float, help=f"of rounds for each case (default: {FULL_SECONDS:g})")
     p.add_argument("--tokens", nargs="+", type=int, choices=shapes.TOKENS, help="only these token counts")

@@ -2,9 +2,13 @@
 #include "cpu/update.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstddef>
+#include <ctime>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #if defined(__linux__)
@@ -38,7 +42,41 @@ class Scratch {
 
 int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
 
-// body(first chunk, last chunk), in one parallel region or, for little work, on this thread.
+// Beside other work a region's threads wait for a core, and its end for them: milliseconds for an update of microseconds. A
+// wait longer than this thread alone would have taken says so, and for so many times its length updates of at most that
+// size go without: of a crowded machine's time the attempts take 1 in so many, and a quiet one never comes here.
+class Crowd {
+ public:
+  using Nanoseconds = std::chrono::nanoseconds;
+  bool is_worth_waiting_for(int64_t elements) const {
+    return elements > elements_.load(std::memory_order_relaxed) || now() >= until_.load(std::memory_order_relaxed);
+  }
+  // Whether the next region is to be measured: the clock of a thread takes half a microsecond to read.
+  bool suspected() const { return took_.load(std::memory_order_relaxed) > kLong; }
+  // A region that took so long, in which `others` do as much as this thread, which worked for so long where that is known.
+  void note(int64_t elements, int64_t others, int64_t took, std::optional<int64_t> worked) {
+    took_.store(took, std::memory_order_relaxed);
+    if (!worked || took - *worked < std::max(kLong, others * *worked)) return;
+    elements_.store(elements, std::memory_order_relaxed);
+    until_.store(now() + kRepaid * took, std::memory_order_relaxed);
+  }
+  static int64_t now() { return Nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+  // Of this thread on a core: what it would have taken had nobody stood in its way.
+  static int64_t worked() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+    timespec time;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return time.tv_sec * 1'000'000'000 + time.tv_nsec;
+#endif
+    return now();
+  }
+
+ private:
+  static constexpr int64_t kRepaid = 32, kLong = 300'000;  // ns; the threads of a quiet machine wake within that
+  std::atomic<int64_t> took_{0}, elements_{0}, until_{0};
+};
+Crowd crowd;
+
+// body(first chunk, last chunk), in one parallel region or, for little work or beside other work, on this thread.
 //
 // parallel_for gives the first thread the first half of the rows, and that is where the matrix product before it left
 // them: by the latency of each cache line (2 threads, Zen 4) MKL's float32 products of 8 to 512 rows, oneDNN's bfloat16
@@ -47,12 +85,23 @@ int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows;
 // between s and y, and parallel_for does not promise that they run at the same time.
 template <class Body>
 void for_chunks(int64_t rows, int64_t width, const Body& body) {
-  const int64_t chunks = chunk_count(rows);
-  if (chunks <= 1 || rows * width < kSerialElements) {
+  const int64_t chunks = chunk_count(rows), elements = rows * width;
+  if (chunks <= 1 || elements < kSerialElements || !crowd.is_worth_waiting_for(elements)) {
     body(0, chunks);
-  } else {
-    torch::stable::parallel_for(0, chunks, 1, body);
+    return;
   }
+  const bool suspected = crowd.suspected();
+  int64_t share = chunks;
+  std::optional<int64_t> worked;
+  const int64_t begun = Crowd::now();
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    const bool measured = first == 0 && suspected;  // the first share is this thread's
+    const int64_t before = measured ? Crowd::worked() : 0;
+    body(first, last);
+    if (first == 0) share = last;
+    if (measured) worked = Crowd::worked() - before;
+  });
+  crowd.note(elements, (chunks - 1) / share, Crowd::now() - begun, worked);
 }
 
 // A fresh block this large comes from the system a page at a time, each page an interrupt and zeroed as it is first

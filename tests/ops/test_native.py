@@ -407,6 +407,42 @@ print("whole")
     assert run_python(code, MALLOC_PERTURB_="1", OMP_NUM_THREADS="1") == "whole"  # fills with the complement, 0xfe
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts how often a thread ran, in /proc")
+def test_beside_other_work_an_update_waits_for_no_thread():
+    """Both threads of a region and a busy process share one core: the second thread is asked now and then, not always."""
+    code = """
+import os, subprocess, sys, threading
+import torch
+from tests.cases import Case, make_case, run_ops
+from tinylora_kernels.ops.native import library as native
+
+def times_run():
+    runs = 0
+    for thread in set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}:
+        with open(f"/proc/self/task/{thread}/schedstat") as file:
+            runs += int(file.read().split()[2])
+    return runs
+
+torch.set_num_threads(2)
+i = make_case(Case(512, 1024), torch.float32)
+call = i.g, i.basis, i.v, i.projection, run_ops(native, i).t, None, True
+expected = native.update_backward(*call)
+core = {min(os.sched_getaffinity(0))}
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), core)
+with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:  # on this core, like its parent
+    try:
+        before = times_run()
+        for _ in range(400):
+            found = native.update_backward(*call)
+        print(times_run() - before)
+    finally:
+        other.kill()
+assert all(torch.equal(one, two) for one, two in zip(found, expected))
+"""
+    assert int(run_python(code)) < 100
+
+
 def test_isa_from_the_environment():
     code = """
 from tinylora_kernels.ops.native import library
