@@ -409,7 +409,7 @@ print("whole")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts how often a thread ran, in /proc")
 def test_beside_other_work_an_update_waits_for_no_thread():
-    """Both threads of a region and a busy process share one core: the second thread is asked now and then, not always."""
+    """Both threads of a region and a busy process share one core: the second is asked now and then, not always."""
     code = """
 import os, subprocess, sys, threading
 import torch
