@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def processes(count: int) -> Iterator[None]:
+def processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """That many, with the priority of this one."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        yield
+        yield started
     finally:
         for process in started:
             process.kill()

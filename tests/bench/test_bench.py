@@ -9,6 +9,7 @@ import torch
 from bench.grid import (
     adapters,
     breakdown,
+    busy,
     contenders,
     gate,
     layers,
@@ -127,6 +128,12 @@ def test_quantiles():
     assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert timing.quantile([0.0, 10.0], 0.2) == pytest.approx(2.0)
     assert timing.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_other_work_ends_with_its_block():
+    with busy.processes(2) as started:
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)
 
 
 def test_grids_cover_every_case_once_and_every_family_early():
