@@ -1,4 +1,4 @@
-"""The pass before a product with the term in its epilogue: the coefficients of every row and what multiplies the factor.
+"""The pass before a product with the term in its epilogue: coefficients of every row, and gains made of them.
 
     forward    t = x B     gains = t M^T
     backward   a = g U     gains = a M      dM = a^T t
@@ -153,9 +153,9 @@ def coefficients(
     coefficients_kernel[(len(into.kept),)](
         x, halves, v, projection, saved, into.t, into.gains, into.deep, into.kept,
         x.stride(0), len(x), x.shape[1], v.shape[-1],
-        R=rank, PAD=len(halves), DEPTH=into.deep.shape[1], ROWS=block, BLOCK=BLOCK, BLOCK_U=block_u(len(projection), rank),
-        LORA_XS=projection.dim() == 2, TRANSPOSED=backward, DEEP=deep, NEED_DV=saved is not None,
-        STAGES=4 if block < 64 else 3, DEPENDENTS=dependents, num_warps=4, **NO_FUSION,
+        R=rank, PAD=len(halves), DEPTH=into.deep.shape[1], ROWS=block, BLOCK=BLOCK,
+        BLOCK_U=block_u(len(projection), rank), LORA_XS=projection.dim() == 2, TRANSPOSED=backward, DEEP=deep,
+        NEED_DV=saved is not None, STAGES=4 if block < 64 else 3, DEPENDENTS=dependents, num_warps=4, **NO_FUSION,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a variant must pass before it is timed: float64, on sampled rows, the last among them, and every element written.
+"""What a variant must pass before it is timed: float64 on sampled rows, the last among them, every element written.
 
 A result is rounded once: its error is what one rounding of the truth leaves, of which a second rounding would make 1.4
 times as much, and a bfloat16 that is cut off twice. The coefficients are fp32 sums of a factor kept in two halves.

@@ -3,7 +3,7 @@
     forward    y  = x W^T + gains U^T     gains = t M^T
     backward   dx = g W + gains B^T       gains = a M
 
-Operands and result move by TMA where their rows lie on 16 bytes, and by masked loads and stores where not. The gains are
+Operands and result move by TMA where their rows lie on 16 bytes, and by masked loads and stores where not. Gains are
 given (coefficients.py), and the term is added in one of two ways:
 
     Term.EPILOGUE   r multiplications and additions an element in fp32, on the sums of a tile: 2 percent of the
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .coefficients import NO_FUSION, Coefficients, on_16_bytes
+from .coefficients import NO_FUSION, Coefficients, depth, on_16_bytes
 from .dependent import option
 
 
@@ -44,12 +44,15 @@ class Tiling(NamedTuple):
 
 # Which is best for a shape the card says. In two pieces d leaves through half the shared memory: room for a stage more.
 TILINGS = (Tiling(128, 256, 64, 3, 1), Tiling(128, 256, 64, 4, 2), Tiling(128, 128, 64, 4, 1))
-RAGGED = Tiling(128, 128, 64, 3, 1)  # without TMA, which wants rows on 16 bytes
+RAGGED = Tiling(128, 64, 64, 3, 1)  # without TMA, which wants rows on 16 bytes
+SHARED = 227 * 1024  # bytes that a program may have on Hopper
 GROUP = 8  # tiles in groups of so many rows of tiles, so that what runs together shares operands in L2
 
 
 @triton.jit
-def _load_tile(source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+def _load_tile(
+    source, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
     """[ROWS, COLUMNS] of a matrix [rows, columns] from there on; zero outside. source: a descriptor, or a pointer."""
     if TMA:
         tile = source.load([row, column])
@@ -137,6 +140,20 @@ def persistent_kernel(
             _store_tile(d_at, right, row, column + HALF, N, D, d_stride, ROWS, HALF, TMA)
         else:
             _store_tile(d_at, sums, row, column, N, D, d_stride, ROWS, COLUMNS, TMA)
+
+
+def shared_bytes(tiling: Tiling, term: Term, rank: int) -> int:
+    """Shared memory of a program with TMA: steps on their way and barriers, d on its way out, the term's factor."""
+    rows, columns, stages = tiling.rows, tiling.columns, tiling.stages
+    step = (rows + columns) * 2  # bytes of one number deep
+    factor = {Term.NONE: 0, Term.EPILOGUE: 4 * columns, Term.STEP: depth(rank) * step}[term]
+    return stages * (tiling.depth * step + 8) + rows * columns // tiling.pieces * 2 + factor
+
+
+def fits(tiling: Tiling, term: Term, rank: int) -> bool:
+    """Whether it has memory and registers enough: 8 factors beside 128 sums a thread spill."""
+    registers = term is not Term.EPILOGUE or rank <= 4 or tiling.columns <= 128
+    return registers and shared_bytes(tiling, term, rank) <= SHARED
 
 
 def product(
