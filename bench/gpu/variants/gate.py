@@ -1,7 +1,7 @@
 """What a variant must pass before it is timed: float64 on sampled rows, the last among them, every element written.
 
-A result is rounded once: its error is what one rounding of the truth leaves, of which a second rounding would make 1.4
-times as much, and a bfloat16 that is cut off twice. The coefficients are fp32 sums of a factor kept in two halves.
+A result is rounded once: its error is what one rounding of the truth leaves. A product that is rounded before the term
+is added leaves up to 1.4 times as much, cutting off twice. Coefficients are fp32 sums of a factor kept in two halves.
 """
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..products import Side
 
 ROUNDED = 1.15  # times the error of rounding the truth itself
+FEWEST = 0.2  # times eps, about what rounding many numbers leaves: of a few it may be nothing
 COEFFICIENTS = 3e-5  # two halves keep 16 bits of a factor; without the low one it is 2e-4 in fp16, 2e-3 in bf16
 GRADIENT = 1e-3  # dv: rows may cancel
 MOST = 200  # rows that are compared
@@ -49,7 +50,8 @@ def check(side: Side, run, *, term: bool = True, t: bool = True, dv: bool = Fals
     at = sampled_rows(side.rows, side.d[i].device)
     d_true, t_true = truth(side, i, at, term=term)
     found = {"d": error(side.d[i][at], d_true)}
-    limits = {"d": ROUNDED * error(d_true.to(side.d[i].dtype), d_true)}
+    kind = side.d[i].dtype
+    limits = {"d": max(ROUNDED * error(d_true.to(kind), d_true), FEWEST * torch.finfo(kind).eps)}
     if t:
         found["t"], limits["t"] = error(side.t[i][at], t_true), COEFFICIENTS
     if dv:

@@ -151,8 +151,8 @@ def shared_bytes(tiling: Tiling, term: Term, rank: int) -> int:
 
 
 def fits(tiling: Tiling, term: Term, rank: int) -> bool:
-    """Whether it has memory and registers enough: 8 factors beside 128 sums a thread spill."""
-    registers = term is not Term.EPILOGUE or rank <= 4 or tiling.columns <= 128
+    """Whether it has memory and registers enough: beside 128 sums a thread 4 factors spill (Triton 3.6), or 8 (3.9)."""
+    registers = term is not Term.EPILOGUE or rank <= 2 or tiling.columns <= 128
     return registers and shared_bytes(tiling, term, rank) <= SHARED
 
 
