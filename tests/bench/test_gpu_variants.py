@@ -108,3 +108,28 @@ def test_a_tree_of_cutlass_is_known_by_its_headers(tmp_path):
     for part in ("include/cutlass", "tools/util/include"):
         (tmp_path / part).mkdir(parents=True)
     assert cutlass.find_tree(tmp_path) == tmp_path
+
+
+NVCC = """#!/bin/sh
+echo "$@" >> {log}
+for last; do :; done
+: > "$last"
+echo "ptxas info    : Used 168 registers" >&2
+echo "    0 bytes stack frame, 0 bytes spill stores, 8 bytes spill loads" >&2
+"""
+
+
+def test_a_library_of_cutlass_is_built_a_configuration_at_a_time(tmp_path, monkeypatch):
+    """With a compiler that only writes down what it is asked for."""
+    for part in ("include/cutlass", "tools/util/include"):
+        (tmp_path / part).mkdir(parents=True)
+    log, compiler = tmp_path / "log", tmp_path / "nvcc"
+    compiler.write_text(NVCC.format(log=log))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    out = tmp_path / "library.so"
+    said = cutlass.build(tmp_path, ("128x256", "64x256"), out)
+    assert said == dict.fromkeys(("128x256", "64x256"), ["168 registers, 0 bytes spill stores, 8 bytes spill loads"])
+    first, second, linked = log.read_text().splitlines()
+    assert "-DCONFIG=0" in first and "-DCONFIG=2" in second and "sm_90a" in first
+    assert "-shared" in linked and linked.endswith(str(out)) and out.exists()
