@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from bench.gpu.variants.persistent import RAGGED, TILINGS, Tiling
 from . import variants_interpreter
 from .test_triton import most_registers, resources
 from .triton_gpu import CUDA_TARGETS, Launch, simulated_gpu
-from .variants_interpreter import FEW, MANY, MUTANTS
+from .variants_interpreter import FEW, MANY, MUTANTS, WAYS, figures
 
 ROOT = Path(__file__).parents[2]
 OUT, WIDTH, ROWS = 512, 1024, 256
@@ -44,7 +45,7 @@ def interpreted() -> dict[str, str | None]:
 
 def test_every_variant_agrees_with_float64(interpreted):
     found = {name: error for name, error in interpreted.items() if name not in MUTANTS}
-    assert len(found) == len(MANY) + len(FEW)
+    assert len(found) == len(MANY) + len(FEW) + len(WAYS)
     assert not any(found.values()), found
 
 
@@ -188,3 +189,17 @@ def test_more_than_sixteen_rows_are_refused():
     inputs = Inputs(2, rows=17)
     with pytest.raises(ValueError, match="at most 16 rows, found 17"):
         inputs.run_skinny(32, skinny.Term.INSIDE)
+
+
+@pytest.mark.parametrize("family", ("persistent", "skinny"))
+def test_dependent_launches_are_timed_and_the_pass_before_them_is_launched_plainly(family):
+    with simulated_gpu(CUDA_TARGETS[90], execute=False) as gpu:
+        rows = 5 if family == "skinny" else 40
+        found = figures(family, rows, BFLOAT16, gate=SimpleNamespace(check=lambda side, run, **made: run(0)))
+    more = {", dependent", ", passed"} if family == "skinny" else {", dependent"}
+    stems = ("skinny 32", "skinny 64") if family == "skinny" else ("persistent", "persistent, step")
+    assert found["variants, forward"] >= {stem + way for stem in stems for way in more}
+    early = [launch.kernel for launch in gpu.launches if launch.metadata.launch_pdl]
+    assert set(early) == {f"{family}_kernel"}
+    passes = [launch for launch in gpu.launches if launch.kernel == "coefficients_kernel"]
+    assert any(count(launch, "griddepcontrol.launch_dependents") for launch in passes)

@@ -7,16 +7,19 @@ load without its mask brings into the result, and which a store without its mask
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "gpu" / "variants"
@@ -209,6 +212,74 @@ def check_few(modules: SimpleNamespace, shape: Shape) -> None:
             assert untouched(made.t), f"{shape}: wrote past t"
 
 
+class Library:
+    """What a library of CUTLASS is asked, answered by torch."""
+
+    products = {"128x256": None}
+
+    def product(self, x, w, d, *, backward, config, swizzle, multiprocessors, gains, factor, stream) -> None:
+        found = x.float() @ (w if backward else w.T).float()
+        d.copy_(found if gains is None else found + gains.T @ factor)
+
+
+def figures(family: str, rows: int, dtype, **patched) -> dict[str, set[str]]:
+    """Part -> the names that `python -m bench.gpu.variants` times for a family on a small shape, without a card.
+
+    Args:
+        patched: what else is another in bench/gpu/variants/__main__.py.
+    """
+    import torch
+
+    from bench.gpu.products import Side
+    from bench.gpu.variants import __main__ as kit
+    from bench.gpu.variants import cutlass
+
+    def side(out: int, width: int, rows: int, backward: bool, device: str) -> Side:
+        return Side(64, 128, rows, backward, "cpu", 2, dtype)
+
+    def times(runs, copies: int, device: str):
+        assert copies == 2 and device == "cuda"
+        return {name: (run(1), (1.0, 1.0))[1] for name, run in runs.items()}  # on the last of the buffers
+
+    card = SimpleNamespace(multi_processor_count=3)
+    said = io.StringIO()
+    with (
+        mock.patch.multiple(kit, Side=side, device_times=times, **patched),
+        mock.patch.object(cutlass, "Library", Library),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device: card),
+        mock.patch.object(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0)),
+        contextlib.redirect_stdout(said),
+    ):
+        kit.run(family, f"q{rows}")
+    lines = said.getvalue().splitlines()
+    assert not [line for line in lines if line.startswith("WRONG")], said.getvalue()
+    found: dict[str, set[str]] = {}
+    for row in (json.loads(line[1:]) for line in lines if line.startswith("@")):
+        found.setdefault(row["part"], set()).add(row["name"])
+    return found
+
+
+WAYS = {  # what a family times where there are no dependent launches
+    "persistent": {"bare", "given", "", "step", "step, given"},
+    "cutlass": {"bare", "given", ""},
+    "skinny": {"bare", ""},
+}
+
+
+def check_ways(modules: SimpleNamespace, family: str) -> None:
+    """Every way that is timed passes its gate first."""
+    import torch
+
+    from bench.gpu.variants import dependent
+
+    none = SimpleNamespace(why_not=lambda: "not under the interpreter")
+    assert dependent.why_not() is None
+    stems = [f"skinny {columns}" for columns in modules.skinny.COLUMNS] if family == "skinny" else [family]
+    names = {"frozen"} | {", ".join(filter(None, (stem, way))) for stem in stems for way in WAYS[family]}
+    found = figures(family, 5 if family == "skinny" else 40, torch.float16, dependent=none)
+    assert found == {f"variants, {way}": names for way in ("forward", "backward")[: 1 if family == "skinny" else 2]}
+
+
 def loaded(mutant: Mutant | None, folder: Path) -> SimpleNamespace:
     """The modules of the variants, one of them changed."""
     found = {name: importlib.import_module(f"bench.gpu.variants.{name}") for name in MODULES}
@@ -237,6 +308,8 @@ def outcomes() -> Iterator[dict]:
         for check, shapes in ((check_many, MANY), (check_few, FEW)):
             for shape in shapes:
                 yield {"check": f"{check.__name__} {shape}", "error": _error(check, modules, shape, AssertionError)}
+        for family in WAYS:
+            yield {"check": f"ways of {family}", "error": _error(check_ways, modules, family, AssertionError)}
         for name, mutant in MUTANTS.items():
             check, shapes = (check_few, FEW) if mutant.module == "skinny" else (check_many, MANY)
             errors = (
@@ -246,9 +319,9 @@ def outcomes() -> Iterator[dict]:
             yield {"check": name, "error": next(filter(None, errors), None)}
 
 
-def _error(check, modules: SimpleNamespace, shape: Shape, kinds) -> str | None:
+def _error(check, modules: SimpleNamespace, what: Shape | str, kinds) -> str | None:
     try:
-        check(modules, shape)
+        check(modules, what)
         return None
     except kinds as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
