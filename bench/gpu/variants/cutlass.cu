@@ -1,10 +1,10 @@
-// d = x W^T + gains U^T forward, d = g W + gains B^T backward: a product of CUTLASS's for Hopper whose epilogue, a tree of
-// visitors, adds the term of rank r to the sums before they are rounded, once.
+// d = x W^T + gains U^T forward, d = g W + gains B^T backward: a product of CUTLASS's for Hopper whose epilogue, a tree
+// of visitors, adds the term of rank r to the sums before they are rounded, once.
 //
 //     x [N, k], w [n, k] forward or [k, n] backward, d [N, n]: ELEMENT, sums in fp32
 //     gains [r, N], factor [r, n]: fp32, a row for each j: a visitor takes a column or a row of unit stride
 //
-// cutlass.py compiles this once for each CONFIG, and says how: 4 products each, two layouts of W, with the term and without.
+// cutlass.py compiles this once for each CONFIG: 4 products each, for two layouts of W, with the term and without.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -42,8 +42,8 @@ using RowMajor = cutlass::layout::RowMajor;
 constexpr int kPacket = 16 / sizeof(Element);  // elements of a 16-byte access: n and k must be multiples of it
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-// How a product is cut up. Cooperative: two groups of warps share a tile; ping-pong: each has a tile of its own, so that
-// one's epilogue, the term with it, runs beside the other's main loop.
+// How a product is cut up. Cooperative: two groups of warps share a tile; ping-pong: each has a tile of its own, so
+// that one's epilogue, the term with it, runs beside the other's main loop.
 template <int ROWS, int COLUMNS, class MAINLOOP, class EPILOGUE>
 struct Config {
   using Tile = cute::Shape<cute::Int<ROWS>, cute::Int<COLUMNS>, cute::Int<64>>;
