@@ -59,6 +59,10 @@ def parts(device: str, before: Path | None, compiled: bool) -> list[Part]:
     if before is not None:
         command = [*products, "--backend", ours, "--label", "before", "--cases", *main_cases]
         found.insert(-1, Part("products, before", 30, command, {"PYTHONPATH": str(before)}))
+    # What the package does not have yet, where there is time for it: variants/README.md.
+    families = ("persistent", "skinny", "cutlass") if device == "cuda" else ("persistent",)
+    for family in families:
+        found.append(Part(f"variants, {family}", 60, ["-m", "bench.gpu.variants", *on, "--families", family]))
     return found
 
 

@@ -39,23 +39,26 @@ class Side:
     near: the factor of x's side [r, k]; far: that of d's.
     """
 
-    def __init__(self, out: int, width: int, rows: int, backward: bool, device: str) -> None:
+    def __init__(
+        self, out: int, width: int, rows: int, backward: bool, device: str, rank: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         torch.manual_seed(out + 3 * width + rows)
         self.copies = max(2, math.ceil(FLUSH / (2 * (out * width + rows * (out + width))))) if device == "cuda" else 2
-        kind = {"dtype": torch.bfloat16, "device": device}
+        kind = {"dtype": dtype, "device": device}
         self.backward, self.rows = backward, rows
         self.weights = [torch.randn(out, width, **kind) / width**0.5 for _ in range(self.copies)]
-        bases = [torch.linalg.qr(torch.randn(out, 2, device=device))[0].T.contiguous() for _ in self.weights]
+        bases = [torch.linalg.qr(torch.randn(out, rank, device=device))[0].T.contiguous() for _ in self.weights]
         rights = [basis @ weight.float() for basis, weight in zip(bases, self.weights, strict=True)]
         self.bases, self.rights = bases, rights
         self.near, self.far = (bases, rights) if backward else (rights, bases)
         self.n, self.k = (width, out) if backward else (out, width)
         self.v = torch.randn(NUMBERS, device=device) / NUMBERS**0.5
-        self.projection = 20 * torch.randn(NUMBERS, 2, 2, device=device)
+        self.projection = 20 * torch.randn(NUMBERS, rank, rank, device=device)
         self.x = [torch.randn(rows, self.k, **kind) for _ in self.weights]
         self.d = [torch.empty(rows, self.n, **kind) for _ in self.weights]
         self.t = [torch.empty(0, device=device)] * self.copies
-        self.saved = torch.randn(rows, 2, device=device)  # t of the forward pass
+        self.saved = torch.randn(rows, rank, device=device)  # t of the forward pass
         self.dv = torch.empty(0, device=device)
 
     def matrix(self, i: int) -> Tensor:
