@@ -129,7 +129,8 @@ struct Parts {
   std::vector<int64_t> groups = std::vector<int64_t>(ends.size());  // one v for all
 };
 
-// What a call holds still: node.py's FrozenLinear, but for the backend.
+// What a call holds still: node.py's FrozenLinear, but for the backend. A plan, its calls and their nodes share one: to take
+// and drop a reference to each tensor is eight fetches from memory, twice a call, right after a product.
 struct Frozen {
   Tensor weight;      // [out, in]
   Maybe bias;         // [out]
@@ -146,6 +147,7 @@ struct Frozen {
     return !samples || rows.numel() >= kGpuRows * rows.size(-1) ? order : 0;
   }
 };
+using SharedFrozen = std::shared_ptr<const Frozen>;
 
 // The updated output, fresh and contiguous; also t [N, r].
 std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Frozen& f) {
@@ -231,7 +233,7 @@ struct TinyLoRALinear : torch::autograd::Node {
   SavedVariable t;  // where v wants a gradient
   Siblings* siblings = nullptr;  // at the end of the first edge, or null: dx is handed to autograd
   Tensor v;
-  Frozen frozen;
+  SharedFrozen frozen;
   int64_t v_version, weight_version;
   bool released = false;
 
@@ -251,14 +253,14 @@ struct TinyLoRALinear : torch::autograd::Node {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     const Tensor saved = t.unpack();  // a checkpoint runs forward again here, with autograd
     expect_version("v", v, v_version);
-    expect_version("the frozen weight", frozen.weight, weight_version);
+    expect_version("the frozen weight", frozen->weight, weight_version);
     return of_t.defined() || at::GradMode::is_enabled() ? differentiable(grads[0], of_t, saved)
                                                         : gradients(grads[0], saved);
   }
 
   variable_list gradients(const Tensor& grad, const Tensor& saved) {
-    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order, parts] = frozen;
-    const int64_t order = frozen.order_for(grad);
+    const auto& [weight, bias, basis, projection, adapter_ids, right, samples, planned_order, parts] = *frozen;
+    const int64_t order = frozen->order_for(grad);
     at::AutoDispatchBelowADInplaceOrView below;
     const Maybe maybe_t = saved.defined() ? Maybe(saved) : std::nullopt;
     const bool need_dx = task_should_compute_output(0);
@@ -296,9 +298,9 @@ struct TinyLoRALinear : torch::autograd::Node {
 
   // t [k, N, r] of parts as that of one update of the rank of all of them: method/parts.py's block_coefficients.
   Tensor as_one(const Tensor& t) const {
-    if (!frozen.parts || !t.defined()) return t;
+    if (!frozen->parts || !t.defined()) return t;
     const Tensor flat = t.transpose(0, 1).flatten(1);
-    return at::constant_pad_nd(flat, {0, frozen.basis.size(0) - flat.size(1)});
+    return at::constant_pad_nd(flat, {0, frozen->basis.size(0) - flat.size(1)});
   }
 
   // g_t [N, r] is what came to t.
@@ -312,14 +314,14 @@ struct TinyLoRALinear : torch::autograd::Node {
       torch::autograd::impl::set_gradient_edge(own_t, {getptr(), output});
       own_t = as_one(own_t);
     }
-    const Tensor a = plain::project(g, frozen.basis);
-    Tensor gains = plain::gains(a, v, frozen.projection, frozen.adapter_ids);
+    const Tensor a = plain::project(g, frozen->basis);
+    Tensor gains = plain::gains(a, v, frozen->projection, frozen->adapter_ids);
     if (g_t.defined()) gains = gains + g_t;
     // dx = (g + (a M + g_t) U^T) W
-    const Tensor delta = gains.matmul(frozen.basis).view(g.sizes());
+    const Tensor delta = gains.matmul(frozen->basis).view(g.sizes());
     const Tensor g0 = (g.to(delta.scalar_type()) + delta).to(g.scalar_type());
-    return {task_should_compute_output(0) ? g0.matmul(frozen.weight) : Tensor(),
-            own_t.defined() ? plain::vector_gradient(a, own_t, v, frozen.projection, frozen.adapter_ids) : Tensor()};
+    return {task_should_compute_output(0) ? g0.matmul(frozen->weight) : Tensor(),
+            own_t.defined() ? plain::vector_gradient(a, own_t, v, frozen->projection, frozen->adapter_ids) : Tensor()};
   }
 
   static void expect_version(const char* name, const Tensor& tensor, int64_t expected) {
@@ -329,15 +331,15 @@ struct TinyLoRALinear : torch::autograd::Node {
   }
 };
 
-Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& frozen) {
+Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const SharedFrozen& frozen) {
   const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const auto below = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return run(x, v, frozen);
+    return run(x, v, *frozen);
   };
   if (!at::GradMode::is_enabled() || !(x.requires_grad() || v.requires_grad())) return std::get<0>(below());
   torch::autograd::edge_list edges = torch::autograd::collect_next_edges(x, v);
-  Siblings* const siblings = siblings_of(x, edges[0], frozen.weight);
+  Siblings* const siblings = siblings_of(x, edges[0], frozen->weight);
   TinyLoRALinear* node = nullptr;
   const auto pointer = new_node(node);
   node->siblings = siblings;
@@ -346,7 +348,7 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const Frozen& froz
   node->frozen = frozen;
   node->v = v;
   node->v_version = v._version();
-  node->weight_version = frozen.weight._version();
+  node->weight_version = frozen->weight._version();
   torch::autograd::set_history(y, pointer);
   if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
   return y;
@@ -359,8 +361,9 @@ std::optional<Parts> parts_of(const Maybe& basis, const Maybe& projection, Ints 
 Tensor linear_op(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,
                  const Tensor& projection, const Maybe& adapter_ids, const Maybe& right, const Maybe& samples,
                  int64_t order, const Maybe& part_basis, const Maybe& part_projection, Ints ends) {
-  return linear_with_autograd(x, v, {weight, bias, basis, projection, adapter_ids, right, samples, order,
-                                     parts_of(part_basis, part_projection, ends)});
+  const Frozen frozen{weight, bias, basis, projection, adapter_ids, right, samples, order,
+                      parts_of(part_basis, part_projection, ends)};
+  return linear_with_autograd(x, v, std::make_shared<const Frozen>(frozen));
 }
 
 Tensor linear_alone(const Tensor& x, const Tensor& v, const Tensor& weight, const Maybe& bias, const Tensor& basis,

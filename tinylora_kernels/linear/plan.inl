@@ -47,7 +47,7 @@ struct Runs {
 
 struct Answer {
   Tensor v, table;
-  Frozen frozen;
+  SharedFrozen frozen;
   Runs runs;
 };
 
@@ -98,8 +98,8 @@ bool has_same_numbers(const Runs& runs, const void* weight) {
 }
 
 bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor& x) {
-  const Tensor& weight = a.frozen.weight;
-  const Maybe& bias = a.frozen.bias;
+  const Tensor& weight = a.frozen->weight;
+  const Maybe& bias = a.frozen->bias;
   return x.scalar_type() == weight.scalar_type() && x.device() == weight.device() && !weight.requires_grad() &&
          !(bias && (bias->requires_grad() || bias->scalar_type() != x.scalar_type())) && weight._version() == q.version &&
          weight.const_data_ptr() == q.address &&
@@ -194,16 +194,17 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   auto answer = std::make_unique<Answer>(Answer{
       THPVariable_Unpack(field(plan, "v")),
       optional_tensor(plan, "table").value_or(Tensor()),
-      {tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
-       optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"), optional_tensor(frozen, "samples"),
-       PyLong_AsLongLong(field(frozen, "order")), parts_held(field(frozen, "parts"))},
+      std::make_shared<const Frozen>(Frozen{
+          tensor(frozen, "weight"), optional_tensor(frozen, "bias"), tensor(frozen, "basis"), tensor(frozen, "projection"),
+          optional_tensor(frozen, "adapter_ids"), optional_tensor(frozen, "right"), optional_tensor(frozen, "samples"),
+          PyLong_AsLongLong(field(frozen, "order")), parts_held(field(frozen, "parts"))}),
       runs_of(field(plan, "held"))});
   const Questions questions{
       plans, dispatch, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
-      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->frozen.weight._version()),
-      answer->frozen.weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True,
+      field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->frozen->weight._version()),
+      answer->frozen->weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True,
       PyLong_AsLongLong(field(plan, "dimensions")), PyLong_AsLongLong(field(plan, "first_size"))};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;
