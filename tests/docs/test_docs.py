@@ -7,11 +7,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import tinylora_kernels
 from tests.examples.adder import LARGEST, save_adder
@@ -111,6 +113,8 @@ def test_the_first_steps_are_those_of_a_run(tmp_path, monkeypatch, capsys):
         code = code.replace(there, here)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
+    random.seed(0)  # the page draws its questions and its samples as they come
+    torch.manual_seed(0)
     exec(compile(code, "docs/first_steps.md", "exec"), names)
     assert (tmp_path / "adder.safetensors").is_file()
     printed = capsys.readouterr().out.splitlines()
