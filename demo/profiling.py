@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from .training import Run
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
+# addmm_: the product of our layers, which is added to the term of rank r where that is at hand
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
 
 
 @dataclass(frozen=True)
