@@ -78,21 +78,47 @@ def torch_directory() -> Path:
             return directory
     raise BuildFailure(
         "no torch with the stable ABI headers (2.10 or newer) in this environment",
-        "pip install 'torch>=2.10' && pip install --no-build-isolation --force-reinstall --no-deps .",
+        f"install torch, version 2.10 or newer, then: {install_again()}",
     )
 
 
+def install_again() -> str:
+    """The command. uv has no pip in its environments, and installs again what it once built of an archive."""
+    if "UV" in os.environ:
+        return "uv pip install --no-cache --reinstall --no-deps ."
+    return "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
 def environments() -> list[Path]:
-    """Where the package may be going: the active environment, and what `uv pip install` takes where none is active, a
-    .venv here or above; then the one whose Python is first on PATH.
+    """Where the package may be going: what uv was told, the active environment, what `uv pip install` takes where none
+    is active, a .venv here or above; then those whose Pythons are on PATH.
     """
     named = [os.environ.get(name) for name in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "CONDA_PREFIX")]
-    found = [Path(name) for name in named if name]
+    found = [*told_to_uv(Path(f"/proc/{os.getppid()}")), *(Path(name) for name in named if name)]
     here = [Path(os.environ.get("PWD") or "."), Path.cwd(), ROOT]
     found += [folder / ".venv" for start in here for folder in (start.absolute(), *start.absolute().parents)]
-    if python := shutil.which("python") or shutil.which("python3"):
-        found.append(Path(python).parent.parent)
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        if python := shutil.which("python", path=folder) or shutil.which("python3", path=folder):
+            found.append(Path(python).parent.parent)
     return found
+
+
+def told_to_uv(process: Path) -> list[Path]:
+    """The environments of uv's command line and variables; a build is shown one of its own in place of them."""
+    try:
+        words = (process / "cmdline").read_text().split("\0")
+        lines = (process / "environ").read_text().split("\0")
+        folder = (process / "cwd").resolve()
+    except (OSError, UnicodeError):
+        return []
+    variables = dict(line.partition("=")[::2] for line in lines)
+    pairs = zip(words, words[1:], strict=False)
+    pythons = [following for word, following in pairs if word in ("-p", "--python")]
+    pythons += [word.partition("=")[2] for word in words if word.startswith("--python=")]
+    pythons += [variables.get("UV_PYTHON", "")]
+    named = [folder / python for python in pythons if "/" in python]  # others are versions
+    environments = [python.parent.parent if python.is_file() else python for python in named]
+    return environments + [folder / variables[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if variables.get(name)]
 
 
 def check_torch_version(directory: Path) -> str:
@@ -118,11 +144,11 @@ def find_compiler() -> list[str]:
         if command := NODE["find_compiler"]():
             return command
     except NODE["CompileError"] as error:
-        raise BuildFailure(str(error), "set CXX to a C++ compiler, or unset it, then install again") from None
+        raise BuildFailure(str(error), f"set CXX to a C++ compiler, or unset it, then: {install_again()}") from None
     raise BuildFailure(
         "no C++ compiler found",
         "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
-        "then: pip install --no-build-isolation --force-reinstall --no-deps .",
+        f"then: {install_again()}",
     )
 
 
@@ -207,7 +233,7 @@ def build_native(destination: Path) -> dict:
     record = {"library": False, "cuda": False, "reason": None, "fix": None, "cuda_reason": None, "device_code": ""}
     library = destination / LIBRARY
     library.unlink(missing_ok=True)
-    retry = "pip install --no-build-isolation --force-reinstall --no-deps ."
+    retry = install_again()
     try:
         if os.environ.get("TINYLORA_BUILD_NATIVE", "1") == "0":
             raise BuildFailure("switched off by TINYLORA_BUILD_NATIVE=0", f"TINYLORA_BUILD_NATIVE=1 {retry}")

@@ -2,7 +2,9 @@
 
     make matrix                                             prints the table, writes bench/results/matrix.csv
     python release/matrix.py --torch 2.13.0 --python 3.12   one environment
+    python release/matrix.py --installer uv                 by uv instead of by pip
     python release/matrix.py --missing                      those that the last run did not try, with the same files
+    python release/matrix.py --add                          keeps the rows of other environments in --out
     python release/matrix.py --index-url https://download.pytorch.org/whl/cpu    where that index can be reached
 
 In each: import, forward and backward against the float64 reference in three dtypes, an adapter saved and loaded
@@ -33,8 +35,8 @@ import standins
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results/matrix.csv"
 CHECK = Path(__file__).with_name("matrix_check.py")
-PYTHONS, TORCHES = ("3.10", "3.11", "3.12", "3.13"), ("2.10.0", "2.11.0", "2.13.0", "newest")
-COLUMNS = ("python", "torch", "cuda_libraries", "file", "result", "isa", "float32_error", "date")
+PYTHONS, TORCHES = ("3.10", "3.11", "3.12", "3.13", "3.14"), ("2.10.0", "2.11.0", "2.13.0", "newest")
+COLUMNS = ("python", "torch", "installer", "cuda_libraries", "file", "result", "isa", "float32_error", "date")
 
 
 class Unavailable(Exception):
@@ -61,13 +63,13 @@ def find_python(version: str) -> str | None:
     return None
 
 
-def download_torch(python: str, version: str, cache: Path, index: list[str]) -> Path:
-    """The wheel of that torch for that Python, without anything it depends on."""
+def download_torch(python_version: str, version: str, cache: Path, index: list[str]) -> Path:
+    """The wheel of that torch for that Python, without anything it depends on; by the pip that runs this."""
     folder = Path(tempfile.mkdtemp(dir=cache))
     try:
         wanted = "torch" if version == "newest" else f"torch=={version}"
-        command = [python, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, wanted]
-        run([*command, "--find-links", cache, *index])
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder]
+        run([*command, "--python-version", python_version, wanted, "--find-links", cache, *index])
         (wheel,) = folder.iterdir()
         return wheel.replace(cache / wheel.name)
     except Unavailable as reason:
@@ -79,14 +81,19 @@ def download_torch(python: str, version: str, cache: Path, index: list[str]) -> 
 class Environment:
     """A virtual environment with torch and the package's other dependencies."""
 
-    def __init__(self, python: str, torch: Path, requirements: list[str], folder: Path):
-        run([python, "-m", "venv", folder])
+    def __init__(self, python: str, torch: Path, requirements: list[str], folder: Path, installer: str):
         self.folder, self.python = folder, folder / "bin/python"
-        self.pip = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        run([*self.pip, "--no-deps", torch])
+        if installer == "uv":
+            uv = shutil.which("uv")  # by its path: some installations below have another PATH
+            run([uv, "venv", "-q", "--python", python, folder])
+            self.install = [uv, "pip", "install", "-q", "--python", self.python]
+        else:
+            run([python, "-m", "venv", folder])
+            self.install = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        run([*self.install, "--no-deps", torch])
         listing = "import importlib.metadata, json; print(json.dumps(importlib.metadata.requires('torch')))"
         needs = [need for need in json.loads(run([self.python, "-c", listing])) if "extra ==" not in need]
-        run([*self.pip, *(n for n in needs if not re.match(r"nvidia|cuda|triton", n)), *requirements])
+        run([*self.install, *(n for n in needs if not re.match(r"nvidia|cuda|triton", n)), *requirements])
         self.variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TINYLORA_NODE": "ready"}
         for name in ("PYTHONPATH", "TINYLORA_BACKEND", "TINYLORA_CPU_ISA"):
             self.variables.pop(name, None)
@@ -106,7 +113,8 @@ class Environment:
 
     def check(self, file: Path, backend: str = "cpu", **variables: str) -> dict:
         """Install this file over what is there, and ask what matrix_check.py asks."""
-        run([*self.pip, "--no-deps", "--force-reinstall", file], self.variables | variables, cwd=self.folder)
+        command = [*self.install, "--no-deps", "--force-reinstall", "--no-cache-dir", file]
+        run(command, self.variables | variables, cwd=self.folder)
         return json.loads(run([self.python, CHECK, backend], self.variables, cwd=self.folder).splitlines()[-1])
 
 
@@ -118,19 +126,21 @@ def requirements_of(wheel: Path) -> list[str]:
     return [need for need in needs if "extra ==" not in need and not need.startswith("torch")]
 
 
-def measure(python_version: str, torch_version: str, files: list[Path], sdist: Path | None, cache: Path,
-            index: list[str]) -> Iterator[dict]:  # fmt: skip
+def measure(python_version: str, torch_version: str, installer: str, files: list[Path], sdist: Path | None,
+            cache: Path, index: list[str]) -> Iterator[dict]:  # fmt: skip
     """One row for each file in one environment; a single row that says why, if there can be no environment."""
-    row = {"date": datetime.date.today().isoformat()}
+    row = {"date": datetime.date.today().isoformat(), "installer": installer}
     with tempfile.TemporaryDirectory(prefix="tinylora-matrix-") as folder:
         try:
             if not (python := find_python(python_version)):
                 raise Unavailable("this Python is not installed here")
-            wheel = download_torch(python, torch_version, cache, index)
+            if installer == "uv" and not shutil.which("uv"):
+                raise Unavailable("uv is not on PATH")
+            wheel = download_torch(python_version, torch_version, cache, index)
             row |= {"python": python_version, "torch": wheel.name.split("-")[1]}
-            environment = Environment(python, wheel, requirements_of(files[0]), Path(folder) / "environment")
+            environment = Environment(python, wheel, requirements_of(files[0]), Path(folder) / "environment", installer)
         except (Unavailable, subprocess.TimeoutExpired) as reason:
-            yield no_environment(python_version, row.get("torch", torch_version), reason)
+            yield no_environment(python_version, row.get("torch", torch_version), installer, reason)
             return
         row["cuda_libraries"] = environment.cuda_libraries
         tried = [(file, label(file), "cpu", {}) for file in files]
@@ -147,9 +157,9 @@ def measure(python_version: str, torch_version: str, files: list[Path], sdist: P
                 yield row | {"file": name, "result": f"failed: {reason}"}
 
 
-def no_environment(python: str, torch: str, reason: object) -> dict:
-    today = datetime.date.today().isoformat()
-    return {"python": python, "torch": torch, "file": "all", "result": f"not tried: {reason}", "date": today}
+def no_environment(python: str, torch: str, installer: str, reason: object) -> dict:
+    facts = {"python": python, "torch": torch, "installer": installer, "date": datetime.date.today().isoformat()}
+    return facts | {"file": "all", "result": f"not tried: {reason}"}
 
 
 def diagonals(pythons: list[str], torches: list[str]) -> list[tuple[str, str]]:
@@ -159,9 +169,20 @@ def diagonals(pythons: list[str], torches: list[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def untried(rows: list[dict]) -> list[tuple[str, str]]:
-    """The pairs that an earlier run left out."""
-    return [(row["python"], row["torch"]) for row in rows if row["result"].startswith("not tried")]
+def environment_of(row: dict) -> tuple[str, str, str]:
+    """3.12.1, 2.13.0+cpu, pip -> 3.12, 2.13.0, pip: what was asked for, whatever was found; "newest" is its number."""
+    return ".".join(row["python"].split(".")[:2]), row["torch"].partition("+")[0], row["installer"]
+
+
+def untried(rows: list[dict]) -> list[tuple[str, str, str]]:
+    """The environments that an earlier run left out."""
+    return [environment_of(row) for row in rows if row["result"].startswith("not tried")]
+
+
+def merge(rows: list[dict], kept: list[dict], environments: list[tuple[str, str, str]]) -> list[dict]:
+    """What was tried now, and what is kept of other environments."""
+    tried = {*environments, *map(environment_of, rows)}
+    return rows + [row for row in kept if environment_of(row) not in tried]
 
 
 def minor(version: str) -> list[int]:
@@ -176,13 +197,15 @@ def label(wheel: Path) -> str:
 def table(rows: list[dict]) -> str:
     """A line for each environment, a column for each file; reasons below."""
     files = list(dict.fromkeys(row["file"] for row in rows if row["file"] != "all"))
-    lines, notes = [["python", "torch", "CUDA libraries", *files]], []
-    for key in dict.fromkeys((row["python"], row["torch"]) for row in rows):
-        group = {row["file"]: row for row in rows if (row["python"], row["torch"]) == key}
+    columns = ("python", "torch", "installer")
+    lines, notes = [[*columns, "CUDA libraries", *files]], []
+    for key in dict.fromkeys(tuple(row[column] for column in columns) for row in rows):
+        group = {row["file"]: row for row in rows if tuple(row[column] for column in columns) == key}
         cells = [group.get(name) or (group.get("all") if name.startswith("+") else None) for name in files]
         words = [cell["result"].partition(":")[0] if cell else "" for cell in cells]
         lines.append([*key, next(iter(group.values())).get("cuda_libraries", ""), *words])
-        notes += [f"{key[0]}, torch {key[1]}, {n}: {r['result']}" for n, r in group.items() if r["result"] != "ok"]
+        failed = [(name, row["result"]) for name, row in group.items() if row["result"] != "ok"]
+        notes += [f"{key[0]}, torch {key[1]}, {key[2]}, {name}: {reason}" for name, reason in failed]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, *notes])
@@ -193,9 +216,11 @@ def main() -> int:
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="folder of the wheels and the sdist")
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.X")
     parser.add_argument("--torch", nargs="+", default=TORCHES, metavar="VERSION", help='versions, or "newest"')
+    parser.add_argument("--installer", choices=("pip", "uv"), help="default: pip, and uv in the first environment")
     parser.add_argument("--cache", type=Path, default=ROOT / "build/torch", help="where downloads of torch are kept")
     parser.add_argument("--index-url", help="the registry that torch is taken from (default: pip's)")
     parser.add_argument("--missing", action="store_true", help="add to --out what it lists as not tried")
+    parser.add_argument("--add", action="store_true", help="keep what --out has of other environments")
     parser.add_argument("--minutes", type=float, default=240, help="begin no further environment after that long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -206,21 +231,31 @@ def main() -> int:
         return 2
     options.cache.mkdir(parents=True, exist_ok=True)
     index = ["--index-url", options.index_url] if options.index_url else []
-    environments, rows, end = diagonals(options.python, options.torch), [], time.monotonic() + 60 * options.minutes
-    if options.missing:
+    pairs = diagonals(options.python, options.torch)
+    environments = [(*pair, options.installer or "pip") for pair in pairs]
+    if not options.installer:
+        environments.insert(1, (*pairs[0], "uv"))
+    kept: list[dict] = []
+    if options.missing or options.add:
         with options.out.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        environments = untried(rows)
-        rows = [row for row in rows if (row["python"], row["torch"]) not in environments]
-    for number, (python, torch) in enumerate(environments):
+            kept = list(csv.DictReader(stream))
+    if options.missing:
+        environments = untried(kept)
+    rows, end = [], time.monotonic() + 60 * options.minutes
+    compiled = {"pip", "uv"} if options.missing else set()  # the sdist, once by each installer: it compiles
+    for python, torch, installer in environments:
         if time.monotonic() > end:
-            rows.append(no_environment(python, torch, f"the {options.minutes} minutes of --minutes were over"))
+            reason = f"the {options.minutes} minutes of --minutes were over"
+            rows.append(no_environment(python, torch, installer, reason))
             continue
-        sdist = sdists[0].resolve() if not number and not options.missing else None  # it compiles: in one of them
-        for row in measure(python, torch, [f.resolve() for f in files], sdist, options.cache.resolve(), index):
-            print(f"{row['python']:<8} {row['torch']:<14} {row['file']:<20} {row['result']}", flush=True)
+        sdist = None if installer in compiled else sdists[0].resolve()
+        compiled.add(installer)
+        wheels = [file.resolve() for file in files]
+        for row in measure(python, torch, installer, wheels, sdist, options.cache.resolve(), index):
+            print("{python:<8} {torch:<14} {installer:<4} {file:<20} {result}".format(**row), flush=True)
             rows.append(row)
-    rows.sort(key=lambda row: (minor(row["python"]), minor(row["torch"])))
+    rows = merge(rows, kept, environments)
+    rows.sort(key=lambda row: (minor(row["python"]), minor(row["torch"]), row["installer"]))
     with options.out.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, restval="")
         writer.writeheader()

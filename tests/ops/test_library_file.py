@@ -109,3 +109,16 @@ print("warned:", *[warning.message for warning in caught])
     assert f"error: backend 'cpu' was asked for but cannot run: {why}" in done.stdout
     assert "[3.0, 3.0, 1.0]" in done.stdout  # y U = (1, 1), M of ones: both columns gain 2
     assert f"warned: tinylora_kernels: backend 'cpu' is not used: {why}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("installer", "command"), [("pip\n", "pip install"), ("uv", "uv pip install --no-cache"), (None, "pip install")]
+)
+def test_the_command_is_that_of_the_installer_at_hand(monkeypatch, installer, command):
+    """An environment made by uv has no pip."""
+    class Distribution:
+        def read_text(self, name):
+            return installer
+
+    monkeypatch.setattr(library_file.importlib.metadata, "distribution", lambda name: Distribution())
+    assert library_file.reinstall_command().startswith(command)

@@ -3,6 +3,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ def failing_cmake(build, monkeypatch, fails):
 def test_without_a_compiler_the_record_says_what_to_do(build, monkeypatch, tmp_path):
     (tmp_path / build.LIBRARY).write_bytes(b"from an earlier build")
     monkeypatch.setattr(build, "find_tool", lambda name, fix: name)
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: None)
     record = build.build_native(tmp_path)
     assert not record["library"] and not (tmp_path / build.LIBRARY).exists()
     assert record["reason"] == "no C++ compiler found" and "apt install g++" in record["fix"]
@@ -187,6 +188,66 @@ def test_headers_are_found_without_sys_path(build, monkeypatch):
     """Build isolation hides the environment's packages from sys.path."""
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     assert build.torch_directory().samefile(Path(torch.__file__).parent)
+
+
+@pytest.fixture
+def uv_process(tmp_path):
+    """uv(words, **variables) -> what /proc has of it while it builds, in the folder tmp_path."""
+
+    def uv(words: str, **variables: str) -> Path:
+        process = tmp_path / "process"
+        process.mkdir()
+        (process / "cmdline").write_text("\0".join(f"uv pip install {words}".split()) + "\0")
+        (process / "environ").write_text("".join(f"{name}={value}\0" for name, value in variables.items()))
+        (process / "cwd").symlink_to(tmp_path)
+        python = tmp_path / "env/bin/python"
+        python.parent.mkdir(parents=True)
+        python.touch()
+        return process
+
+    return uv
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        (".", {"VIRTUAL_ENV": "env"}),
+        (".", {"CONDA_PREFIX": "env"}),
+        (".", {"UV_PYTHON": "env/bin/python"}),
+        ("--python env/bin/python .", {}),
+        ("--python=env/ .", {}),
+        ("-p ./env -q .", {}),
+        ("--python env/bin/python .", {"VIRTUAL_ENV": "another"}),
+    ],
+)
+def test_what_uv_was_told_is_where_the_package_goes(build, uv_process, tmp_path, words, variables):
+    """uv's build has a VIRTUAL_ENV of its own."""
+    first, *_ = build.told_to_uv(uv_process(words, **variables))
+    assert first.samefile(tmp_path / "env")
+
+
+@needs_sources
+def test_a_version_is_no_environment(build, uv_process, tmp_path):
+    assert build.told_to_uv(uv_process("--python 3.12 .", UV_PYTHON="3.12")) == []
+    assert build.told_to_uv(tmp_path / "nothing") == []
+
+
+@needs_sources
+def test_every_python_on_path_is_asked(build, monkeypatch, tmp_path):
+    """The first may be that of the build itself."""
+    for name in ("build", "goal"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin/python").touch(mode=0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / name / "bin") for name in ("build", "goal", "none")))
+    assert build.environments()[-2:] == [tmp_path / "build", tmp_path / "goal"]
+
+
+@needs_sources
+def test_under_uv_the_way_back_is_by_uv(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("UV", "/usr/bin/uv")
+    monkeypatch.setenv("TINYLORA_TORCH_DIR", str(tmp_path))
+    assert "uv pip install --no-cache" in build.build_native(tmp_path)["fix"]
 
 
 AVX2, AVX512 = ["-mavx2", "-mfma", "-mf16c"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

@@ -1,6 +1,7 @@
 """Why a native library cannot be loaded here: from its file, before it is touched, and from the loader's words."""
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -18,9 +19,21 @@ _UPGRADE_TORCH = "pip install --upgrade 'torch>=2.10'"
 def reinstall_command() -> str:
     """What puts a library for this machine beside the package: the command fits a checkout, or an installed wheel."""
     root = PACKAGE.parent
+    if _installer() == "uv":
+        install = "uv pip install --no-cache --no-deps --reinstall"
+    else:
+        install = "pip install --no-deps --force-reinstall"
     if (root / "setup.py").is_file():
-        return f"pip install --no-build-isolation --no-deps --force-reinstall -e {root}"
-    return "pip install --no-deps --force-reinstall tinylora-kernels (see docs/installation.md for the wheels)"
+        return f"{install} --no-build-isolation -e {root}"
+    return f"{install} tinylora-kernels (see docs/installation.md for the wheels)"
+
+
+def _installer() -> str:
+    """ "pip", "uv" or another that says so; an environment made by uv has no pip."""
+    try:
+        return (importlib.metadata.distribution("tinylora-kernels").read_text("INSTALLER") or "").strip()
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def damage(path: Path) -> str | None:
