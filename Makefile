@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
-SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/*.cpp tinylora_kernels/linear/*.inl) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard tinylora_kernels/linear/*.cpp tinylora_kernels/linear/*.inl tinylora_kernels/ops/native/*.h) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help build test test-vllm test-aarch64 lint docs demo bench study gpu wheels matrix clean

@@ -1,18 +1,13 @@
 // The arguments of the ops as plain numbers and pointers, checked before anything is read or written.
-// Shared by the CPU and the CUDA entry points.
+// Shared by the CPU and the CUDA entry points; tensors.h makes views of torch's tensors.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
-#include <torch/csrc/stable/tensor.h>
+#include "ops/native/kernels.h"
 
 namespace tinylora {
-
-using torch::stable::Tensor;
-
-enum class Dtype { float32, bfloat16, float16, float64 };
 
 // Which adapter each row belongs to: row n to ids[n / rows_per_id]; -1 leaves the row alone.
 struct RowIds {
@@ -68,26 +63,24 @@ struct Part {
 
 // Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
 // was found. The ids themselves are not looked at: they may live on a GPU.
-Arguments check_update(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                       const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& adapter_ids);
-Arguments check_update_backward(const Tensor& g, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                                const std::optional<Tensor>& t, const std::optional<Tensor>& adapter_ids);
+Arguments check_update(const TensorView& y, const TensorView& basis, const TensorView& v, const TensorView& projection,
+                       const TensorView* offset, const TensorView* bias, const TensorView* adapter_ids);
+Arguments check_update_backward(const TensorView& g, const TensorView& basis, const TensorView& v,
+                                const TensorView& projection, const TensorView* t, const TensorView* adapter_ids);
 // Of low_rank: x as the activation, `right` as the basis; U^T and the bias are the other side, which has no rows yet.
-Arguments check_low_rank(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
-                         const Tensor& projection, const std::optional<Tensor>& bias,
-                         const std::optional<Tensor>& adapter_ids, OtherSide& out);
+Arguments check_low_rank(const TensorView& x, const TensorView& right, const TensorView& basis, const TensorView& v,
+                         const TensorView& projection, const TensorView* bias,
+                         const TensorView* adapter_ids, OtherSide& out);
 // dx and right against the arguments that g, basis and the others were checked into.
-OtherSide check_input_grad(const Tensor& dx, const Tensor& right, const Arguments& call);
+OtherSide check_input_grad(const TensorView& dx, const TensorView& right, const Arguments& call);
 // Of update_parts and its backward pass, in the order of the columns; schema.py has the shapes.
-std::vector<Part> check_update_parts(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
-                                     const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
-                                     const std::optional<Tensor>& x, const std::optional<Tensor>& right,
-                                     const std::optional<Tensor>& adapter_ids,
+std::vector<Part> check_update_parts(const TensorView& y, const TensorView& basis, const TensorView& v,
+                                     const TensorView& projection, const TensorView* offset, const TensorView* bias,
+                                     const TensorView* x, const TensorView* right, const TensorView* adapter_ids,
                                      const std::vector<int64_t>& ends, const std::vector<int64_t>& groups);
-std::vector<Part> check_update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
-                                              const Tensor& projection, const std::optional<Tensor>& t,
-                                              const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
+std::vector<Part> check_update_parts_backward(const TensorView& g, const TensorView& basis, const TensorView& v,
+                                              const TensorView& projection, const TensorView* t,
+                                              const TensorView* adapter_ids, const std::vector<int64_t>& ends,
                                               const std::vector<int64_t>& groups);
 
 // W [D, E] of any strides, whose B^T = U^T W is kept; dtype and features (D) in the arguments.
@@ -100,14 +93,7 @@ struct KeptRight {
   Dtype dtype = Dtype::float32;  // of the weight
   int64_t rank = 0, rows = 0, columns = 0;  // r, D, E
 };
-KeptRight check_refresh_right(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
-                              int64_t columns_of_a_block, int64_t samples_of_a_block);
-
-// New uninitialised tensors on the device of `like`; `accumulate` picks the dtype Acc instead of that of `like`.
-Tensor empty_matrix(const Tensor& like, bool accumulate, int64_t rows, int64_t columns);
-Tensor empty_coefficients(const Tensor& like, int64_t parts, int64_t rows, int64_t rank);  // Acc [k, N, r]
-Tensor empty_contiguous_like(const Tensor& like);
-Tensor empty_rows_like(const Tensor& like, int64_t width);  // the last dimension changed to `width`
-Tensor empty_vector(const Tensor& like);
+KeptRight check_refresh_right(const TensorView& right, const TensorView& samples, const TensorView& weight,
+                              const TensorView& basis, int64_t columns_of_a_block, int64_t samples_of_a_block);
 
 }  // namespace tinylora

@@ -81,7 +81,7 @@ void contract(const Arguments& call, const UsedAdapters& used, bool transposed, 
   const int64_t r = call.rank, u = call.numbers, square = r * r;
   const Acc* projection = static_cast<const Acc*>(call.projection);
   const auto one = r == 1 ? contract_one<1, Acc> : r == 2 ? contract_one<4, Acc> : contract_one<0, Acc>;
-  std::vector<double> sum(square);
+  Scratch<double, 64> sum(square);
   for (int64_t s = 0; s < used.count; ++s, mixing += square) {
     const Acc* v = static_cast<const Acc*>(call.v) + used.adapter(s) * u;
     if (call.elementwise) {

@@ -1,12 +1,27 @@
 // The r x r side of the method: the mixing matrix M from the trained numbers, and back.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "common/arguments.h"
 
 namespace tinylora::cpu {
+
+// A buffer on the stack for the usual sizes, on the heap beyond; contents undefined.
+template <class T, size_t Small>
+class Scratch {
+ public:
+  explicit Scratch(size_t size) : heap_(size > Small ? new T[size] : nullptr) {}
+  T* data() { return heap_ ? heap_.get() : stack_; }
+  T& operator[](size_t i) { return data()[i]; }
+
+ private:
+  T stack_[Small];
+  std::unique_ptr<T[]> heap_;
+};
 
 // The adapters that the rows of one call belong to. A table of a million vectors costs what its used rows cost.
 class UsedAdapters {

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/arguments.h"
+#include "common/tensors.h"
 #include "cpu/update.h"
 
 namespace tinylora {
@@ -16,7 +16,8 @@ namespace {
 Tensor update_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
                   const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
                   const std::optional<Tensor>& adapter_ids) {
-  const Arguments call = check_update(y, basis, v, projection, offset, bias, adapter_ids);
+  const Arguments call = check_update(written(y), view(basis), view(v), view(projection), view(offset), view(bias),
+                                      view(adapter_ids));
   Tensor t = empty_matrix(y, /*accumulate=*/true, call.rows, call.rank);
   cpu::update(call, t.mutable_data_ptr());
   return t;
@@ -25,7 +26,8 @@ Tensor update_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, const T
 std::tuple<Tensor, Tensor> update_backward_cpu(const Tensor& g, const Tensor& basis, const Tensor& v,
                                                const Tensor& projection, const std::optional<Tensor>& t,
                                                const std::optional<Tensor>& adapter_ids, bool need_input_grad) {
-  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
+  const Arguments call = check_update_backward(view(g), view(basis), view(v), view(projection), view(t),
+                                               view(adapter_ids));
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
   Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
   cpu::update_backward(call, need_input_grad ? g0.mutable_data_ptr() : nullptr, t ? dv.mutable_data_ptr() : nullptr);
@@ -36,7 +38,8 @@ std::tuple<Tensor, Tensor> low_rank_cpu(const Tensor& x, const Tensor& right, co
                                         const Tensor& projection, const std::optional<Tensor>& bias,
                                         const std::optional<Tensor>& adapter_ids) {
   OtherSide out;
-  const Arguments call = check_low_rank(x, right, basis, v, projection, bias, adapter_ids, out);
+  const Arguments call = check_low_rank(view(x), view(right), view(basis), view(v), view(projection), view(bias),
+                                        view(adapter_ids), out);
   Tensor y = empty_rows_like(x, out.features);
   Tensor t = empty_matrix(x, /*accumulate=*/true, call.rows, call.rank);
   out.activation = y.mutable_data_ptr();
@@ -48,8 +51,9 @@ std::tuple<Tensor, Tensor> low_rank_cpu(const Tensor& x, const Tensor& right, co
 Tensor update_input_grad_cpu(const Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
                              const Tensor& projection, const std::optional<Tensor>& t,
                              const std::optional<Tensor>& adapter_ids, bool add) {
-  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
-  const OtherSide out = check_input_grad(dx, right, call);
+  const Arguments call = check_update_backward(view(g), view(basis), view(v), view(projection), view(t),
+                                               view(adapter_ids));
+  const OtherSide out = check_input_grad(written(dx), view(right), call);
   Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
   cpu::update_input_grad(call, out, add, t ? dv.mutable_data_ptr() : nullptr);
   return dv;
@@ -61,7 +65,8 @@ Tensor update_parts_cpu(const Tensor& y, const Tensor& basis, const Tensor& v, c
                         const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
                         const std::vector<int64_t>& groups) {
   const std::vector<Part> parts =
-      check_update_parts(y, basis, v, projection, offset, bias, x, right, adapter_ids, ends, groups);
+      check_update_parts(written(y), view(basis), view(v), view(projection), view(offset), view(bias), view(x),
+                         view(right), view(adapter_ids), ends, groups);
   Tensor t = empty_coefficients(y, ends.size(), parts[0].call.rows, parts[0].call.rank);
   cpu::update_parts(parts, t.mutable_data_ptr());
   return t;
@@ -72,7 +77,9 @@ std::tuple<Tensor, Tensor> update_parts_backward_cpu(const Tensor& g, const Tens
                                                      const std::optional<Tensor>& adapter_ids,
                                                      const std::vector<int64_t>& ends, const std::vector<int64_t>& groups,
                                                      bool need_input_grad) {
-  const std::vector<Part> parts = check_update_parts_backward(g, basis, v, projection, t, adapter_ids, ends, groups);
+  const std::vector<Part> parts =
+      check_update_parts_backward(view(g), view(basis), view(v), view(projection), view(t), view(adapter_ids), ends,
+                                  groups);
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
   Tensor dv = t ? empty_contiguous_like(v) : empty_vector(v);
   cpu::update_parts_backward(parts, ends.back(), need_input_grad ? g0.mutable_data_ptr() : nullptr, v.size(0),

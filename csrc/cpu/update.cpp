@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstddef>
 #include <ctime>
 #include <deque>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -27,18 +25,6 @@ namespace {
 constexpr int64_t kChunkRows = 16;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerialElements = 1 << 15;
-
-// A buffer on the stack for the usual sizes, on the heap beyond; contents undefined.
-template <class T, size_t Small>
-class Scratch {
- public:
-  explicit Scratch(size_t size) : heap_(size > Small ? new T[size] : nullptr) {}
-  T* data() { return heap_ ? heap_.get() : stack_; }
-
- private:
-  T stack_[Small];
-  std::unique_ptr<T[]> heap_;
-};
 
 int64_t chunk_count(int64_t rows) { return (rows + kChunkRows - 1) / kChunkRows; }
 
@@ -201,9 +187,10 @@ class Backward {
   // dv += <P'_i, a^T t>, after all rows.
   void add_gradient(const Arguments& call, const UsedAdapters& used, Acc* dv) {
     const int64_t r = call.rank, square = r * r;
-    std::vector<double> d_mixing(used.count * square, 0.0);  // dM [S, r, r]
+    Scratch<double, 64> d_mixing(used.count * square);  // dM [S, r, r]
+    std::fill_n(d_mixing.data(), used.count * square, 0.0);
     for (int64_t c = 0; by_chunk_ && c < chunk_count(call.rows); ++c) {
-      for (int64_t e = 0; e < square; ++e) d_mixing[e] += partial_.data()[c * square + e];
+      for (int64_t e = 0; e < square; ++e) d_mixing[e] += partial_[c * square + e];
     }
     for (int64_t i = 0; i < call.ids.count; ++i) {
       const int64_t begin = i * call.ids.rows_per_id, end = begin + call.ids.rows_per_id;

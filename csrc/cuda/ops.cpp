@@ -11,7 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/arguments.h"
+#include "common/tensors.h"
 #include "cuda/launch.h"
 
 // Weak: a torch without CUDA has no such function, and the library must load beside it all the same.
@@ -126,7 +126,8 @@ Tensor run_backward(const Tensor& g, const Arguments& call, const Tensor& v, boo
 Tensor update_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection,
                    const std::optional<Tensor>& offset, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& adapter_ids) {
-  const Arguments call = check_update(y, basis, v, projection, offset, bias, adapter_ids);
+  const Arguments call = check_update(written(y), view(basis), view(v), view(projection), view(offset), view(bias),
+                                      view(adapter_ids));
   RowsArguments p = rows_arguments(call);
   p.target = p.source;
   p.onto = Onto::Source;
@@ -138,7 +139,8 @@ Tensor update_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, const 
 std::tuple<Tensor, Tensor> update_backward_cuda(const Tensor& g, const Tensor& basis, const Tensor& v,
                                                 const Tensor& projection, const std::optional<Tensor>& t,
                                                 const std::optional<Tensor>& adapter_ids, bool need_input_grad) {
-  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
+  const Arguments call = check_update_backward(view(g), view(basis), view(v), view(projection), view(t),
+                                               view(adapter_ids));
   Tensor g0 = need_input_grad ? empty_contiguous_like(g) : empty_vector(g);
   RowsArguments p = rows_arguments(call);
   p.target = {need_input_grad ? g0.mutable_data_ptr() : nullptr, call.features, p.source.factor, p.source.features,
@@ -151,7 +153,8 @@ std::tuple<Tensor, Tensor> low_rank_cuda(const Tensor& x, const Tensor& right, c
                                          const Tensor& projection, const std::optional<Tensor>& bias,
                                          const std::optional<Tensor>& adapter_ids) {
   OtherSide out;
-  const Arguments call = check_low_rank(x, right, basis, v, projection, bias, adapter_ids, out);
+  const Arguments call = check_low_rank(view(x), view(right), view(basis), view(v), view(projection), view(bias),
+                                        view(adapter_ids), out);
   Tensor y = empty_rows_like(x, out.features);
   out.activation = y.mutable_data_ptr();
   out.stride = out.features;
@@ -165,8 +168,9 @@ std::tuple<Tensor, Tensor> low_rank_cuda(const Tensor& x, const Tensor& right, c
 Tensor update_input_grad_cuda(const Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis,
                               const Tensor& v, const Tensor& projection, const std::optional<Tensor>& t,
                               const std::optional<Tensor>& adapter_ids, bool add) {
-  const Arguments call = check_update_backward(g, basis, v, projection, t, adapter_ids);
-  const OtherSide out = check_input_grad(dx, right, call);
+  const Arguments call = check_update_backward(view(g), view(basis), view(v), view(projection), view(t),
+                                               view(adapter_ids));
+  const OtherSide out = check_input_grad(written(dx), view(right), call);
   RowsArguments p = rows_arguments(call);
   p.target = side_of(out);
   p.onto = add ? Onto::Target : Onto::Nothing;
@@ -193,7 +197,8 @@ Tensor update_parts_cuda(const Tensor& y, const Tensor& basis, const Tensor& v, 
                          const std::optional<Tensor>& adapter_ids, const std::vector<int64_t>& ends,
                          const std::vector<int64_t>& groups) {
   const std::vector<Part> parts =
-      check_update_parts(y, basis, v, projection, offset, bias, x, right, adapter_ids, ends, groups);
+      check_update_parts(written(y), view(basis), view(v), view(projection), view(offset), view(bias), view(x),
+                         view(right), view(adapter_ids), ends, groups);
   const Arguments& call = parts[0].call;
   const Element element = element_of(call.dtype);
   const int rank = static_cast<int>(call.rank);
@@ -218,7 +223,9 @@ std::tuple<Tensor, Tensor> update_parts_backward_cuda(const Tensor& g, const Ten
                                                       const std::optional<Tensor>& adapter_ids,
                                                       const std::vector<int64_t>& ends,
                                                       const std::vector<int64_t>& groups, bool need_input_grad) {
-  const std::vector<Part> parts = check_update_parts_backward(g, basis, v, projection, t, adapter_ids, ends, groups);
+  const std::vector<Part> parts =
+      check_update_parts_backward(view(g), view(basis), view(v), view(projection), view(t), view(adapter_ids), ends,
+                                  groups);
   const Arguments& call = parts[0].call;
   const Element element = element_of(call.dtype);
   const int rank = static_cast<int>(call.rank);
@@ -249,7 +256,8 @@ std::tuple<Tensor, Tensor> update_parts_backward_cuda(const Tensor& g, const Ten
 
 void refresh_right_cuda(const Tensor& right, const Tensor& samples, const Tensor& weight, const Tensor& basis,
                         bool force) {
-  const KeptRight kept = check_refresh_right(right, samples, weight, basis, kRightColumns, kRightThreads);
+  const KeptRight kept = check_refresh_right(written(right), written(samples), view(weight), view(basis),
+                                             kRightColumns, kRightThreads);
   const Element element = element_of(kept.dtype);
   at_most("features", std::max(kept.rows, kept.columns), kMaxExtent, "use the reference backend");
   const RightArguments p = {kept.weight, kept.row_stride, kept.column_stride, static_cast<const float*>(kept.basis),

@@ -61,7 +61,7 @@ def build_library(sources: Path) -> Path:
 
     from .host import emulator
 
-    package, csrc = Path(torch.__file__).parent, emulator.KERNELS.parent
+    package = Path(torch.__file__).parent
     archive = sources / "device_code.archive"
     archive.write_bytes(cuda_archive.pack(nvrtc.one_source(emulator.KERNELS), "", {}))
     flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
@@ -69,9 +69,10 @@ def build_library(sources: Path) -> Path:
     (sources / "cuda").unlink(missing_ok=True)
     (sources / "cuda").symlink_to(".")  # of "cuda/launch.h"
     embedding = [*flags, f'-DTINYLORA_CUDA_ARCHIVE="{archive}"']
+    includes = [sources, *emulator.LIBRARY_HEADERS]
     objects = [
-        emulator.compile_object(path, embedding if path.name == "images.cpp" else flags, [sources, csrc])
-        for path in (*sorted(sources.glob("*.cpp")), csrc / "common" / "arguments.cpp")
+        emulator.compile_object(path, embedding if path.name == "images.cpp" else flags, includes)
+        for path in (*sorted(sources.glob("*.cpp")), *emulator.TORCH_SIDE)
     ]
     return emulator.link_shared(
         objects, "-Wl,-Bsymbolic", f"-L{package / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"

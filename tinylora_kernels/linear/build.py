@@ -1,5 +1,5 @@
 """Compiles the C++ of an adapted nn.Linear: its node of autograd (node.cpp), the sum of dx that layers share
-(siblings.inl), and the plan by which it is called (plan.inl).
+(siblings.inl), the plan by which it is called (plan.inl), and its way to the CPU kernels (direct.inl).
 
 The kernels use torch's stable ABI, which has no autograd, so that one file of them serves every torch and every
 Python. This one serves one release of torch and one of Python: those it was compiled with, which its name tells. It
@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCE = Path(__file__).with_name("node.cpp")
-INCLUDED = [Path(__file__).with_name(name) for name in ("siblings.inl", "plan.inl")]
+INCLUDED = [Path(__file__).with_name(name) for name in ("direct.inl", "siblings.inl", "plan.inl")]
+INCLUDED.append(PACKAGE / "ops/native/kernels.h")
 COMMAND = "python -m tinylora_kernels compile"
 UNFINISHED = ".compiling-"  # begins the name of a folder in which one is being compiled
 KEPT = 8  # libraries in a cache: those used last

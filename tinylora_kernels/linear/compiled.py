@@ -31,7 +31,7 @@ import torch
 
 from ..common.atomic import open_regular
 from ..common.caches import cache_directory, distrust, make_directory
-from ..ops.native import library_file
+from ..ops.native import library, library_file
 from . import build
 
 TORCH = Path(torch.__file__).parent
@@ -69,6 +69,7 @@ def _import(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None  # as of every file with an extension's suffix
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.use_cpu_kernels(library.cpu_kernels())
     return module
 
 
@@ -102,8 +103,8 @@ def why_not() -> str | None:
         return f"there is no home directory. To change that: name a directory in TINYLORA_CACHE, or {build.COMMAND}"
     if problem := _problem(folder):
         return f"{problem}. To change that: name another directory in TINYLORA_CACHE, or {build.COMMAND}"
-    if (library := _cached()) is not None:
-        return f"{library} is as it was compiled. To change that: remove it, or {build.COMMAND}"
+    if (cached := _cached()) is not None:
+        return f"{cached} is as it was compiled. To change that: remove it, or {build.COMMAND}"
     return _failure(folder / build.file_name(TORCH), compiler)
 
 
@@ -121,13 +122,13 @@ def outlook() -> str:
     return "the first call of an adapted layer has it compiled, in the background"
 
 
-def _failure(library: Path, compiler: list[str]) -> str | None:
+def _failure(node: Path, compiler: list[str]) -> str | None:
     """Why an attempt that failed is not made again, in the words of the one that did."""
-    record = build.read_record(library)
+    record = build.read_record(node)
     if record is None or record.tools != build.describe_tools(compiler):
         return None
     with contextlib.suppress(OSError):
-        if time.time() - build.record_of(library).stat().st_mtime > PATIENCE:
+        if time.time() - build.record_of(node).stat().st_mtime > PATIENCE:
             return None
     if record.error:
         return f"{record.error}. To change that: {build.COMMAND}"
@@ -201,17 +202,17 @@ def _cached() -> Path | None:
     folder = _folder()
     if folder is None or distrust(folder) is not None:
         return None
-    library = folder / build.file_name(TORCH)
-    record = build.read_record(library)
+    path = folder / build.file_name(TORCH)
+    record = build.read_record(path)
     try:
-        with open_regular(library) as file:
+        with open_regular(path) as file:
             if record is None or hashlib.sha256(file.read()).hexdigest() != record.digest:
                 return None
     except OSError:
         return None
     with contextlib.suppress(OSError):  # a cache that cannot be written to
-        os.utime(library)  # when it was used last
-    return library
+        os.utime(path)  # when it was used last
+    return path
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 // build.py says of it holds; node.py is its twin in Python.
 #include <Python.h>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -30,12 +32,27 @@
 #include <type_traits>
 #include <vector>
 
+#include "../ops/native/kernels.h"
+
 namespace {
 
 using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Maybe = std::optional<Tensor>;
+
+}  // namespace
+
+#include "direct.inl"
+
+namespace {
+
+// [..., D] -> [..., width], contents undefined.
+Tensor empty_rows(const Tensor& like, int64_t width) {
+  c10::SmallVector<int64_t, 5> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = width;
+  return is_plain(like) ? empty_of(sizes, like) : at::empty(sizes, like.options());
+}
 
 // One of the package's own ops, looked up once.
 template <class Signature>
@@ -45,6 +62,12 @@ c10::TypedOperatorHandle<Signature> op(const char* name) {
 
 Tensor update(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& bias,
               const Maybe& adapter_ids) {
+  if (const auto* kernels = kernels_for(y, basis, v, projection, bias, adapter_ids)) {
+    Tensor t = empty_coefficients(y, basis);
+    throw_unless_ok(kernels, kernels->update(written(y), view(basis), view(v), view(projection), MaybeView(bias),
+                                             MaybeView(adapter_ids), t.mutable_data_ptr()));
+    return t;
+  }
   static const auto call = op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&,
                                      const Maybe&)>("tinylora::update");
   return call.call(y, basis, v, projection, /*offset=*/std::nullopt, bias, adapter_ids);
@@ -53,6 +76,14 @@ Tensor update(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& pro
 std::tuple<Tensor, Tensor> update_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
                                            const Tensor& projection, const Maybe& t, const Maybe& adapter_ids,
                                            bool need_input_grad) {
+  if (const auto* kernels = kernels_for(g, basis, v, projection, t, adapter_ids)) {
+    const Tensor g0 = need_input_grad ? empty_rows(g, g.size(-1)) : Tensor();
+    const Tensor dv = t ? empty_of(v.sizes(), v) : Tensor();
+    void* const to_g0 = need_input_grad ? g0.mutable_data_ptr() : nullptr;
+    throw_unless_ok(kernels, kernels->update_backward(view(g), view(basis), view(v), view(projection), MaybeView(t),
+                                                      MaybeView(adapter_ids), to_g0, t ? dv.mutable_data_ptr() : nullptr));
+    return {g0, dv};
+  }
   static const auto call =
       op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
                                     const Maybe&, bool)>("tinylora::update_backward");
@@ -61,6 +92,13 @@ std::tuple<Tensor, Tensor> update_backward(const Tensor& g, const Tensor& basis,
 
 std::tuple<Tensor, Tensor> low_rank(const Tensor& x, const Tensor& right, const Tensor& basis, const Tensor& v,
                                     const Tensor& projection, const Maybe& bias, const Maybe& adapter_ids) {
+  if (const auto* kernels = kernels_for(x, right, basis, v, projection, bias, adapter_ids); kernels && basis.dim() == 2) {
+    const Tensor y = empty_rows(x, basis.size(1)), t = empty_coefficients(x, right);
+    throw_unless_ok(kernels, kernels->low_rank(view(x), view(right), view(basis), view(v), view(projection),
+                                               MaybeView(bias), MaybeView(adapter_ids), y.mutable_data_ptr(),
+                                               t.mutable_data_ptr()));
+    return {y, t};
+  }
   static const auto call =
       op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                     const Maybe&, const Maybe&)>("tinylora::low_rank");
@@ -75,6 +113,13 @@ void refresh_right(Tensor& right, Tensor& samples, const Tensor& weight, const T
 
 Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
                          const Tensor& projection, const Maybe& t, const Maybe& adapter_ids, bool add) {
+  if (const auto* kernels = kernels_for(g, basis, dx, right, v, projection, t, adapter_ids)) {
+    const Tensor dv = t ? empty_of(v.sizes(), v) : Tensor();
+    throw_unless_ok(kernels, kernels->update_input_grad(written(dx), view(right), view(g), view(basis), view(v),
+                                                        view(projection), MaybeView(t), MaybeView(adapter_ids), add,
+                                                        t ? dv.mutable_data_ptr() : nullptr));
+    return dv;
+  }
   static const auto call =
       op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
                 const Maybe&, bool)>("tinylora::update_input_grad");
@@ -112,13 +157,6 @@ void add_product(const Tensor& total, const Tensor& rows, const Tensor& matrix) 
   } else {
     total.view({-1, total.size(-1)}).addmm_(rows.view({-1, rows.size(-1)}), matrix);
   }
-}
-
-// [..., D] -> [..., width], contents undefined.
-Tensor empty_rows(const Tensor& like, int64_t width) {
-  c10::SmallVector<int64_t, 5> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = width;
-  return at::empty(sizes, like.options());
 }
 
 // Of a fused layer whose update goes part by part: method/parts.py's PartFactors.

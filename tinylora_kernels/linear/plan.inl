@@ -114,11 +114,8 @@ bool has_tangent(const Tensor& tensor) {
 
 // Modes that want to see the call as Python makes it, and tangents, which plain operations carry on.
 bool is_watched(const Tensor& x, const Tensor& v) {
-  constexpr c10::DispatchKeySet watchers{  // Python: a TorchDispatchMode
-      c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-      c10::DispatchKey::FuncTorchDynamicLayerBackMode};
   return at::autocast::is_autocast_enabled(x.device().type()) || at::impl::torch_function_mode_enabled() ||
-         c10::impl::tls_local_dispatch_key_set().included_.has_any(watchers) || has_tangent(x) || has_tangent(v);
+         dispatch_is_watched() || has_tangent(x) || has_tangent(v);
 }
 
 // The adapted output, or None where something is not as it was.
@@ -251,7 +248,14 @@ PyObject* share_dx_from(PyObject*, PyObject* numbers) {
   const int64_t from = PyLong_AsLongLong(numbers);
   return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(shared_from.exchange(from));
 }
+PyObject* use_cpu_kernels(PyObject*, PyObject* address) {
+  void* const kernels = PyLong_AsVoidPtr(address);
+  if (PyErr_Occurred()) return nullptr;
+  return PyLong_FromVoidPtr(const_cast<CpuKernels*>(cpu_kernels.exchange(static_cast<const CpuKernels*>(kernels))));
+}
 PyMethodDef functions[] = {
+    {"use_cpu_kernels", use_cpu_kernels, METH_O,
+     "Address of the native library's CpuKernels, which calls that nobody watches run; 0: all run the ops. As it was."},
     {"share_dx_from", share_dx_from, METH_O, "Numbers of x from which layers that read it share its dx; as it was."}, {}};
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
 

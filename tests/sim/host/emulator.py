@@ -26,6 +26,8 @@ from tinylora_kernels.ops.native import nvrtc
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[2] / "csrc" / "cuda"
+LIBRARY_HEADERS = (KERNELS.parent, HERE.parents[2] / "tinylora_kernels")
+TORCH_SIDE = [KERNELS.parent / "common" / name for name in ("arguments.cpp", "tensors.cpp")]  # of the library
 MODES = ("plain", "asan", "race")
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of enum class Element
 RANKS = SPECIALISED_RANKS
@@ -142,9 +144,9 @@ def build_torch_ops() -> Path:
     """A library for torch.ops.load_library: the CUDA entry points, registered for CPU tensors in tinylora_emulated."""
     torch_directory = Path(torch.__file__).parent
     abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", f"{torch_directory}/include"]
-    includes = [KERNELS, HERE, KERNELS.parent]
+    includes = [KERNELS, HERE, *LIBRARY_HEADERS]
     objects = [compile_object(source, COMMON + abi, includes) for source in (
-        HERE / "torch_ops.cpp", KERNELS.parent / "common" / "arguments.cpp"
+        HERE / "torch_ops.cpp", *TORCH_SIDE
     )]  # fmt: skip
     objects += kernel_objects("plain", KERNELS, RANKS, ELEMENTS) + host_objects("plain", KERNELS)
     objects += runtime_objects("plain")

@@ -69,7 +69,7 @@ def load() -> Status:
     build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
     if build["version"] != __version__:
         return _unusable(f"{LIBRARY.name} is of version {build['version']}, the package of {__version__}", None, record)
-    if not hasattr(library, "tinylora_same_numbers"):
+    if not hasattr(library, "tinylora_cpu_kernels"):
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     refusal = isa.removeprefix("error: ") if isa.startswith("error: ") else None
@@ -150,6 +150,11 @@ def same_numbers(offsets: Tensor, bits: Tensor) -> Callable[[int], bool]:
     )
 
 
+def cpu_kernels() -> int:
+    """Address of the library's CpuKernels (kernels.h), which linear/node.cpp calls; 0 where they do not run here."""
+    return 0 if load().error else int(_functions().tinylora_cpu_kernels())
+
+
 @functools.cache
 def _functions() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
@@ -158,6 +163,7 @@ def _functions() -> ctypes.CDLL:
         ctypes.c_int, pointer, size, size, size, pointer, size, pointer, pointer, size
     ]  # fmt: skip
     library.tinylora_products.restype = None
+    library.tinylora_cpu_kernels.restype = pointer
     library.tinylora_same_numbers.argtypes = [pointer, pointer, size, size, size, pointer]
     library.tinylora_same_numbers.restype = ctypes.c_bool
     return library

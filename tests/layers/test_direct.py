@@ -1,0 +1,160 @@
+"""The node in C++ calls the CPU kernels past the dispatcher (linear/direct.inl): to the bit what the ops give, with
+their words for what they refuse, and by the ops where somebody watches them.
+"""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from tests.cases import error
+from tests.layers.test_layer import dense, linear
+from tinylora_kernels.linear import node
+from tinylora_kernels.ops.native import library
+
+pytestmark = pytest.mark.skipif(node.extension is None, reason=f"the node in C++: {node.why_no_twin}")
+DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+WIDTHS = {"last": 24, "first": 6}  # of the output for 16 inputs: where the product comes in fp32
+
+
+@pytest.fixture
+def through_the_ops():
+    """Calls inside run the ops: through_the_ops(call)."""
+
+    def call(run):
+        kernels = node.extension.use_cpu_kernels(0)
+        assert kernels == library.cpu_kernels() != 0
+        try:
+            return run()
+        finally:
+            node.extension.use_cpu_kernels(kernels)
+
+    return call
+
+
+class Seen(TorchDispatchMode):
+    """Names of the package's ops that ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tinylora":
+            self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def step(layer, x, g):
+    """y, dx and dv."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, layer.v], g.view_as(y))]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (40, 16), (2, 3, 16)], ids=str)
+def test_the_same_bits_as_through_the_ops(through_the_ops, shape, dtype, order, bias):
+    layer = linear(bias, dtype, WIDTHS[order])
+    x, g = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], WIDTHS[order]).to(dtype)
+    for _ in range(2):  # with the plan, from the second call on
+        direct = step(layer, x, g)
+    ops = through_the_ops(lambda: step(layer, x, g))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(direct, ops, strict=True))
+    assert error(direct[0], dense(layer, x)) < DTYPES[dtype]
+    with torch.inference_mode():
+        assert torch.equal(layer(x), direct[0])
+
+
+@pytest.mark.parametrize("order", WIDTHS)
+def test_only_one_gradient_is_wanted(through_the_ops, order):
+    layer, x = linear(out_features=WIDTHS[order]), torch.randn(5, 16)
+    for wants_x, wants_v in ((True, False), (False, True)):
+        layer.v.requires_grad_(wants_v)
+
+        def gradient(wants_x=wants_x):
+            inputs = x.detach().requires_grad_(wants_x)
+            return torch.autograd.grad(layer(inputs).sum(), [inputs if wants_x else layer.v])[0]
+
+        assert torch.equal(gradient(), gradient()) and torch.equal(gradient(), through_the_ops(gradient))
+
+
+@pytest.mark.parametrize(("order", "forward", "backward"), [
+    ("last", "low_rank", "update_input_grad"), ("first", "update", "update_backward"),
+])  # fmt: skip
+def test_a_mode_sees_the_ops(order, forward, backward):
+    """The node's own; a layer under a mode does not run this node (ops/autograd.py)."""
+    layer, x = linear(out_features=WIDTHS[order]), torch.randn(5, 16)
+    for _ in range(2):
+        step(layer, x, torch.ones(5, WIDTHS[order]))
+    frozen = layer._plan.plan.frozen
+    arguments = (layer.v, *frozen[:-2], *node.NO_PARTS)
+    with Seen() as seen:
+        y = torch.ops.tinylora.linear(x.requires_grad_(), *arguments)
+    assert seen.names == [forward]
+    with Seen() as seen:
+        torch.autograd.grad(y.sum(), [x, layer.v])
+    assert seen.names == [backward]
+    with Seen() as seen:
+        step(layer, x, torch.ones(5, WIDTHS[order]))
+    assert seen.names == ["updated", "update_backward"]
+
+
+def test_a_profiler_sees_the_ops():
+    layer, x = linear(), torch.randn(5, 16)
+    step(layer, x, torch.ones(5, 24))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(layer, x, torch.ones(5, 24))
+    names = {event.key for event in profile.key_averages()}
+    assert {"tinylora::low_rank", "tinylora::update_input_grad"} <= names
+
+
+def test_a_checkpoint_that_runs_forward_again_under_a_mode():
+    layer, x = linear(), torch.randn(5, 16)
+    expected = step(layer, x, torch.ones(5, 24))
+    inputs = x.detach().requires_grad_()
+    y = checkpoint(layer, inputs, use_reentrant=False)
+    with Seen() as seen:
+        found = torch.autograd.grad(y.sum(), [inputs, layer.v])
+    assert "updated" in seen.names
+    assert torch.equal(found[0], expected[1]) and error(found[1], expected[2]) < 1e-5
+
+
+REFUSED = [
+    ("v", lambda v: v[:2]),
+    ("v", lambda v: v.double()),
+    ("v", lambda v: torch.stack([v, v], 1)[:, 0]),
+    ("projection", lambda p: p[:, :1]),
+    ("projection", lambda p: p.transpose(0, 2)),
+    ("basis", lambda b: b[:, :20]),
+    ("bias", lambda b: b[:4]),
+    ("bias", lambda b: b.double()),
+    ("adapter_ids", lambda ids: ids[:3]),
+    ("adapter_ids", lambda ids: ids.to(torch.int16)),
+    ("adapter_ids", lambda ids: ids + 7),
+    ("adapter_ids", lambda ids: ids - 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("order", "name", "change"),
+    [(0, *case) for case in REFUSED] + [(1, *case) for case in REFUSED if case[0] != "basis"],  # y has its width
+)
+def test_what_is_refused_is_refused_in_the_same_words(through_the_ops, order, name, change):
+    arguments = {
+        "x": torch.randn(4, 16), "v": torch.randn(3), "weight": torch.randn(24, 16), "bias": torch.randn(24),
+        "basis": torch.randn(2, 24), "projection": torch.randn(3, 2, 2), "adapter_ids": None,
+        "right": torch.randn(2, 16), "samples": None, "order": order,
+        "part_basis": None, "part_projection": None, "ends": [],
+    }  # fmt: skip
+    if name == "adapter_ids":
+        arguments |= {"adapter_ids": torch.tensor([0, 1, 1, 0]), "v": torch.randn(2, 3)}
+    torch.ops.tinylora.linear(*arguments.values())
+    arguments[name] = change(arguments[name])
+    raised = []
+    for call in (lambda run: run(), through_the_ops):
+        with pytest.raises((ValueError, IndexError)) as info:
+            call(lambda: torch.ops.tinylora.linear(*arguments.values()))
+        raised.append((info.type, str(info.value)))
+    assert raised[0] == raised[1] and raised[0][1].startswith(name)
