@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinylora_kernels.bank.bank import AdapterBank
 from tinylora_kernels.rl import token_log_probs
@@ -161,16 +161,32 @@ def draw(
     there = sampled.to(scores.device)
     chosen[~sampled] = scores[~there].argmax(dim=1).cpu()
     scaled = scores[there].float() / temperature[sampled].to(scores.device)
-    cumulative = scaled.softmax(dim=1).cumsum(dim=1, dtype=torch.float64)
     if uniform is None:
-        number = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64)
+        number = torch.rand(len(scaled), 1, generator=generator, dtype=torch.float64)
     else:
         number = uniform[sampled].unsqueeze(1)
-    # a threshold in [0, total): the first token whose cumulative probability exceeds it
-    threshold = number.to(scores.device) * cumulative[:, -1:]
-    found = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
-    chosen[sampled] = found.cpu()
+    chosen[sampled] = invert(scaled.softmax(dim=1), number.to(scores.device)).cpu()
     return chosen
+
+
+def invert(probabilities: Tensor, number: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds number [B, 1] in [0, 1), [B]; probabilities [B, V].
+
+    By blocks and then within one: sums in float64 over all of V take as long as a layer.
+    """
+    size = 256
+    padded = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % size))
+    blocks = padded.unflatten(1, (-1, size))  # [B, n, 256]
+    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # [B, n]
+    threshold = number * ends[:, -1:]  # in [0, total)
+    block = torch.searchsorted(ends, threshold, right=True).clamp_(max=ends.shape[1] - 1)  # [B, 1]
+    before = nn.functional.pad(ends, (1, 0)).gather(1, block)
+    own = blocks[torch.arange(len(blocks), device=blocks.device), block.squeeze(1)]  # [B, 256]
+    inside = own.double().cumsum(dim=1)
+    place = torch.searchsorted(inside, threshold - before, right=True).squeeze(1)
+    # rounding can leave a threshold behind its block's last token that has any probability
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous()).squeeze(1)
+    return block.squeeze(1) * size + torch.minimum(place, last)
 
 
 def completion_log_probs(
@@ -182,16 +198,16 @@ def completion_log_probs(
 ) -> Tensor:
     """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values.
 
-    Replies end at different places: they are walked in stretches, each with the replies that reach into it.
+    Samples of a prompt that are the same reply are computed once: of a trained model's most are. Replies end at
+    different places: they are walked in stretches, each with the replies that reach into it.
     """
     prefix = Prefix(model, prompts, adapters)
-    tokens, samples = completions.tokens.to(model.device), completions.samples
-    first = tokens[:, 0].view(-1, samples)  # [P, n]
-    scores = prefix.logits.unsqueeze(1).expand(-1, samples, -1)  # [P, n, V]
-    columns = [token_log_probs(scores, first, temperature).view(-1, 1)]  # [P * n, 1]
-    prefix.repeat(samples)
+    prompt, tokens, lengths, reply = distinct_replies(completions)
+    tokens, prompt_there = tokens.to(model.device), prompt.to(model.device)
+    first_scores = prefix.logits[prompt_there].unsqueeze(1)  # [R, 1, V]
+    columns = [token_log_probs(first_scores, tokens[:, :1], temperature)]  # [R, 1]
+    prefix.keep_rows(prompt)
     rows = torch.arange(len(tokens))  # the replies still in the batch
-    lengths = completions.mask.sum(dim=1)
     for start, stop in stretches(lengths):
         kept = (lengths[rows] > start).nonzero().squeeze(1)
         if len(kept) < len(rows):
@@ -200,7 +216,18 @@ def completion_log_probs(
         own = tokens[rows]
         found = token_log_probs(prefix.extend(own[:, start - 1 : stop - 1]), own[:, start:stop], temperature)
         columns.append(found.new_zeros(len(tokens), stop - start).index_copy(0, rows.to(found.device), found))
-    return torch.cat(columns, dim=1)
+    return torch.cat(columns, dim=1)[reply.to(model.device)]
+
+
+def distinct_replies(completions: Completions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Replies that differ: prompt [R], tokens [R, T], length [R]; and which of them each is, [P * n]."""
+    replies = len(completions.tokens)
+    prompt = torch.arange(replies) // completions.samples
+    lengths = completions.mask.sum(dim=1)
+    facts = torch.stack([prompt, lengths], dim=1)
+    found, reply = torch.cat([facts, completions.tokens * completions.mask], dim=1).unique(dim=0, return_inverse=True)
+    first = torch.empty(len(found), dtype=torch.long).scatter_(0, reply, torch.arange(replies))
+    return found[:, 0], completions.tokens[first], found[:, 1], reply
 
 
 def stretches(lengths: Tensor) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,16 @@
 import pytest
 import torch
 
-from demo.generation import Assignment, Completions, completion_log_probs, draw, generate, stretches
+from demo.generation import (
+    Assignment,
+    Completions,
+    completion_log_probs,
+    distinct_replies,
+    draw,
+    generate,
+    invert,
+    stretches,
+)
 from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank.bank import AdapterBank
@@ -146,3 +155,26 @@ def test_prompts_under_different_adapters_are_each_what_they_are_alone(adapted, 
         torch.testing.assert_close(chosen[alone.mask], scores[alone.mask], rtol=0, atol=1e-6)
         (single,) = torch.autograd.grad(scores[alone.mask].sum(), v)
         torch.testing.assert_close(gradient[bank.slot(name)].double(), single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 257, 5000])
+def test_sampling_inverts_the_cumulative_distribution(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    probabilities = torch.randn(2000, vocabulary, generator=generator).mul(4).softmax(dim=1)
+    probabilities[:, ::3] = 0.0 if vocabulary > 1 else 1.0  # never to be chosen
+    number = torch.rand(2000, 1, generator=generator, dtype=torch.float64)
+    number[:10], number[10:20] = 0.0, 1 - 2.0**-53
+    found = invert(probabilities, number)
+    cumulative = probabilities.double().cumsum(dim=1)
+    expected = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True).squeeze(1)
+    assert probabilities.gather(1, found[:, None]).min() > 0
+    inner = slice(20, None)
+    assert torch.equal(found[inner], expected[inner])
+
+
+def test_replies_that_are_the_same_are_computed_once():
+    tokens = torch.tensor([[5, 9, 0], [5, 9, 0], [5, 9, 0], [4, 4, 4], [5, 9, 0], [4, 4, 4]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
+    prompt, distinct, lengths, reply = distinct_replies(Completions(tokens, mask, samples=3))
+    assert prompt.tolist() == [0, 0, 1, 1] and lengths.tolist() == [2, 3, 2, 3]
+    assert torch.equal(distinct[reply] * mask, tokens * mask) and reply.tolist() == [0, 0, 1, 3, 2, 3]

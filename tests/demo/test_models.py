@@ -54,3 +54,34 @@ def test_a_local_directory_is_a_model_too():
     directory = models.smollm2_directory()
     model = models.load_model(str(directory))
     assert model.name == directory.name and model.decode(model.encode("7")).endswith("assistant\n")
+
+
+def test_a_cache_with_room_holds_what_transformers_own_holds():
+    transformers = pytest.importorskip("transformers")
+    from demo.cache import RoomyLayer, roomy_cache
+
+    config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2)
+    cache, expected = roomy_cache(config), transformers.DynamicCache(config=config)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer] * 2
+    generator = torch.Generator().manual_seed(0)
+
+    def append(tokens: int, rows: int) -> None:
+        for layer in range(2):
+            keys, values = torch.randn(2, rows, 2, tokens, 8, generator=generator)
+            found, wanted = cache.update(keys, values, layer), expected.update(keys, values, layer)
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+    with torch.no_grad():
+        append(5, rows=1)
+        for change in ("repeat", *[None] * 20, "select", None, "select", "crop", None, None, "repeat", *[None] * 3):
+            rows = len(expected.layers[0].keys)
+            for each in (cache, expected):
+                if change == "repeat":
+                    each.batch_repeat_interleave(3)
+                elif change == "select":
+                    each.batch_select_indices(torch.tensor([rows - 1, 0]))
+                elif change == "crop":
+                    each.crop(-2)
+            append(1, rows=len(expected.layers[0].keys))
+    keys = torch.randn(1, 2, 1, 8, requires_grad=True).expand(len(expected.layers[0].keys), -1, -1, -1)
+    assert cache.update(keys, keys, 0)[0].requires_grad
