@@ -304,8 +304,8 @@ struct TinyLoRALinear : torch::autograd::Node {
     const bool need_dx = task_should_compute_output(0);
     const Tensor g = grad.contiguous();  // expanded gradients (sum, mean) have stride 0
     // A hook is shown this layer's dx, and so is who calls the node by hand.
-    const bool on_its_own = !need_dx || !post_hooks().empty() || torch::autograd::get_current_graph_task_id() < 0;
-    Siblings* const others = on_its_own ? nullptr : siblings;
+    const bool shared = siblings && need_dx && post_hooks().empty() && torch::autograd::get_current_graph_task_id() >= 0;
+    Siblings* const others = shared ? siblings : nullptr;
     Tensor dx = others ? others->take() : Tensor();
     const bool more = dx.defined();  // the sum of those before, to be added to
     Tensor dv;
