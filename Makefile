@@ -9,7 +9,7 @@
 #   make gpu                  on a machine with a GPU: layers and ops tested on the card, then timed, in SECONDS=290
 #   make wheels               sdist, CPU and GPU wheels into dist/, checked (WHEELS="cpu gpu cpu-aarch64 gpu-aarch64")
 #   make test-aarch64         the aarch64 wheel in an emulated aarch64 Python: needs Debian, g++-aarch64-linux-gnu, qemu-user
-#   make matrix               those wheels in fresh environments, Python 3.10 to 3.13 x several torches: 10 GB, an hour
+#   make matrix               those wheels in fresh environments, Python 3.10 to 3.14 x several torches: 10 GB, an hour
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
