@@ -54,6 +54,11 @@ def tiny_lora_update(
         ValueError, IndexError: an argument's shape, dtype, device or id is wrong; y is left untouched.
         RuntimeError: the backend asked for cannot run here.
     """
+    if _is_overridden(y):
+        return torch.overrides.handle_torch_function(
+            tiny_lora_update, (y,), y, basis, v, projection, offset, adapter_ids, bias=bias, inplace=inplace,
+            backend=backend,
+        )  # fmt: skip
     basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
     compiling = torch.compiler.is_compiling()
     if not compiling and _differentiated_by_torch():
@@ -100,6 +105,11 @@ def tiny_lora_update_parts(
     Returns and errors: as tiny_lora_update. Gradients flow into y, bias and v, dv summed over the parts of a tie group;
     in forward mode and through torch.func too, but a gradient that is to be differentiated again is refused.
     """
+    if _is_overridden(y):
+        return torch.overrides.handle_torch_function(
+            tiny_lora_update_parts, (y,), y, basis, v, projection, ends, groups, offset, adapter_ids, bias=bias,
+            inplace=inplace, backend=backend,
+        )  # fmt: skip
     basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
     ends, groups = list(ends), list(groups)
     compiling = torch.compiler.is_compiling()
@@ -123,6 +133,11 @@ def tiny_lora_update_parts(
     if not compiling and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+def _is_overridden(y: Tensor) -> bool:
+    """Whether y is of a class of tensors that torch's functions hand themselves to: it gets back one of its own."""
+    return type(y) not in (Tensor, torch.nn.Parameter) and torch.overrides.has_torch_function_unary(y)
 
 
 def _dissolves(backend: str) -> bool:

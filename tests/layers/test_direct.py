@@ -1,6 +1,8 @@
 """The node in C++ calls the CPU kernels past the dispatcher (linear/direct.inl): to the bit what the ops give, with
 their words for what they refuse, and by the ops where somebody watches them.
 """
+import ctypes
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +31,18 @@ def through_the_ops():
             node.extension.use_cpu_kernels(kernels)
 
     return call
+
+
+@pytest.fixture
+def planted():
+    """Every kernel that is called directly fails with the word "planted"."""
+    word = ctypes.create_string_buffer(b"planted")
+    fails = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 3)  # whatever its arguments: Status::error
+    says = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(word))
+    table = (ctypes.c_void_p * 5)(*[ctypes.cast(each, ctypes.c_void_p) for each in (fails, fails, fails, fails, says)])
+    kernels = node.extension.use_cpu_kernels(ctypes.addressof(table))
+    yield
+    node.extension.use_cpu_kernels(kernels)
 
 
 class Seen(TorchDispatchMode):
@@ -65,6 +79,39 @@ def test_the_same_bits_as_through_the_ops(through_the_ops, shape, dtype, order, 
     assert error(direct[0], dense(layer, x)) < DTYPES[dtype]
     with torch.inference_mode():
         assert torch.equal(layer(x), direct[0])
+
+
+@pytest.mark.parametrize("order", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_call_that_nobody_watches_runs_the_kernel(planted, dtype, order, plan):
+    layer = linear(dtype=dtype, out_features=WIDTHS[order])
+    x = torch.randn(5, 16).to(dtype).requires_grad_()
+    if plan:
+        with torch.profiler.profile():
+            layer(x), layer(x)
+    for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with around(), pytest.raises(RuntimeError, match="planted"):
+            layer(x)
+
+
+@pytest.mark.parametrize("order", WIDTHS)
+def test_the_backward_pass_runs_the_kernel(planted, order):
+    layer, x = linear(out_features=WIDTHS[order]), torch.randn(5, 16).requires_grad_()
+    with torch.profiler.profile():
+        y = layer(x)
+    with pytest.raises(RuntimeError, match="planted"):
+        y.sum().backward()
+
+
+def test_what_is_watched_runs_the_ops(planted):
+    layer, x = linear(), torch.randn(5, 16).requires_grad_()
+    with torch.profiler.profile():
+        layer(x).sum().backward()
+    with Seen():
+        layer(x).sum().backward()
+    assert torch.func.vmap(layer)(x[None]).shape == (1, 5, 24)
+    torch.func.grad(lambda x: layer(x).sum())(x)
 
 
 @pytest.mark.parametrize("order", WIDTHS)
