@@ -198,16 +198,16 @@ def completion_log_probs(
 ) -> Tensor:
     """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values.
 
-    Samples of a prompt that are the same reply are computed once: of a trained model's most are. Replies end at
-    different places: they are walked in stretches, each with the replies that reach into it.
+    Replies end at different places: they are walked in stretches, each with the replies that reach into it.
     """
     prefix = Prefix(model, prompts, adapters)
-    prompt, tokens, lengths, reply = distinct_replies(completions)
-    tokens, prompt_there = tokens.to(model.device), prompt.to(model.device)
-    first_scores = prefix.logits[prompt_there].unsqueeze(1)  # [R, 1, V]
-    columns = [token_log_probs(first_scores, tokens[:, :1], temperature)]  # [R, 1]
-    prefix.keep_rows(prompt)
+    tokens, samples = completions.tokens.to(model.device), completions.samples
+    first = tokens[:, 0].view(-1, samples)  # [P, n]
+    scores = prefix.logits.unsqueeze(1).expand(-1, samples, -1)  # [P, n, V]
+    columns = [token_log_probs(scores, first, temperature).view(-1, 1)]  # [P * n, 1]
+    prefix.repeat(samples)
     rows = torch.arange(len(tokens))  # the replies still in the batch
+    lengths = completions.mask.sum(dim=1)
     for start, stop in stretches(lengths):
         kept = (lengths[rows] > start).nonzero().squeeze(1)
         if len(kept) < len(rows):
@@ -216,18 +216,7 @@ def completion_log_probs(
         own = tokens[rows]
         found = token_log_probs(prefix.extend(own[:, start - 1 : stop - 1]), own[:, start:stop], temperature)
         columns.append(found.new_zeros(len(tokens), stop - start).index_copy(0, rows.to(found.device), found))
-    return torch.cat(columns, dim=1)[reply.to(model.device)]
-
-
-def distinct_replies(completions: Completions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Replies that differ: prompt [R], tokens [R, T], length [R]; and which of them each is, [P * n]."""
-    replies = len(completions.tokens)
-    prompt = torch.arange(replies) // completions.samples
-    lengths = completions.mask.sum(dim=1)
-    facts = torch.stack([prompt, lengths], dim=1)
-    found, reply = torch.cat([facts, completions.tokens * completions.mask], dim=1).unique(dim=0, return_inverse=True)
-    first = torch.empty(len(found), dtype=torch.long).scatter_(0, reply, torch.arange(replies))
-    return found[:, 0], completions.tokens[first], found[:, 1], reply
+    return torch.cat(columns, dim=1)
 
 
 def stretches(lengths: Tensor) -> Iterator[tuple[int, int]]:

@@ -2,16 +2,7 @@
 import pytest
 import torch
 
-from demo.generation import (
-    Assignment,
-    Completions,
-    completion_log_probs,
-    distinct_replies,
-    draw,
-    generate,
-    invert,
-    stretches,
-)
+from demo.generation import Assignment, Completions, completion_log_probs, draw, generate, invert, stretches
 from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank.bank import AdapterBank
@@ -170,11 +161,3 @@ def test_sampling_inverts_the_cumulative_distribution(vocabulary):
     assert probabilities.gather(1, found[:, None]).min() > 0
     inner = slice(20, None)
     assert torch.equal(found[inner], expected[inner])
-
-
-def test_replies_that_are_the_same_are_computed_once():
-    tokens = torch.tensor([[5, 9, 0], [5, 9, 0], [5, 9, 0], [4, 4, 4], [5, 9, 0], [4, 4, 4]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
-    prompt, distinct, lengths, reply = distinct_replies(Completions(tokens, mask, samples=3))
-    assert prompt.tolist() == [0, 0, 1, 1] and lengths.tolist() == [2, 3, 2, 3]
-    assert torch.equal(distinct[reply] * mask, tokens * mask) and reply.tolist() == [0, 0, 1, 3, 2, 3]
