@@ -14,7 +14,8 @@
 
 // "key=value" lines.
 TINYLORA_EXPORT const char* tinylora_build_info() {
-  return "version=" TINYLORA_VERSION "\ncompiler=" TINYLORA_COMPILER "\ntorch_target=2.10\n";
+  return "version=" TINYLORA_VERSION "\ncompiler=" TINYLORA_COMPILER "\ntorch_target=2.10\ninterface=" TINYLORA_INTERFACE
+         "\n";
 }
 
 // The instruction set the CPU kernels run with, or a sentence beginning with "error: ".

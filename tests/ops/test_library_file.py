@@ -63,6 +63,8 @@ def test_a_library_that_the_loader_or_the_package_refuses(load):
     older = 'const char* tinylora_build_info() { return "version=0.0.7"; } const char* tinylora_isa() { return ""; }'
     assert "is of version 0.0.7, the package of " in load(older)
     assert "was built from older sources of version " in load(older.replace("0.0.7", native.__version__))
+    other_interface = f"{native.__version__}\\ninterface={'0' * 64}"  # kernels.h was another
+    assert "was built from older sources of version " in load(older.replace("0.0.7", other_interface))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ...method.parts import SPECIALISED_RANKS
 from ..schema import ACTIVATION_DTYPES
 from . import cuda, cuda_code, library_file
 
+INTERFACE = Path(__file__).with_name("kernels.h")  # of what linear/node.cpp calls in the library
 LIBRARY = library_file.PACKAGE / "libtinylora.so"
 RECORD = library_file.PACKAGE / "_build_record.json"
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16", "sve256")
@@ -37,7 +39,8 @@ class Status:
         error: None if it is loaded, else one line that says why not and what would change it.
         has_cuda: it runs on NVIDIA GPUs.
         isa: instruction set the CPU kernels run with, one of CPU_ISAS.
-        build: facts of the build: version, compiler, torch_target, cuda (what device code is embedded, "sm_90 ...").
+        build: facts of the build: version, compiler, torch_target, interface (SHA-256 of kernels.h), cuda (what device
+            code is embedded, "sm_90 ...").
         record: what setup.py wrote about its attempt, {} if it left nothing.
     """
 
@@ -69,7 +72,7 @@ def load() -> Status:
     build = dict(line.split("=", 1) for line in library.tinylora_build_info().decode().splitlines())
     if build["version"] != __version__:
         return _unusable(f"{LIBRARY.name} is of version {build['version']}, the package of {__version__}", None, record)
-    if not hasattr(library, "tinylora_cpu_kernels"):
+    if build.get("interface") != hashlib.sha256(INTERFACE.read_bytes()).hexdigest():
         return _unusable(f"{LIBRARY.name} was built from older sources of version {__version__}", None, record)
     isa = library.tinylora_isa().decode()
     refusal = isa.removeprefix("error: ") if isa.startswith("error: ") else None
