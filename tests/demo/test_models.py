@@ -83,5 +83,9 @@ def test_a_cache_with_room_holds_what_transformers_own_holds():
                 elif change == "crop":
                     each.crop(-2)
             append(1, rows=len(expected.layers[0].keys))
-    keys = torch.randn(1, 2, 1, 8, requires_grad=True).expand(len(expected.layers[0].keys), -1, -1, -1)
-    assert cache.update(keys, keys, 0)[0].requires_grad
+    gradients = []
+    for each in (cache, expected):  # with autograd nothing is written over
+        x = torch.ones(len(expected.layers[0].keys), 2, 1, 8, requires_grad=True)
+        sums = [each.update(x, x, 0)[0].square().sum() for _ in range(3)]
+        gradients += torch.autograd.grad(sum(sums), x)
+    assert torch.equal(*gradients)

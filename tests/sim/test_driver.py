@@ -94,6 +94,29 @@ print("done")
 """, STANDIN_CARDS="90,90,86")
 
 
+def test_tensors_of_another_device_are_refused(machine):
+    """Before anything is launched: an address of one device, or of the host, means nothing on another."""
+    assert "done" in machine(READY + """
+inputs = make_case(Case(6, 64, numbers=13, adapters=3), torch.bfloat16)
+tensors = {name: getattr(inputs, name) for name in ("y", "basis", "v", "projection", "offset")}
+tensors |= {"bias": torch.zeros(64, dtype=torch.bfloat16), "adapter_ids": torch.tensor([0, 1, 2])}
+gpu = {name: standin.ops_to_gpu(one, 0) for name, one in tensors.items()}
+update = torch.ops.tinylora.update.default
+update(*gpu.values())
+before = len(standin.launched())
+for name in gpu:
+    for other in (standin.ops_to_gpu(tensors[name], 1), *([] if name == "y" else [tensors[name]])):
+        try:
+            update(*(gpu | {name: other}).values())
+        except ValueError as error:
+            assert "expected the device of y, found another" in str(error), (name, error)
+        else:
+            raise AssertionError(name)
+assert len(standin.launched()) == before and not standin.report(), standin.report()
+print("done")
+""", STANDIN_CARDS="90,90")
+
+
 def test_a_graph_that_is_captured_before_anything_was_loaded(machine):
     """Nothing runs while it is captured, nothing forbidden is called, and what is run later has the bits of a call."""
     assert "done" in machine(READY + """
