@@ -159,6 +159,7 @@ Arguments check_common(const char* name, const TensorView& rows, bool written, c
                        const TensorView* adapter_ids) {
   Arguments out;
   out.dtype = activation_dtype(name, rows);
+  out.device = rows.device;
   const Rows collapsed = collapse_rows(name, rows, written);
   out.rows = collapsed.count;
   out.features = collapsed.width;
@@ -221,6 +222,7 @@ std::vector<Part> check_parts(const char* name, const TensorView& rows, bool wri
                               const std::vector<int64_t>& ends, const std::vector<int64_t>& groups) {
   Arguments whole;
   whole.dtype = activation_dtype(name, rows);
+  whole.device = rows.device;
   const Rows collapsed = collapse_rows(name, rows, written);
   whole.rows = collapsed.count;
   whole.features = collapsed.width;
@@ -319,6 +321,7 @@ Arguments check_low_rank(const TensorView& x, const TensorView& right, const Ten
 OtherSide check_input_grad(const TensorView& dx, const TensorView& right, const Arguments& call) {
   const Dtype dtype = activation_dtype("dx", dx);
   if (dtype != call.dtype) fail("dx", "expected the dtype of g, found ", dtype_name(dx.dtype));
+  if (dx.device != call.device) fail("dx", "expected the device of g, found another");
   const Rows rows = collapse_rows("dx", dx, /*written=*/true);
   if (rows.count != call.rows) fail("dx", "expected ", call.rows, " rows as in g, found ", shape_text(dx));
   OtherSide out = other_side("right", right, call.rank, rows.width, dx, "dx");
@@ -357,6 +360,7 @@ std::vector<Part> check_update_parts(const TensorView& y, const TensorView& basi
   check_shape("right", *right, {parts, r, input.width});
   for (int64_t p = 0; p < parts; ++p) {
     Arguments& call = out[p].call;
+    out[p].of_input = true;
     call.activation = const_cast<void*>(x->data);
     call.features = call.basis_stride = input.width;
     call.stride = input.stride;
@@ -387,6 +391,7 @@ KeptRight check_refresh_right(const TensorView& right, const TensorView& samples
                               const TensorView& basis, int64_t columns_of_a_block, int64_t samples_of_a_block) {
   KeptRight out;
   out.dtype = activation_dtype("weight", weight);
+  out.device = weight.device;
   if (weight.dims != 2) fail("weight", "expected [D, E], found ", shape_text(weight));
   out.rows = weight.sizes[0];
   out.columns = weight.sizes[1];

@@ -28,6 +28,7 @@ struct Arguments {
   int64_t features = 0;          // D
   int64_t stride = 0;            // elements between row starts
   Dtype dtype = Dtype::float32;  // of the activation
+  int32_t device = -1;           // CUDA's index; -1: the CPU
 
   const void* basis = nullptr;       // Acc [r, D]
   int64_t basis_stride = 0;          // elements between its rows: D, but for a part of a wider one
@@ -59,6 +60,7 @@ struct Part {
   OtherSide out;      // the columns of y; of a backward pass without an activation
   int64_t begin = 0;  // its first column
   int64_t group = 0;  // its tie group
+  bool of_input = false;  // t is that of the input x, and not of what is written
 };
 
 // Throw std::invalid_argument (ValueError in Python) with one line that names the argument, what was expected and what
@@ -91,6 +93,7 @@ struct KeptRight {
   void* right = nullptr;        // Acc [r, E]
   void* samples = nullptr;      // int32 [blocks, samples of a block]
   Dtype dtype = Dtype::float32;  // of the weight
+  int32_t device = -1;           // CUDA's index; -1: the CPU
   int64_t rank = 0, rows = 0, columns = 0;  // r, D, E
 };
 KeptRight check_refresh_right(const TensorView& right, const TensorView& samples, const TensorView& weight,

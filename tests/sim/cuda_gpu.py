@@ -1,7 +1,7 @@
 """The CUDA backend on a GPU that is the PTX interpreter.
 
 `SimulatedCuda(capability)` has the update and update_backward of a backend. It hands the package's own launchers
-(csrc/cuda/launch.cpp) the arguments that csrc/cuda/ops.cpp would; each launch they make runs the PTX of that very
+(csrc/cuda/launch.cpp) the arguments that csrc/cuda/update.cpp would; each launch they make runs the PTX of that very
 kernel, with the grid and block they chose, on the CPU tensors.
 """
 from __future__ import annotations

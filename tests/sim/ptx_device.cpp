@@ -1,5 +1,5 @@
 // csrc/cuda/device.h without a GPU: what is launched goes to a callback, which runs the PTX of that kernel. Linked with the
-// package's own launchers, and called from cuda_gpu.py as csrc/cuda/ops.cpp calls them.
+// package's own launchers, and called from cuda_gpu.py as csrc/cuda/update.cpp calls them.
 #include "device.h"
 
 #include <cstring>

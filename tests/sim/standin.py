@@ -31,22 +31,17 @@ def build() -> Path:
     objects += emulator.kernel_objects("plain", emulator.KERNELS, emulator.RANKS, emulator.ELEMENTS)
     objects += [emulator.compile_object(emulator.HERE / "scheduler.cpp", flags, [emulator.HERE])]
     driver = emulator.link_shared(objects, "-Wl,-soname,libcuda.so.1", "-Wl,-z,defs")
-    folder = driver.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    named = folder / "libcuda.so.1"
-    if not named.exists():
-        os.link(driver, unfinished := folder / f"{os.getpid()}")
-        unfinished.replace(named)
     package = Path(torch.__file__).parent
     include = ["-isystem", str(package / "include"), "-isystem", str(package / "include/torch/csrc/api/include")]
     glue = emulator.compile_object(HERE / "torch_gpu.cpp", ["-std=c++20", "-O1", "-fPIC", "-w", *include], [])
-    library = emulator.link_shared(
-        [glue], str(named), f"-L{package / 'lib'}", f"-Wl,-rpath,{package / 'lib'}", "-lc10", "-ltorch_cpu"
-    )
-    final = folder / "libtorch_gpu.so"
-    if not final.exists():
-        os.link(library, unfinished := folder / f"{os.getpid()}")
-        unfinished.replace(final)
+    libraries = (f"-L{package / 'lib'}", f"-Wl,-rpath,{package / 'lib'}", "-lc10", "-ltorch_cpu")
+    library = emulator.link_shared([glue], str(driver), *libraries)
+    folder = library.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for made, name in ((driver, "libcuda.so.1"), (library, "libtorch_gpu.so")):
+        if not (final := folder / name).exists():
+            os.link(made, unfinished := folder / f"{os.getpid()}")
+            unfinished.replace(final)
     return folder
 
 
@@ -84,7 +79,7 @@ def run(folder: Path, script: str, **environment: str) -> subprocess.CompletedPr
     here = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", f"from tests.sim import standin\nstandin.start({str(folder)!r})\n{script}"]
     return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | here | environment, cwd=ROOT, timeout=300
+        command, capture_output=True, text=True, env=os.environ | here | environment, cwd=ROOT, timeout=580
     )
 
 
@@ -106,6 +101,12 @@ def start(folder: str) -> None:
     cards = [divmod(int(card), 10) for card in os.environ.get("STANDIN_CARDS", "90").split(",")]
     torch.version.cuda = "12.9"
     torch.cuda.is_available = lambda: True
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.current_device = lambda: glue.standin_device(-1)
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = glue.standin_device
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+    torch.cuda.is_bf16_supported = lambda *_: True
     torch.cuda.device_count = lambda: len(cards)
     torch.cuda.get_device_capability = lambda device=0: cards[device]
     torch._C._cuda_hasPrimaryContext = lambda device: device == 0

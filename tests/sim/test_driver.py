@@ -94,6 +94,66 @@ print("done")
 """, STANDIN_CARDS="90,90,86")
 
 
+@pytest.mark.parametrize(
+    "file, wanted",
+    [
+        ("test_layers", "cuda-cuda and not (compiled or nothing_waits or captured or same_bits)"),
+        ("test_direct", ""),
+    ],
+)
+def test_layers_on_the_device(machine, file, wanted):
+    """What a card will run: layers, plans, both nodes, models and banks, on tensors of a GPU."""
+    assert re.search(r"^[1-9]\d+ passed", machine(f"""
+import pytest
+code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", {wanted!r}, "tests/gpu/{file}.py"])
+assert code == 0 and not standin.report(), (code, standin.report())
+"""), re.M)
+
+
+def test_a_layer_on_another_than_the_current_device(machine):
+    """By the node in C++, whose backward pass has a thread of its own."""
+    assert "done" in machine("""
+import torch
+from tests.gpu.test_direct import linear, random, step
+layer = linear()
+x, g = random(5, 16), random(5, 40)
+expected = step(layer, x, g)
+elsewhere = linear().to("cuda:1")
+for turn in range(2):
+    found = step(elsewhere, x.to("cuda:1"), g.to("cuda:1"))
+    assert all(one.device.index == 1 and torch.equal(one.cpu(), other.cpu()) for one, other in zip(found, expected))
+assert torch.cuda.current_device() == 0
+assert standin.driver.standin_calls(b"cuCtxPushCurrent") == standin.driver.standin_calls(b"cuCtxPopCurrent") > 0
+assert not standin.report(), standin.report()
+print("done")
+""", STANDIN_CARDS="90,90")
+
+
+def test_memory_that_runs_out_is_torchs_own_error(machine):
+    """Whichever tensor of a call gets none, scratch included; the next call is right."""
+    assert "done" in machine("""
+import torch
+from tests.gpu.test_direct import linear, random, step
+for layer, rows in ((linear(out_features=64), 5), (linear(out_features=64), 600), (linear(out_features=24), 600)):
+    x, g = random(rows, 16), random(rows, layer.base.out_features)
+    expected = step(layer, x, g)
+    refused, done = 0, False
+    while not done:
+        standin.glue.standin_refuse_allocation(refused)
+        try:
+            found, done = step(layer, x, g), True
+        except torch.OutOfMemoryError as error:
+            assert "CUDA out of memory" in str(error), error
+            refused += 1
+        finally:
+            standin.glue.standin_refuse_allocation(-1)
+        assert all(torch.equal(one, other) for one, other in zip(step(layer, x, g), expected))
+    assert refused >= 5 and all(torch.equal(one, other) for one, other in zip(found, expected)), refused
+assert not standin.report(), standin.report()
+print("done")
+""")
+
+
 def test_tensors_of_another_device_are_refused(machine):
     """Before anything is launched: an address of one device, or of the host, means nothing on another."""
     assert "done" in machine(READY + """

@@ -69,7 +69,7 @@ def _import(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None  # as of every file with an extension's suffix
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.use_cpu_kernels(library.cpu_kernels())
+    module.use_kernels(*library.kernels())
     return module
 
 

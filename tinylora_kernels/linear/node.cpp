@@ -51,7 +51,7 @@ namespace {
 Tensor empty_rows(const Tensor& like, int64_t width) {
   c10::SmallVector<int64_t, 5> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = width;
-  return is_plain(like) ? empty_of(sizes, like) : at::empty(sizes, like.options());
+  return is_plain(like, usual_keys(like.is_cpu())) ? empty_of(sizes, like.options()) : at::empty(sizes, like.options());
 }
 
 // One of the package's own ops, looked up once.
@@ -78,10 +78,11 @@ std::tuple<Tensor, Tensor> update_backward(const Tensor& g, const Tensor& basis,
                                            bool need_input_grad) {
   if (const auto* kernels = kernels_for(g, basis, v, projection, t, adapter_ids)) {
     const Tensor g0 = need_input_grad ? empty_rows(g, g.size(-1)) : Tensor();
-    const Tensor dv = t ? empty_of(v.sizes(), v) : Tensor();
-    void* const to_g0 = need_input_grad ? g0.mutable_data_ptr() : nullptr;
-    throw_unless_ok(kernels, kernels->update_backward(view(g), view(basis), view(v), view(projection), MaybeView(t),
-                                                      MaybeView(adapter_ids), to_g0, t ? dv.mutable_data_ptr() : nullptr));
+    const Tensor dv = t ? empty_of(v.sizes(), v.options()) : Tensor();
+    ScratchTensor scratch{g};
+    const Status status = kernels->update_backward(view(g), view(basis), view(v), view(projection), MaybeView(t),
+                                                   MaybeView(adapter_ids), address(g0), address(dv), scratch);
+    throw_unless_ok(kernels, status, scratch);
     return {g0, dv};
   }
   static const auto call =
@@ -114,10 +115,12 @@ void refresh_right(Tensor& right, Tensor& samples, const Tensor& weight, const T
 Tensor update_input_grad(Tensor& dx, const Tensor& right, const Tensor& g, const Tensor& basis, const Tensor& v,
                          const Tensor& projection, const Maybe& t, const Maybe& adapter_ids, bool add) {
   if (const auto* kernels = kernels_for(g, basis, dx, right, v, projection, t, adapter_ids)) {
-    const Tensor dv = t ? empty_of(v.sizes(), v) : Tensor();
-    throw_unless_ok(kernels, kernels->update_input_grad(written(dx), view(right), view(g), view(basis), view(v),
-                                                        view(projection), MaybeView(t), MaybeView(adapter_ids), add,
-                                                        t ? dv.mutable_data_ptr() : nullptr));
+    const Tensor dv = t ? empty_of(v.sizes(), v.options()) : Tensor();
+    ScratchTensor scratch{g};
+    const Status status = kernels->update_input_grad(written(dx), view(right), view(g), view(basis), view(v),
+                                                     view(projection), MaybeView(t), MaybeView(adapter_ids), add,
+                                                     address(dv), scratch);
+    throw_unless_ok(kernels, status, scratch);
     return dv;
   }
   static const auto call =
@@ -130,6 +133,14 @@ using Ints = c10::IntArrayRef;
 
 Tensor update_parts(Tensor& y, const Tensor& basis, const Tensor& v, const Tensor& projection, const Maybe& bias,
                     const Maybe& adapter_ids, Ints ends, Ints groups) {
+  const int64_t parts = ends.size();
+  if (const auto* kernels = kernels_for(y, basis, v, projection, bias, adapter_ids); kernels && parts == int64_t(groups.size())) {
+    Tensor t = empty_of({parts, y.numel() / y.size(-1), basis.size(0)}, basis.options());
+    throw_unless_ok(kernels, kernels->update_parts(written(y), view(basis), view(v), view(projection), MaybeView(bias),
+                                                   MaybeView(adapter_ids), parts, ends.data(), groups.data(),
+                                                   t.mutable_data_ptr()));
+    return t;
+  }
   static const auto call =
       op<Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&,
                 const Maybe&, const Maybe&, Ints, Ints)>("tinylora::update_parts");
@@ -140,6 +151,17 @@ Tensor update_parts(Tensor& y, const Tensor& basis, const Tensor& v, const Tenso
 std::tuple<Tensor, Tensor> update_parts_backward(const Tensor& g, const Tensor& basis, const Tensor& v,
                                                  const Tensor& projection, const Maybe& t, const Maybe& adapter_ids,
                                                  Ints ends, Ints groups, bool need_input_grad) {
+  const int64_t parts = ends.size();
+  if (const auto* kernels = kernels_for(g, basis, v, projection, t, adapter_ids); kernels && parts == int64_t(groups.size())) {
+    const Tensor g0 = need_input_grad ? empty_rows(g, g.size(-1)) : Tensor();
+    const Tensor dv = t ? empty_of(v.sizes(), v.options()) : Tensor();
+    ScratchTensor scratch{g};
+    const Status status = kernels->update_parts_backward(view(g), view(basis), view(v), view(projection), MaybeView(t),
+                                                         MaybeView(adapter_ids), parts, ends.data(), groups.data(),
+                                                         address(g0), address(dv), scratch);
+    throw_unless_ok(kernels, status, scratch);
+    return {g0, dv};
+  }
   static const auto call =
       op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&,
                                     const Maybe&, Ints, Ints, bool)>("tinylora::update_parts_backward");

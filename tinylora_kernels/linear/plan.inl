@@ -248,14 +248,20 @@ PyObject* share_dx_from(PyObject*, PyObject* numbers) {
   const int64_t from = PyLong_AsLongLong(numbers);
   return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(shared_from.exchange(from));
 }
-PyObject* use_cpu_kernels(PyObject*, PyObject* address) {
-  void* const kernels = PyLong_AsVoidPtr(address);
-  if (PyErr_Occurred()) return nullptr;
-  return PyLong_FromVoidPtr(const_cast<CpuKernels*>(cpu_kernels.exchange(static_cast<const CpuKernels*>(kernels))));
+const Kernels* exchange(std::atomic<const Kernels*>& kernels, PyObject* address) {
+  return kernels.exchange(static_cast<const Kernels*>(PyLong_AsVoidPtr(address)));
+}
+PyObject* use_kernels(PyObject*, PyObject* arguments) {
+  PyObject *cpu, *cuda;
+  if (!PyArg_ParseTuple(arguments, "O!O!", &PyLong_Type, &cpu, &PyLong_Type, &cuda)) return nullptr;
+  const Owned before_cpu(PyLong_FromVoidPtr(const_cast<Kernels*>(exchange(cpu_kernels, cpu))));
+  const Owned before_cuda(PyLong_FromVoidPtr(const_cast<Kernels*>(exchange(cuda_kernels, cuda))));
+  return PyTuple_Pack(2, before_cpu.get(), before_cuda.get());
 }
 PyMethodDef functions[] = {
-    {"use_cpu_kernels", use_cpu_kernels, METH_O,
-     "Address of the native library's CpuKernels, which calls that nobody watches run; 0: all run the ops. As it was."},
+    {"use_kernels", use_kernels, METH_VARARGS,
+     "Addresses of the native library's Kernels, CPU and CUDA, which calls that nobody watches run; 0: those run the ops. "
+     "As they were."},
     {"share_dx_from", share_dx_from, METH_O, "Numbers of x from which layers that read it share its dx; as it was."}, {}};
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_node", nullptr, -1, functions};
 

@@ -2,11 +2,12 @@
 // device is the driver's current context, as with the CUDA runtime. To be loaded before torch, which asks for its hooks
 // once; unknown operations run on the CPU, on the same memory.
 #include <ATen/ATen.h>
+#include <ATen/NativeFunctions.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
-#include <set>
+#include <atomic>
 
 extern "C" {
 void* standin_allocate(int device, size_t bytes);
@@ -23,6 +24,7 @@ constexpr auto kCUDA = c10::DeviceType::CUDA;
 
 thread_local int device_now = 0;
 thread_local void* stream_now[16] = {};
+std::atomic<int> allocations_until_refusal = -1;  // negative: none is refused
 
 void set_device(int device) {
   if (device == device_now) return;  // torch's own shortcut: a fresh thread of device 0 gets no context
@@ -60,6 +62,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // torch looks for this name
 };
 
 Tensor new_tensor(at::IntArrayRef sizes, at::IntArrayRef strides, c10::ScalarType dtype, c10::Device device) {
+  TORCH_CHECK_WITH(OutOfMemoryError, allocations_until_refusal < 0 || allocations_until_refusal--, "CUDA out of memory.");
   int64_t count = 1;
   for (size_t i = 0; i < sizes.size(); ++i) count = sizes[i] ? count + (sizes[i] - 1) * strides[i] : 0;
   void* const memory = standin_allocate(device.index(), std::max<int64_t>(count, 0) * c10::elementSize(dtype));
@@ -87,12 +90,79 @@ Tensor to_gpu(const Tensor& tensor, int64_t device) {
   return out;
 }
 
+Tensor empty(at::IntArrayRef sizes, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+             std::optional<c10::Device> device, std::optional<bool> pinned, std::optional<c10::MemoryFormat>) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (int64_t i = int64_t(sizes.size()) - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
+  return empty_strided(sizes, strides, dtype, layout, device, pinned);
+}
+
+Tensor as_cpu(const Tensor& tensor) { return tensor.defined() && tensor.is_cuda() ? on_cpu(tensor) : tensor; }
+
+Tensor& copy(Tensor& self, const Tensor& source, bool) {
+  as_cpu(self).copy_(as_cpu(source));
+  return self;
+}
+
+// An operation that has no kernel here: on the CPU, on the same memory. What it writes is the argument again; what is new
+// is copied to the device of its arguments.
+void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const size_t count = schema.arguments().size(), begin = stack->size() - count;
+  const std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
+  int64_t device = device_now;
+  const auto moved = [&](const Tensor& tensor) {
+    if (!tensor.defined() || !tensor.is_cuda()) return tensor;
+    device = tensor.get_device();
+    return tensor.numel() ? as_cpu(tensor) : at::empty(tensor.sizes(), tensor.options().device(at::kCPU));  // resizable
+  };
+  for (size_t i = 0; i < count; ++i) {
+    c10::IValue& value = (*stack)[begin + i];
+    if (value.isTensor()) value = moved(value.toTensor());
+    else if (value.isDevice() && value.toDevice().is_cuda()) value = c10::Device(at::kCPU);
+    else if (value.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& one : value.toTensorVector()) list.push_back(moved(one));
+      value = std::move(list);
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<Tensor>> list;
+      for (const std::optional<Tensor>& one : value.toOptionalTensorVector())
+        list.push_back(one ? std::optional(moved(*one)) : std::nullopt);
+      value = std::move(list);
+    }
+  }
+  op.callBoxed(stack);
+  for (size_t i = 0; i < schema.returns().size(); ++i) {
+    c10::IValue& value = (*stack)[begin + i];
+    const auto* const alias = schema.returns()[i].alias_info();
+    for (size_t k = 0; alias && alias->isWrite() && k < count; ++k) {
+      const auto* const of_argument = schema.arguments()[k].alias_info();
+      if (!of_argument || *of_argument != *alias) continue;
+      const Tensor written = given[k].toTensor();
+      if (!written.numel() && value.toTensor().numel()) {
+        written.unsafeGetTensorImpl()->shallow_copy_from(to_gpu(value.toTensor(), device).getIntrusivePtr());
+      }
+      value = written;
+    }
+    if (value.isTensor() && value.toTensor().defined() && value.toTensor().is_cpu())
+      value = to_gpu(value.toTensor(), device);
+  }
+}
+
 }  // namespace
 
 namespace at {
 REGISTER_CUDA_HOOKS(CUDAHooks);
 }
-TORCH_LIBRARY_IMPL(aten, CUDA, m) { m.impl("empty_strided", empty_strided); }
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("empty.memory_format", empty);
+  m.impl("empty_strided", empty_strided);
+  m.impl("copy_", copy);
+  m.impl("as_strided", at::native::as_strided_tensorimpl);
+  m.impl("view", at::native::view);
+  m.impl("_reshape_alias", at::native::_reshape_alias);
+}
+TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_the_cpu>()); }
 TORCH_LIBRARY(standin, m) {
   m.def("to_gpu(Tensor tensor, int device) -> Tensor", to_gpu);
   m.def("on_cpu(Tensor tensor) -> Tensor", on_cpu);
@@ -102,6 +172,14 @@ TORCH_LIBRARY(standin, m) {
 extern "C" __attribute__((visibility("default"))) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
   *stream = stream_now[device];
   return 0;
+}
+extern "C" __attribute__((visibility("default"))) int standin_device(int device) {  // now; and from now on, unless negative
+  const int before = device_now;
+  if (device >= 0) set_device(device);
+  return before;
+}
+extern "C" __attribute__((visibility("default"))) void standin_refuse_allocation(int after) {
+  allocations_until_refusal = after;
 }
 extern "C" __attribute__((visibility("default"))) void standin_use_stream(int device, void* stream) {
   stream_now[device] = stream;

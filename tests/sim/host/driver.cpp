@@ -72,7 +72,7 @@ void check_ticket() {
   if (ticket && *ticket) throw emulator::Fault("a ticket is left at " + std::to_string(*ticket));
 }
 
-// As csrc/cuda/ops.cpp: `onto` says which op it is, together with what is given.
+// As csrc/cuda/update.cpp: `onto` says which op it is, together with what is given.
 void run_case() {
   const bool transposed = read_number(), stays = read_number(), capturing = read_number();
   const Onto onto = static_cast<Onto>(read_number());
@@ -133,7 +133,7 @@ void run_case() {
   dv.write();
 }
 
-// update_parts, or with `transposed` its backward pass, as csrc/cuda/ops.cpp.
+// update_parts, or with `transposed` its backward pass, as csrc/cuda/update.cpp.
 void run_parts_case() {
   const bool transposed = read_number(), writes = read_number(), capturing = read_number();
   const Element element = static_cast<Element>(read_number());

@@ -146,7 +146,7 @@ def build_torch_ops() -> Path:
     abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", f"{torch_directory}/include"]
     includes = [KERNELS, HERE, *LIBRARY_HEADERS]
     objects = [compile_object(source, COMMON + abi, includes) for source in (
-        HERE / "torch_ops.cpp", *TORCH_SIDE
+        HERE / "torch_ops.cpp", KERNELS / "update.cpp", *TORCH_SIDE
     )]  # fmt: skip
     objects += kernel_objects("plain", KERNELS, RANKS, ELEMENTS) + host_objects("plain", KERNELS)
     objects += runtime_objects("plain")

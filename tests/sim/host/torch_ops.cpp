@@ -1,7 +1,5 @@
-// csrc/cuda/ops.cpp, unchanged, as ops for CPU tensors: torch.ops.tinylora_emulated.update and so on. What it
+// ops.cpp and update.cpp of csrc/cuda, unchanged, as ops for CPU tensors: torch.ops.tinylora_emulated.update and so on. What it
 // checks, allocates and launches is what a GPU would be given; the launches go to the emulator.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "emulator.h"
@@ -9,18 +7,9 @@
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(library, key, m) _STABLE_TORCH_LIBRARY_IMPL(tinylora_emulated, CPU, m, 0)
 
-struct NoDeviceGuard {
-  explicit NoDeviceGuard(int) {}
-  ~NoDeviceGuard() {}
-};
-namespace torch::stable::accelerator {
-using ::NoDeviceGuard;
-}
-#define DeviceGuard NoDeviceGuard
-
 #include "ops.cpp"
 
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
 }

@@ -153,9 +153,13 @@ def same_numbers(offsets: Tensor, bits: Tensor) -> Callable[[int], bool]:
     )
 
 
-def cpu_kernels() -> int:
-    """Address of the library's CpuKernels (kernels.h), which linear/node.cpp calls; 0 where they do not run here."""
-    return 0 if load().error else int(_functions().tinylora_cpu_kernels())
+def kernels() -> tuple[int, int]:
+    """Addresses of the library's Kernels (kernels.h), CPU and CUDA, which linear/node.cpp calls; 0: not in there."""
+    status = load()
+    if status.error:
+        return 0, 0
+    library = _functions()
+    return library.tinylora_cpu_kernels(), library.tinylora_cuda_kernels() if status.has_cuda else 0
 
 
 @functools.cache
@@ -167,6 +171,8 @@ def _functions() -> ctypes.CDLL:
     ]  # fmt: skip
     library.tinylora_products.restype = None
     library.tinylora_cpu_kernels.restype = pointer
+    if load().has_cuda:
+        library.tinylora_cuda_kernels.restype = pointer
     library.tinylora_same_numbers.argtypes = [pointer, pointer, size, size, size, pointer]
     library.tinylora_same_numbers.restype = ctypes.c_bool
     return library

@@ -1,5 +1,5 @@
-"""The node in C++ calls the CPU kernels past the dispatcher (linear/direct.inl): to the bit what the ops give, with
-their words for what they refuse, and by the ops where somebody watches them.
+"""The node in C++ calls the kernels past the dispatcher (linear/direct.inl): to the bit what the ops give, with their
+words for what they refuse, and by the ops where somebody watches them.
 """
 import ctypes
 
@@ -9,13 +9,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.cases import error
-from tests.layers.test_layer import dense, linear
+from tests.layers.test_layer import dense
+from tests.layers.test_layer import linear as linear_on_cpu
 from tinylora_kernels.linear import node
+from tinylora_kernels.linear.rules import GPU_ROWS
 from tinylora_kernels.ops.native import library
 
+from .places import DEVICES
+
 pytestmark = pytest.mark.skipif(node.extension is None, reason=f"the node in C++: {node.why_no_twin}")
+(DEVICE,) = DEVICES
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 2e-3}
-WIDTHS = {"last": 24, "first": 6}  # of the output for 16 inputs: where the product comes in fp32
+if DEVICE != "cpu":
+    del DTYPES[torch.float64]
+WIDTHS = {"last": 40, "first": 6}  # of the output for 16 inputs: where the product comes in fp32
+MANY = GPU_ROWS + 3  # rows whose product comes last on a GPU too
+
+
+def linear(bias=True, dtype=torch.float32, out_features=40):
+    return linear_on_cpu(bias, dtype, out_features).to(DEVICE)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def watched():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
 
 @pytest.fixture
@@ -23,12 +43,12 @@ def through_the_ops():
     """Calls inside run the ops: through_the_ops(call)."""
 
     def call(run):
-        kernels = node.extension.use_cpu_kernels(0)
-        assert kernels == library.cpu_kernels() != 0
+        kernels = node.extension.use_kernels(0, 0)
+        assert kernels == library.kernels() != (0, 0)
         try:
             return run()
         finally:
-            node.extension.use_cpu_kernels(kernels)
+            node.extension.use_kernels(*kernels)
 
     return call
 
@@ -39,10 +59,10 @@ def planted():
     word = ctypes.create_string_buffer(b"planted")
     fails = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 3)  # whatever its arguments: Status::error
     says = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(word))
-    table = (ctypes.c_void_p * 5)(*[ctypes.cast(each, ctypes.c_void_p) for each in (fails, fails, fails, fails, says)])
-    kernels = node.extension.use_cpu_kernels(ctypes.addressof(table))
+    table = (ctypes.c_void_p * 7)(*[ctypes.cast(each, ctypes.c_void_p) for each in (*[fails] * 6, says)])
+    kernels = node.extension.use_kernels(ctypes.addressof(table), ctypes.addressof(table))
     yield
-    node.extension.use_cpu_kernels(kernels)
+    node.extension.use_kernels(*kernels)
 
 
 class Seen(TorchDispatchMode):
@@ -68,10 +88,10 @@ def step(layer, x, g):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("order", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(16,), (1, 16), (40, 16), (2, 3, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (MANY, 16), (2, 3, 16)], ids=str)
 def test_the_same_bits_as_through_the_ops(through_the_ops, shape, dtype, order, bias):
     layer = linear(bias, dtype, WIDTHS[order])
-    x, g = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], WIDTHS[order]).to(dtype)
+    x, g = random(*shape, dtype=dtype), random(*shape[:-1], WIDTHS[order], dtype=dtype)
     for _ in range(2):  # with the plan, from the second call on
         direct = step(layer, x, g)
     ops = through_the_ops(lambda: step(layer, x, g))
@@ -86,9 +106,9 @@ def test_the_same_bits_as_through_the_ops(through_the_ops, shape, dtype, order, 
 @pytest.mark.parametrize("plan", [False, True])
 def test_a_call_that_nobody_watches_runs_the_kernel(planted, dtype, order, plan):
     layer = linear(dtype=dtype, out_features=WIDTHS[order])
-    x = torch.randn(5, 16).to(dtype).requires_grad_()
+    x = random(MANY, 16, dtype=dtype).requires_grad_()
     if plan:
-        with torch.profiler.profile():
+        with watched():
             layer(x), layer(x)
     for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with around(), pytest.raises(RuntimeError, match="planted"):
@@ -97,26 +117,26 @@ def test_a_call_that_nobody_watches_runs_the_kernel(planted, dtype, order, plan)
 
 @pytest.mark.parametrize("order", WIDTHS)
 def test_the_backward_pass_runs_the_kernel(planted, order):
-    layer, x = linear(out_features=WIDTHS[order]), torch.randn(5, 16).requires_grad_()
-    with torch.profiler.profile():
+    layer, x = linear(out_features=WIDTHS[order]), random(MANY, 16).requires_grad_()
+    with watched():
         y = layer(x)
     with pytest.raises(RuntimeError, match="planted"):
         y.sum().backward()
 
 
 def test_what_is_watched_runs_the_ops(planted):
-    layer, x = linear(), torch.randn(5, 16).requires_grad_()
-    with torch.profiler.profile():
+    layer, x = linear(), random(MANY, 16).requires_grad_()
+    with watched():
         layer(x).sum().backward()
     with Seen():
         layer(x).sum().backward()
-    assert torch.func.vmap(layer)(x[None]).shape == (1, 5, 24)
+    assert torch.func.vmap(layer)(x[None]).shape == (1, MANY, 40)
     torch.func.grad(lambda x: layer(x).sum())(x)
 
 
 @pytest.mark.parametrize("order", WIDTHS)
 def test_only_one_gradient_is_wanted(through_the_ops, order):
-    layer, x = linear(out_features=WIDTHS[order]), torch.randn(5, 16)
+    layer, x = linear(out_features=WIDTHS[order]), random(MANY, 16)
     for wants_x, wants_v in ((True, False), (False, True)):
         layer.v.requires_grad_(wants_v)
 
@@ -132,34 +152,34 @@ def test_only_one_gradient_is_wanted(through_the_ops, order):
 ])  # fmt: skip
 def test_a_mode_sees_the_ops(order, forward, backward):
     """The node's own; a layer under a mode does not run this node (ops/autograd.py)."""
-    layer, x = linear(out_features=WIDTHS[order]), torch.randn(5, 16)
+    layer, x = linear(out_features=WIDTHS[order]), random(MANY, 16)
     for _ in range(2):
-        step(layer, x, torch.ones(5, WIDTHS[order]))
+        step(layer, x, torch.ones(MANY, WIDTHS[order], device=DEVICE))
     frozen = layer._plan.plan.frozen
     arguments = (layer.v, *frozen[:-2], *node.NO_PARTS)
     with Seen() as seen:
         y = torch.ops.tinylora.linear(x.requires_grad_(), *arguments)
-    assert seen.names == [forward]
+    assert [name for name in seen.names if name != "refresh_right"] == [forward]
     with Seen() as seen:
         torch.autograd.grad(y.sum(), [x, layer.v])
     assert seen.names == [backward]
     with Seen() as seen:
-        step(layer, x, torch.ones(5, WIDTHS[order]))
+        step(layer, x, torch.ones(MANY, WIDTHS[order], device=DEVICE))
     assert seen.names == ["updated", "update_backward"]
 
 
 def test_a_profiler_sees_the_ops():
-    layer, x = linear(), torch.randn(5, 16)
-    step(layer, x, torch.ones(5, 24))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(layer, x, torch.ones(5, 24))
+    layer, x = linear(), random(MANY, 16)
+    step(layer, x, torch.ones(MANY, 40, device=DEVICE))
+    with watched() as profile:
+        step(layer, x, torch.ones(MANY, 40, device=DEVICE))
     names = {event.key for event in profile.key_averages()}
     assert {"tinylora::low_rank", "tinylora::update_input_grad"} <= names
 
 
 def test_a_checkpoint_that_runs_forward_again_under_a_mode():
-    layer, x = linear(), torch.randn(5, 16)
-    expected = step(layer, x, torch.ones(5, 24))
+    layer, x = linear(), random(MANY, 16)
+    expected = step(layer, x, torch.ones(MANY, 40, device=DEVICE))
     inputs = x.detach().requires_grad_()
     y = checkpoint(layer, inputs, use_reentrant=False)
     with Seen() as seen:
@@ -179,9 +199,11 @@ REFUSED = [
     ("bias", lambda b: b.double()),
     ("adapter_ids", lambda ids: ids[:3]),
     ("adapter_ids", lambda ids: ids.to(torch.int16)),
-    ("adapter_ids", lambda ids: ids + 7),
-    ("adapter_ids", lambda ids: ids - 2),
 ]
+if DEVICE == "cpu":  # elsewhere nobody waits to look at them
+    REFUSED += [("adapter_ids", lambda ids: ids + 7), ("adapter_ids", lambda ids: ids - 2)]
+else:
+    REFUSED += [(name, torch.Tensor.cpu) for name in ("v", "projection", "basis", "bias", "adapter_ids")]
 
 
 @pytest.mark.parametrize(
@@ -190,13 +212,12 @@ REFUSED = [
 )
 def test_what_is_refused_is_refused_in_the_same_words(through_the_ops, order, name, change):
     arguments = {
-        "x": torch.randn(4, 16), "v": torch.randn(3), "weight": torch.randn(24, 16), "bias": torch.randn(24),
-        "basis": torch.randn(2, 24), "projection": torch.randn(3, 2, 2), "adapter_ids": None,
-        "right": torch.randn(2, 16), "samples": None, "order": order,
+        "x": random(4, 16), "v": random(3), "weight": random(40, 16), "bias": random(40), "basis": random(2, 40),
+        "projection": random(3, 2, 2), "adapter_ids": None, "right": random(2, 16), "samples": None, "order": order,
         "part_basis": None, "part_projection": None, "ends": [],
     }  # fmt: skip
     if name == "adapter_ids":
-        arguments |= {"adapter_ids": torch.tensor([0, 1, 1, 0]), "v": torch.randn(2, 3)}
+        arguments |= {"adapter_ids": torch.tensor([0, 1, 1, 0], device=DEVICE), "v": random(2, 3)}
     torch.ops.tinylora.linear(*arguments.values())
     arguments[name] = change(arguments[name])
     raised = []
@@ -205,3 +226,44 @@ def test_what_is_refused_is_refused_in_the_same_words(through_the_ops, order, na
             call(lambda: torch.ops.tinylora.linear(*arguments.values()))
         raised.append((info.type, str(info.value)))
     assert raised[0] == raised[1] and raised[0][1].startswith(name)
+
+
+def parts_step(ids, wants_t=True):
+    """y, dx and dv of a fused layer whose update goes part by part."""
+    torch.manual_seed(2)
+    v = random(3, 5) if ids is not None else random(5)
+    x, weight, g = random(4, 16).requires_grad_(), random(40, 16), random(4, 40)
+    parts = (0.3 * random(2, 40), random(3, 5, 2, 2), [8, 24, 40])
+    v.requires_grad_(wants_t)
+    y = torch.ops.tinylora.linear(x, v, weight, random(40), random(8, 40), random(5, 8, 8), ids, None, None, 0, *parts)
+    return [y.detach(), *torch.autograd.grad(y, [x, v] if wants_t else [x], g)]
+
+
+@pytest.mark.parametrize("wants_t", [True, False])
+@pytest.mark.parametrize("ids", [None, [2, -1, 0, 2]], ids=str)
+def test_parts_have_the_same_bits_as_through_the_ops(through_the_ops, ids, wants_t):
+    ids = None if ids is None else torch.tensor(ids, device=DEVICE)
+    direct, ops = parts_step(ids, wants_t), through_the_ops(lambda: parts_step(ids, wants_t))
+    assert all(torch.equal(one, other) for one, other in zip(direct, ops, strict=True)) and direct[1].abs().max() > 0
+
+
+def test_parts_run_the_kernel(planted):
+    with pytest.raises(RuntimeError, match="planted"):
+        parts_step(None)
+
+
+@pytest.mark.parametrize("ends", [[], [8, 24], [24, 8, 40]], ids=str)
+def test_parts_that_are_refused_are_refused_in_the_same_words(through_the_ops, ends):
+    def call():
+        y = torch.ops.tinylora.linear(
+            random(4, 16), random(5), random(40, 16), None, random(8, 40), random(5, 8, 8), None, None, None, 0,
+            random(2, 40), random(3, 5, 2, 2), ends,
+        )  # fmt: skip
+        return y
+
+    raised = []
+    for way in (lambda run: run(), through_the_ops):
+        with pytest.raises(ValueError, match="ends") as info:
+            way(call)
+        raised.append(str(info.value))
+    assert raised[0] == raised[1]
