@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 16  # tokens
+ROOM = 8  # times the tokens that are appended, and as many more
 
 
 class RoomyLayer(DynamicLayer):
@@ -34,14 +34,28 @@ class RoomyLayer(DynamicLayer):
         # what is held lies elsewhere once it was selected from or repeated
         fits = buffer is not None and held.data_ptr() == buffer.data_ptr() and len(held) == len(buffer)
         if buffer is None or not fits or total > buffer.shape[-2]:
-            buffer = self._buffers[name] = held.new_empty(*held.shape[:2], total + ROOM, held.shape[-1])
+            room = ROOM * (new.shape[-2] + 1)
+            buffer = self._buffers[name] = held.new_empty(*held.shape[:2], total + room, held.shape[-1])
             buffer[..., :length, :] = held
         buffer[..., length:total, :] = new
         return buffer[..., :total, :]
 
 
 def roomy_cache(config: PretrainedConfig) -> DynamicCache:
-    """Layers that keep all tokens have room; those with a sliding window are transformers'."""
+    """Every layer keeps all tokens: those of a tree are not in the order in which a sliding window would forget them.
+
+    Raises:
+        ValueError: a layer of the model remembers anything but keys and values.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if other := {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        raise ValueError(f"MODEL: expected layers of attention only, found a cache of {', '.join(sorted(other))}")
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    cache.layer_class_to_replicate = RoomyLayer if cache.layer_class_to_replicate else None
     return cache
+
+
+def local_window(config: PretrainedConfig) -> int | None:
+    """Tokens that the model's layers with a sliding window see; None: all layers see all."""
+    layers = DynamicCache(config=config).layers
+    return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)

@@ -1,18 +1,15 @@
 """Sampling and scoring completions, each token computed once.
 
-Prompts of a batch mostly begin alike (a system prompt, the question's wording), and the samples of one prompt share all
-of it. Both the sampler and the scorer walk that tree: the common beginning is computed once, then the rest of each
-prompt, then the completions, all through one key-value cache. With autograd on, the cache carries the graph, so the
-gradient is that of the whole sequences. For 8 prompts of 46 tokens with 8 samples of 12 each, that is 900 tokens in
-place of 3,700.
+Prompts of a batch mostly begin alike (a system prompt, the question's wording), the samples of one prompt share all of
+it, and often much of what they answer. Both the sampler and the scorer walk the trees that these sequences form
+(trees.py). For 4 prompts of 45 tokens with 8 samples of 12 each that is about 280 tokens in place of 1,800.
 
 Prompts may run different adapters of a bank: then the common beginning is computed once for each adapter.
 """
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +19,9 @@ from tinylora_kernels.bank.bank import AdapterBank
 from tinylora_kernels.rl import token_log_probs
 
 from .models import LanguageModel
+from .trees import ROOT, Forest
+
+ROW = 512  # tokens of a row of trees, about: each pays for the masked others
 
 
 @dataclass
@@ -48,58 +48,56 @@ class Assignment:
     ids: Tensor  # [P] as in AdapterBank.use
 
 
-class Prefix:
-    """Prompts run through the model: their cache, and the scores of the first new token."""
+class Prompts:
+    """Prompts as the beginnings of trees, some to a row; a row has one adapter.
 
-    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], adapters: Assignment | None = None):
-        self.model = model
-        self.cache = model.new_cache()
-        # one number a row, [B]; a model without a bank is one adapter
-        self.bank, self.ids = (adapters.bank, adapters.ids) if adapters else (None, torch.zeros(len(prompts)).long())
+    Attributes:
+        forest: whose rows they are.
+        rows: of each prompt.
+        ends: the node of each prompt's last token.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        replies: int,
+        adapters: Assignment | None = None,
+    ):
+        """replies: how many tokens those of one prompt may have together."""
+        bank, ids = (adapters.bank, adapters.ids) if adapters else (None, torch.zeros(len(prompts)).long())
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # leave each prompt a token
-        if shared:
-            of_prompts = self.ids
-            self.ids, row = of_prompts.unique(return_inverse=True)
-            beginning = torch.tensor([prompts[0][:shared]]).expand(len(self.ids), -1)
-            self._forward(beginning, torch.ones_like(beginning), keep=1)
-            if len(self.ids) == 1:
-                self.cache.batch_repeat_interleave(len(prompts))  # its gradient is a plain sum
-            else:
-                self.cache.batch_select_indices(row.to(model.device))
-            self.ids = of_prompts
-        # the rest of each prompt, padded on the left: [P, L]
-        longest = max(map(len, prompts)) - shared
-        rows = [[model.pad_id] * (longest + shared - len(p)) + list(p[shared:]) for p in prompts]
-        seen = [[1] * shared + [0] * (longest + shared - len(p)) + [1] * (len(p) - shared) for p in prompts]
-        self.visible = torch.tensor(seen)  # [P, S] 1 for tokens, 0 for padding
-        self.logits = self._forward(torch.tensor(rows), self.visible, keep=1)[:, -1]  # [P, V]
+        self.rows = [0] * len(prompts)
+        of_rows: list[int] = []  # the adapter
+        for adapter in ids.unique().tolist():
+            own = (ids == adapter).nonzero().squeeze(1).tolist()
+            tokens = sum(len(prompts[i]) - shared + replies for i in own)
+            count = min(len(own), -(-tokens // ROW))
+            for k, prompt in enumerate(own):
+                self.rows[prompt] = len(of_rows) + k * count // len(own)
+            of_rows += [adapter] * count
+        self.forest = Forest(model, torch.tensor(of_rows), bank, prompts[0][:shared])
+        self.ends = []
+        for row, prompt in zip(self.rows, prompts, strict=True):
+            self.ends.append(self.forest.trees[row].path(ROOT, prompt, reply=False)[-1])
 
-    def repeat(self, times: int) -> None:
-        """Every prompt ``times`` in a row, in the cache; the logits stay one row a prompt."""
-        self.cache.batch_repeat_interleave(times)
-        self.visible = self.visible.repeat_interleave(times, dim=0)
-        self.ids = self.ids.repeat_interleave(times)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows.to(self.model.device))
-        self.visible, self.ids = self.visible[rows], self.ids[rows]
+class Wanted:
+    """Nodes whose scores are wanted of a pass, each once, and where they are in what it returns."""
 
-    def extend(self, tokens: Tensor, keep: int = 0) -> Tensor:
-        """Append tokens [B, T]; returns the scores of what follows each, [B, T or keep, V]."""
-        self.visible = torch.cat([self.visible, torch.ones_like(tokens)], dim=1)
-        return self._forward(tokens, self.visible, keep)
+    def __init__(self, rows: int):
+        self.nodes: list[list[int]] = [[] for _ in range(rows)]
+        self._known: dict[tuple[int, int], int] = {}
 
-    def _forward(self, tokens: Tensor, visible: Tensor, keep: int) -> Tensor:
-        positions = (visible.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # padding takes no position
-        with contextlib.nullcontext() if self.bank is None else self.bank.use(self.ids):
-            output = self.model.module(
-                input_ids=tokens.to(self.model.device),
-                attention_mask=visible.to(self.model.device),
-                position_ids=positions.to(self.model.device),
-                past_key_values=self.cache,
-                logits_to_keep=keep,
-            )
-        return output.logits
+    def add(self, row: int, node: int) -> None:
+        if (row, node) not in self._known:
+            self._known[row, node] = len(self.nodes[row])
+            self.nodes[row].append(node)
+
+    def index(self, row: int, node: int) -> int:
+        """In the scores [B, K, V] seen as [B * K, V]."""
+        most = max(map(len, self.nodes))
+        return (row + 1) * most - len(self.nodes[row]) + self._known[row, node]
 
 
 @torch.no_grad()
@@ -124,65 +122,78 @@ def generate(
             depend on the other replies of the batch.
         adapters: of the prompts.
     """
-    prefix = Prefix(model, prompts, adapters)
     samples, total = len(temperatures), len(prompts) * len(temperatures)
-    scores = prefix.logits.repeat_interleave(samples, dim=0)  # [B, V]
-    prefix.repeat(samples)
-    temperature = torch.tensor(temperatures).repeat(len(prompts)).unsqueeze(1)  # [B, 1]
+    begun = Prompts(model, prompts, samples * max_new_tokens, adapters)
+    trees = begun.forest.trees
+    if uniform is None:
+        uniform = torch.rand(total, max_new_tokens, generator=generator, dtype=torch.float64)
+    temperature = torch.tensor(temperatures).repeat(len(prompts))  # [B]
     tokens = torch.full((total, max_new_tokens), model.pad_id)
     mask = torch.zeros(total, max_new_tokens, dtype=torch.bool)
-    open_ = torch.ones(total, dtype=torch.bool)
-    rows = torch.arange(total)  # the replies still in the batch
+    row = [begun.rows[reply // samples] for reply in range(total)]
+    node = [begun.ends[reply // samples] for reply in range(total)]
+    open_ = list(range(total))
     for step in range(max_new_tokens):
-        chosen = draw(scores, temperature[rows], generator, None if uniform is None else uniform[rows, step])  # [B]
-        tokens[rows[open_], step] = chosen[open_]
-        mask[rows[open_], step] = True
-        open_ &= chosen != model.end_id  # [B]
-        if step + 1 == max_new_tokens or not open_.any():
+        wanted = Wanted(len(trees))
+        for reply in open_:
+            wanted.add(row[reply], node[reply])
+        scores = begun.forest.run(wanted.nodes).flatten(0, 1)  # [B * K, V]
+        places = torch.tensor([wanted.index(row[reply], node[reply]) for reply in open_])
+        chosen = draw(scores, places, temperature[open_], uniform[open_, step])
+        tokens[open_, step] = chosen
+        mask[open_, step] = True
+        going_on = []
+        for reply, token in zip(open_, chosen.tolist(), strict=True):
+            if token != model.end_id:
+                node[reply] = trees[row[reply]].child(node[reply], token)
+                going_on.append(reply)
+        open_ = going_on
+        if not open_:
             break
-        if open_.sum() <= 0.75 * len(rows):  # shrink the batch: finished replies cost as much as open ones
-            kept = open_.nonzero().squeeze(1)
-            prefix.keep_rows(kept)
-            rows, chosen, open_ = rows[kept], chosen[kept], open_[kept]
-        scores = prefix.extend(chosen.unsqueeze(1))[:, -1]
     return Completions(tokens, mask, samples).select_prompts(torch.arange(len(prompts)))
 
 
-def draw(
-    scores: Tensor, temperature: Tensor, generator: torch.Generator | None, uniform: Tensor | None = None
-) -> Tensor:
-    """A token for each row of scores [B, V], [B] on the CPU; temperature [B, 1], 0 takes the best.
+def draw(scores: Tensor, places: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
+    """A token for each reply [B], on the CPU.
 
-    Sampling inverts the cumulative distribution: one random number a row, uniform [B] or drawn from the generator,
-    where torch.multinomial draws V.
+    Args:
+        scores: [N, V].
+        places: [B] which of them each reply's are.
+        temperature: [B], 0 takes the best.
+        uniform: [B] float64 in [0, 1). Sampling inverts the cumulative distribution: one random number a reply, where
+            torch.multinomial draws V.
     """
-    chosen = torch.empty(len(scores), dtype=torch.long)
-    sampled = (temperature > 0).squeeze(1)
-    there = sampled.to(scores.device)
-    chosen[~sampled] = scores[~there].argmax(dim=1).cpu()
-    scaled = scores[there].float() / temperature[sampled].to(scores.device)
-    if uniform is None:
-        number = torch.rand(len(scaled), 1, generator=generator, dtype=torch.float64)
-    else:
-        number = uniform[sampled].unsqueeze(1)
-    chosen[sampled] = invert(scaled.softmax(dim=1), number.to(scores.device)).cpu()
+    chosen = torch.empty(len(places), dtype=torch.long)
+    for value in temperature.unique().tolist():
+        own = temperature == value
+        distinct, which = places[own].unique(return_inverse=True)
+        z = scores[distinct.to(scores.device)]  # [M, V]
+        if value == 0:
+            chosen[own] = z.argmax(dim=1).cpu()[which]
+        else:
+            probabilities = (z.float() / value).softmax(dim=1)
+            number, which = uniform[own].to(scores.device), which.to(scores.device)
+            chosen[own] = invert(probabilities, number, which).cpu()
     return chosen
 
 
-def invert(probabilities: Tensor, number: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds number [B, 1] in [0, 1), [B]; probabilities [B, V].
+def invert(probabilities: Tensor, number: Tensor, which: Tensor) -> Tensor:
+    """The first token whose cumulative probability in row which[b] exceeds number[b] in [0, 1): [B].
 
     By blocks and then within one: sums in float64 over all of V take as long as a layer.
+
+    Args:
+        probabilities: [M, V].
+        number, which: [B].
     """
     size = 256
     padded = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % size))
-    blocks = padded.unflatten(1, (-1, size))  # [B, n, 256]
-    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)  # [B, n]
-    threshold = number * ends[:, -1:]  # in [0, total)
+    blocks = padded.unflatten(1, (-1, size))  # [M, n, 256]
+    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)[which]  # [B, n]
+    threshold = number.unsqueeze(1) * ends[:, -1:]  # [B, 1] in [0, total)
     block = torch.searchsorted(ends, threshold, right=True).clamp_(max=ends.shape[1] - 1)  # [B, 1]
     before = nn.functional.pad(ends, (1, 0)).gather(1, block)
-    own = blocks[torch.arange(len(blocks), device=blocks.device), block.squeeze(1)]  # [B, 256]
-    inside = own.double().cumsum(dim=1)
+    inside = blocks[which, block.squeeze(1)].double().cumsum(dim=1)  # [B, 256]
     place = torch.searchsorted(inside, threshold - before, right=True).squeeze(1)
     # rounding can leave a threshold behind its block's last token that has any probability
     last = torch.searchsorted(inside, inside[:, -1:].contiguous()).squeeze(1)
@@ -196,36 +207,45 @@ def completion_log_probs(
     temperature: float,
     adapters: Assignment | None = None,
 ) -> Tensor:
-    """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds arbitrary values.
-
-    Replies end at different places: they are walked in stretches, each with the replies that reach into it.
-    """
-    prefix = Prefix(model, prompts, adapters)
-    tokens, samples = completions.tokens.to(model.device), completions.samples
-    first = tokens[:, 0].view(-1, samples)  # [P, n]
-    scores = prefix.logits.unsqueeze(1).expand(-1, samples, -1)  # [P, n, V]
-    columns = [token_log_probs(scores, first, temperature).view(-1, 1)]  # [P * n, 1]
-    prefix.repeat(samples)
-    rows = torch.arange(len(tokens))  # the replies still in the batch
-    lengths = completions.mask.sum(dim=1)
-    for start, stop in stretches(lengths):
-        kept = (lengths[rows] > start).nonzero().squeeze(1)
-        if len(kept) < len(rows):
-            prefix.keep_rows(kept)
-            rows = rows[kept]
-        own = tokens[rows]
-        found = token_log_probs(prefix.extend(own[:, start - 1 : stop - 1]), own[:, start:stop], temperature)
-        columns.append(found.new_zeros(len(tokens), stop - start).index_copy(0, rows.to(found.device), found))
-    return torch.cat(columns, dim=1)
-
-
-def stretches(lengths: Tensor) -> Iterator[tuple[int, int]]:
-    """Columns [start, stop) of replies of these lengths [B], after the first column: each ends where half of the
-    replies that reach it have ended, the last one where at most a quarter of what is left is padding.
-    """
-    start, last = 1, int(lengths.max())
-    while start < last:
-        left = lengths[lengths > start] - start
-        stop = last if left.sum() >= 0.75 * len(left) * (last - start) else start + int(left.median())
-        yield start, stop
-        start = stop
+    """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds that of any token."""
+    lengths = completions.mask.sum(dim=1).tolist()
+    samples = completions.samples
+    longest = sum(lengths) // len(prompts)  # of the replies of a prompt together, on average
+    begun = Prompts(model, prompts, longest, adapters)
+    trees = begun.forest.trees
+    wanted = Wanted(len(trees))
+    steps: list[list[tuple[int, int, int]]] = []  # of each reply: the row, the node that comes before, the token
+    for reply, tokens in enumerate(completions.tokens.tolist()):
+        row, node = begun.rows[reply // samples], begun.ends[reply // samples]
+        tokens = tokens[: lengths[reply]]
+        nodes = [node, *trees[row].path(node, tokens[:-1])]
+        steps.append([(row, node, token) for node, token in zip(nodes, tokens, strict=True)])
+        for node in nodes:
+            wanted.add(row, node)
+    scores = begun.forest.run(wanted.nodes)  # [B, K, V]
+    # a node's first token is looked up where the scores are; of a node that goes on in several ways the others in copies
+    first = torch.zeros(scores.shape[:2], dtype=torch.long)  # [B, K]
+    flat = first.view(-1)
+    found: dict[tuple[int, int], int] = {}  # by node and token, where its log p will be
+    others: list[tuple[int, int]] = []
+    where = torch.zeros(completions.tokens.shape, dtype=torch.long)
+    taken: set[int] = set()
+    for reply, path in enumerate(steps):
+        for column, (row, node, token) in enumerate(path):
+            place = wanted.index(row, node)
+            if (place, token) not in found:
+                if place in taken:
+                    found[place, token] = len(flat) + len(others)
+                    others.append((place, token))
+                else:
+                    found[place, token] = place
+                    taken.add(place)
+                    flat[place] = token
+            where[reply, column] = found[place, token]
+    log_probs = token_log_probs(scores, first.to(scores.device), temperature).flatten()
+    if others:
+        places, tokens_of_others = torch.tensor(others).to(scores.device).unbind(1)
+        copies = scores.flatten(0, 1)[places].unsqueeze(1)  # [M, 1, V]
+        rest = token_log_probs(copies, tokens_of_others.unsqueeze(1), temperature).flatten()
+        log_probs = torch.cat([log_probs, rest])
+    return log_probs[where.to(scores.device)]

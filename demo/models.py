@@ -34,6 +34,7 @@ class LanguageModel:
         decode: token ids -> text without special tokens.
         new_cache: an empty key-value cache (transformers' DynamicCache or the like).
         end_id: the token that ends a reply; pad_id: a token for positions nobody reads.
+        window: tokens that a layer of local attention sees, where there is one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LanguageModel:
     new_cache: Callable[[], object]
     end_id: int
     pad_id: int
+    window: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +102,7 @@ def fast_dtype() -> torch.dtype:
 def transformers_model(name: str, directory: Path) -> LanguageModel:
     """A chat model from a local directory, on the GPU where there is one; nothing is downloaded."""
     transformers = import_transformers()
-    from .cache import roomy_cache
+    from .cache import local_window, roomy_cache
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     # for the short sequences here eager attention is 2 to 3 times as fast as the fused one in bfloat16 on a CPU, and 8%
@@ -131,6 +133,7 @@ def transformers_model(name: str, directory: Path) -> LanguageModel:
         new_cache=lambda: roomy_cache(module.config),
         end_id=end_id,
         pad_id=end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        window=local_window(module.config),
     )
 
 

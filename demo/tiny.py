@@ -66,14 +66,8 @@ class KeyValueCache:
         self.layers[layer] = keys, values
         return keys, values
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda held: held.repeat_interleave(repeats, dim=0))
-
     def batch_select_indices(self, rows: Tensor) -> None:
-        self._map(lambda held: held[rows])
-
-    def _map(self, fn) -> None:
-        self.layers = {layer: (fn(keys), fn(values)) for layer, (keys, values) in self.layers.items()}
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
 
 class DecoderLayer(nn.Module):
@@ -128,13 +122,17 @@ class TinyDecoder(nn.Module):
         past_key_values: KeyValueCache | None = None,
         logits_to_keep: int = 0,
     ) -> Output:
-        """As in transformers: input_ids [B, T], attention_mask [B, past + T]; logits_to_keep 0 keeps all."""
+        """As in transformers: input_ids [B, T]; attention_mask [B, past + T], or [B, 1, T, past + T] to be added to the
+        scores; logits_to_keep 0 keeps all.
+        """
         cache = KeyValueCache() if past_key_values is None else past_key_values
         new, past = input_ids.shape[1], cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(past, past + new).unsqueeze(0)
         visible = torch.ones(new, past + new, dtype=torch.bool).tril(past)  # [T, S]
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dim() == 4:
+            visible = attention_mask
+        elif attention_mask is not None:
             visible = visible & attention_mask.bool()[:, None, None, :]  # [B, 1, T, S]
         x = self.tokens(input_ids) + self.positions(position_ids)
         for layer in self.layers:

@@ -1,14 +1,17 @@
-"""The prefix tree against the whole sequence at once: same tokens, same log-probabilities, same gradients."""
+"""Trees of tokens against whole sequences one by one: same tokens, same log-probabilities, same gradients."""
 import pytest
 import torch
 
-from demo.generation import Assignment, Completions, completion_log_probs, draw, generate, invert, stretches
+from demo import generation
+from demo.generation import Assignment, Completions, completion_log_probs, draw, generate, invert
 from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank.bank import AdapterBank
 
 PROMPTS = ["345_____=", "34______=", "9911____="]
-UNEQUAL = ["345_____=", "345____=", "345=", "3="]  # a common beginning, and padding on the left for all but the first
+UNEQUAL = ["345_____=", "345____=", "345=", "3="]  # a common beginning, and ends at different depths
+NESTED = ["34_", "34_=", "34_=7", "34_="]  # prompts that go on as replies to others do, and one twice
+SHAPES = pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL, NESTED, PROMPTS[:1]], ids=["field", "unequal", "nested", "one"])
 
 
 @pytest.fixture
@@ -37,8 +40,14 @@ def whole_log_probs(model, prompt, reply):
     return scores.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL, PROMPTS[:1]], ids=["fixed field", "unequal", "one"])
-def test_log_probs_and_gradients_are_those_of_whole_sequences(adapted, prompts):
+@pytest.fixture(params=[generation.ROW, 70, 1], ids=lambda row: f"rows of {row}")
+def rows(request, monkeypatch):
+    """How many tokens share a row: all of a batch, some prompts', one prompt's."""
+    monkeypatch.setattr(generation, "ROW", request.param)
+
+
+@SHAPES
+def test_log_probs_and_gradients_are_those_of_whole_sequences(adapted, prompts, rows):
     ids = encoded(adapted, prompts)
     completions = generate(adapted, ids, [1.0] * 4, 12, torch.Generator().manual_seed(0))
     found = completion_log_probs(adapted, ids, completions, temperature=1.0)
@@ -55,16 +64,59 @@ def test_log_probs_and_gradients_are_those_of_whole_sequences(adapted, prompts):
     torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
 
 
-def test_greedy_replies_are_the_argmax_of_whole_sequences(adapted):
-    for prompts in (PROMPTS, UNEQUAL):
-        ids = encoded(adapted, prompts)
-        completions = generate(adapted, ids, [0.0], 16)
-        for prompt, tokens, keep in zip(ids, completions.tokens, completions.mask, strict=True):
-            reply = tokens[keep].tolist()
-            for length, token in enumerate(reply):
-                scores = adapted.module(torch.tensor([prompt + reply[:length]])).logits[0, -1]
-                assert scores.argmax() == token
-            assert reply[-1] == adapted.end_id or len(reply) == 16
+@SHAPES
+def test_greedy_replies_are_the_argmax_of_whole_sequences(adapted, prompts, rows):
+    ids = encoded(adapted, prompts)
+    completions = generate(adapted, ids, [0.0], 16)
+    for prompt, tokens, keep in zip(ids, completions.tokens, completions.mask, strict=True):
+        reply = tokens[keep].tolist()
+        for length, token in enumerate(reply):
+            scores = adapted.module(torch.tensor([prompt + reply[:length]])).logits[0, -1]
+            assert scores.argmax() == token
+        assert reply[-1] == adapted.end_id or len(reply) == 16
+
+
+def computed(model, call):
+    """Tokens that the model was given meanwhile, padding included."""
+    given = []
+    handle = model.module.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        call()
+    finally:
+        handle.remove()
+    return sum(given)
+
+
+def test_each_token_is_computed_once(adapted):
+    """The common beginning, prompts, and what replies have in common; an end token and the last one not at all."""
+    ids = encoded(adapted, UNEQUAL)
+    completions = generate(adapted, ids, [0.0, 1.0, 1.0, 1.0, 1.0, 1.0], 12, torch.Generator().manual_seed(0))
+    nodes = {tuple(prompt[: i + 1]) for prompt in ids for i in range(len(prompt))}
+    for row, keep in enumerate(completions.mask):
+        reply = completions.tokens[row][keep].tolist()
+        nodes |= {(*ids[row // 6], *reply[: i + 1]) for i in range(len(reply) - 1)}
+    assert computed(adapted, lambda: completion_log_probs(adapted, ids, completions, 1.0)) == len(nodes)
+    again = torch.Generator().manual_seed(0)
+    assert computed(adapted, lambda: generate(adapted, ids, [0.0, *[1.0] * 5], 12, again)) == len(nodes)
+    assert len(nodes) < 0.5 * sum(len(ids[row // 6]) + int(keep.sum()) for row, keep in enumerate(completions.mask))
+
+
+def test_replies_that_are_one_are_computed_once(adapted):
+    ids = encoded(adapted, PROMPTS)
+    one, five = (lambda n=n: generate(adapted, ids, [0.0] * n, 16) for n in (1, 5))
+    assert computed(adapted, one) == computed(adapted, five)
+    alone, together = one(), five()
+    assert torch.equal(together.tokens, alone.tokens.repeat_interleave(5, 0))
+
+
+def test_sequences_beyond_a_sliding_window_are_refused(adapted):
+    adapted.window = 12
+    ids = encoded(adapted, PROMPTS)
+    generate(adapted, ids, [0.0], 3)
+    with pytest.raises(ValueError, match="sees 12 tokens"):
+        generate(adapted, ids, [1.0] * 20, 8, torch.Generator().manual_seed(0))
 
 
 def test_a_reply_does_not_depend_on_its_batch(adapted):
@@ -93,20 +145,14 @@ def test_mixed_temperatures_keep_the_greedy_reply(adapted):
 
 
 def test_samples_follow_the_tempered_distribution():
-    scores = torch.tensor([[1.0, 0.0, -1.0]]).expand(20000, -1)
-    drawn = draw(scores, torch.full((20000, 1), 0.5), torch.Generator().manual_seed(0))
-    expected = (scores[0] / 0.5).softmax(0)
+    scores = torch.tensor([[0.0, 9.0, 0.0], [1.0, 0.0, -1.0]])
+    places, uniform = torch.ones(20000).long(), torch.rand(20000, generator=torch.Generator().manual_seed(0)).double()
+    drawn = draw(scores, places, torch.full((20000,), 0.5), uniform)
+    expected = (scores[1] / 0.5).softmax(0)
     found = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(found, expected, atol=0.015, rtol=0)  # four standard deviations of 20,000 draws
-
-
-def test_stretches_cover_every_token_once_and_little_padding():
-    lengths = torch.tensor([2, 2, 3, 3, 3, 4, 9, 30])
-    found = list(stretches(lengths))
-    assert [start for start, _ in found] == [1] + [stop for _, stop in found[:-1]] and found[-1][1] == 30
-    walked = sum(int((lengths > start).sum()) * (stop - start) for start, stop in found)
-    assert 48 == int((lengths - 1).sum()) <= walked <= 64 < 8 * 29  # all at once
-    assert list(stretches(torch.tensor([1, 1]))) == [] and list(stretches(torch.tensor([5, 5, 4]))) == [(1, 5)]
+    mixed = draw(scores, torch.tensor([0, 1, 1, 0]), torch.tensor([0.0, 0.0, 1e-3, 5.0]), torch.tensor([0.9] * 4).double())
+    assert mixed.tolist() == [1, 0, 0, 2]
 
 
 def test_select_prompts_keeps_whole_groups_and_trims_columns():
@@ -116,7 +162,7 @@ def test_select_prompts_keeps_whole_groups_and_trims_columns():
     assert torch.equal(kept.tokens, tokens[2:, :2]) and torch.equal(kept.mask, mask[2:, :2])
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL], ids=["fixed field", "unequal"])
+@pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL, NESTED], ids=["field", "unequal", "nested"])
 def test_prompts_under_different_adapters_are_each_what_they_are_alone(adapted, prompts):
     """Replies by their own random numbers, log-probabilities and gradients; the common beginning differs by adapter."""
     bank = AdapterBank(adapted.module, 2, trainable=True)
@@ -153,11 +199,12 @@ def test_sampling_inverts_the_cumulative_distribution(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     probabilities = torch.randn(2000, vocabulary, generator=generator).mul(4).softmax(dim=1)
     probabilities[:, ::3] = 0.0 if vocabulary > 1 else 1.0  # never to be chosen
-    number = torch.rand(2000, 1, generator=generator, dtype=torch.float64)
+    number = torch.rand(2000, generator=generator, dtype=torch.float64)
     number[:10], number[10:20] = 0.0, 1 - 2.0**-53
-    found = invert(probabilities, number)
-    cumulative = probabilities.double().cumsum(dim=1)
-    expected = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True).squeeze(1)
-    assert probabilities.gather(1, found[:, None]).min() > 0
+    which = torch.randint(2000, (2000,), generator=generator)
+    found = invert(probabilities, number, which)
+    cumulative = probabilities.double().cumsum(dim=1)[which]
+    expected = torch.searchsorted(cumulative, number[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    assert probabilities[which].gather(1, found[:, None]).min() > 0
     inner = slice(20, None)
     assert torch.equal(found[inner], expected[inner])

@@ -58,11 +58,11 @@ def test_a_local_directory_is_a_model_too():
 
 def test_a_cache_with_room_holds_what_transformers_own_holds():
     transformers = pytest.importorskip("transformers")
-    from demo.cache import RoomyLayer, roomy_cache
+    from demo.cache import RoomyLayer, local_window, roomy_cache
 
     config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2)
     cache, expected = roomy_cache(config), transformers.DynamicCache(config=config)
-    assert [type(layer) for layer in cache.layers] == [RoomyLayer] * 2
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer] * 2 and local_window(config) is None
     generator = torch.Generator().manual_seed(0)
 
     def append(tokens: int, rows: int) -> None:
@@ -83,6 +83,10 @@ def test_a_cache_with_room_holds_what_transformers_own_holds():
                 elif change == "crop":
                     each.crop(-2)
             append(1, rows=len(expected.layers[0].keys))
+    local = transformers.Gemma3TextConfig(num_hidden_layers=7, sliding_window=32)  # keeps what lies behind its window
+    assert [type(layer) for layer in roomy_cache(local).layers] == [RoomyLayer] * 7 and local_window(local) == 32
+    with pytest.raises(ValueError, match="layers of attention only, found a cache of"):
+        roomy_cache(transformers.Qwen3NextConfig(num_hidden_layers=4))
     gradients = []
     for each in (cache, expected):  # with autograd nothing is written over
         x = torch.ones(len(expected.layers[0].keys), 2, 1, 8, requires_grad=True)
