@@ -223,7 +223,7 @@ def completion_log_probs(
         for node in nodes:
             wanted.add(row, node)
     scores = begun.forest.run(wanted.nodes)  # [B, K, V]
-    # a node's first token is looked up where the scores are; of a node that goes on in several ways the others in copies
+    # a node's first token is looked up where the scores are; where it goes on in several ways, the others in copies
     first = torch.zeros(scores.shape[:2], dtype=torch.long)  # [B, K]
     flat = first.view(-1)
     found: dict[tuple[int, int], int] = {}  # by node and token, where its log p will be

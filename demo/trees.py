@@ -124,7 +124,7 @@ class Forest:
                 tokens[row, column], positions[row, column] = tree.tokens[node], depths[node]
         self._sees = sees
         if self.model.window is not None and max(map(max, self._depths)) >= self.model.window:
-            raise ValueError(f"{self.model.name}: its attention sees {self.model.window} tokens, the sequences are longer")
+            raise ValueError(f"{self.model.name}: its attention sees {self.model.window} tokens, sequences are longer")
         keep = max(1, max(map(len, wanted)))
         return self._forward(tokens, positions, torch.from_numpy(sees[:, past:]), keep)
 

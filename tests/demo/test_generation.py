@@ -11,7 +11,9 @@ from tinylora_kernels.bank.bank import AdapterBank
 PROMPTS = ["345_____=", "34______=", "9911____="]
 UNEQUAL = ["345_____=", "345____=", "345=", "3="]  # a common beginning, and ends at different depths
 NESTED = ["34_", "34_=", "34_=7", "34_="]  # prompts that go on as replies to others do, and one twice
-SHAPES = pytest.mark.parametrize("prompts", [PROMPTS, UNEQUAL, NESTED, PROMPTS[:1]], ids=["field", "unequal", "nested", "one"])
+SHAPES = pytest.mark.parametrize(
+    "prompts", [PROMPTS, UNEQUAL, NESTED, PROMPTS[:1]], ids=["field", "unequal", "nested", "one"]
+)
 
 
 @pytest.fixture
@@ -151,7 +153,8 @@ def test_samples_follow_the_tempered_distribution():
     expected = (scores[1] / 0.5).softmax(0)
     found = torch.bincount(drawn, minlength=3) / 20000
     torch.testing.assert_close(found, expected, atol=0.015, rtol=0)  # four standard deviations of 20,000 draws
-    mixed = draw(scores, torch.tensor([0, 1, 1, 0]), torch.tensor([0.0, 0.0, 1e-3, 5.0]), torch.tensor([0.9] * 4).double())
+    places, temperatures = torch.tensor([0, 1, 1, 0]), torch.tensor([0.0, 0.0, 1e-3, 5.0])
+    mixed = draw(scores, places, temperatures, torch.tensor([0.9] * 4).double())
     assert mixed.tolist() == [1, 0, 0, 2]
 
 
