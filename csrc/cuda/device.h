@@ -25,8 +25,8 @@ class Device {
   int resident_blocks(const Kernel& kernel, int threads) const;  // that a multiprocessor runs at once
 
   // A counter in device memory that is zero before and after every launch of the kernel's module, and that no two
-  // launches use at once: those of a stream follow one another. Null where the stream is being captured, for a graph may
-  // run beside anything, and where there are more streams than tickets.
+  // launches use at once: those of a stream follow one another. A launch that is captured has one to itself, for its
+  // graph may run beside anything but itself. Null where there are no more.
   uint32_t* ticket(const Kernel& kernel, Stream stream) const;
 
   void clear(void* words, int64_t count, Stream stream) const;  // 4-byte words set to zero

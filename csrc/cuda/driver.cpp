@@ -99,10 +99,11 @@ struct Device::Card {
   std::atomic<KernelHandle> kernels[Kernel::kAll] = {};
   std::atomic<int8_t> resident[Kernel::kAll][kMaxWarpsOfBlock + 1] = {};
   std::map<std::pair<int, unsigned long long>, uint32_t*> tickets;  // by module and stream
-  int handed_out[kModules] = {};
+  int of_streams[kModules] = {}, of_graphs[kModules] = {};  // handed out
 
   static Card& of(int index);
   KernelHandle kernel(const Kernel& wanted);
+  uint32_t* ticket(int module, int number);
 
  private:
   Library library(const Kernel& wanted, const Image& image);
@@ -181,24 +182,34 @@ int Device::resident_blocks(const Kernel& kernel, int threads) const {
   return known = static_cast<int8_t>(blocks);
 }
 
+uint32_t* Device::Card::ticket(int module, int number) {
+  Address first = 0;
+  size_t bytes = 0;
+  const Uncaptured uncaptured;
+  CALL(cuLibraryGetGlobal, &first, &bytes, libraries[module], kTicketsName);
+  return reinterpret_cast<uint32_t*>(first) + number;
+}
+
 uint32_t* Device::ticket(const Kernel& kernel, Stream stream) const {
   const auto handle = static_cast<StreamHandle>(stream);
   const int module = kernel.module();
   int status = -1;
   unsigned long long id = 0;
-  if (driver_functions().cuStreamIsCapturing(handle, &status) || status != kNotCapturing) return nullptr;
-  if (driver_functions().cuStreamGetId(handle, &id)) return nullptr;
+  if (driver_functions().cuStreamIsCapturing(handle, &status)) return nullptr;
+  const bool captured = status != kNotCapturing;
+  if (!captured && driver_functions().cuStreamGetId(handle, &id)) return nullptr;
   card_.kernel(kernel);  // its module is loaded
   const std::lock_guard<std::mutex> lock(card_.mutex);
+  if (captured) {
+    int& used = card_.of_graphs[module];
+    return used == kGraphTickets ? nullptr : card_.ticket(module, kStreamTickets + used++);
+  }
   const auto key = std::make_pair(module, id);
   const auto found = card_.tickets.find(key);
   if (found != card_.tickets.end()) return found->second;
-  if (card_.handed_out[module] == kTickets) return nullptr;
-  Address first = 0;
-  size_t bytes = 0;
-  const Uncaptured uncaptured;
-  CALL(cuLibraryGetGlobal, &first, &bytes, card_.libraries[module], kTicketsName);
-  return card_.tickets[key] = reinterpret_cast<uint32_t*>(first) + card_.handed_out[module]++;
+  int& used = card_.of_streams[module];
+  if (used == kStreamTickets) return nullptr;
+  return card_.tickets[key] = card_.ticket(module, used++);
 }
 
 void Device::clear(void* words, int64_t count, Stream stream) const {

@@ -25,7 +25,7 @@ template __global__ void bank_grad_kernel<TINYLORA_RANK>(BankGradArguments);
 template __global__ void refresh_right_kernel<TINYLORA_ELEMENT, TINYLORA_RANK>(RightArguments);
 
 #ifdef __CUDACC__
-__device__ uint32_t tickets[kTickets];  // each zero before and after every launch: Device::ticket
+__device__ uint32_t tickets[kStreamTickets + kGraphTickets];  // each zero before and after every launch: Device::ticket
 #endif
 
 }  // namespace tinylora

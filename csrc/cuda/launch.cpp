@@ -24,7 +24,7 @@ Kernel parts_kernel_of(Element element, int rank, const LaunchPlan& plan, const 
   return {Kind::Parts, element, rank, plan.tile, all.part[0].mixing.ids != nullptr};
 }
 
-// The ticket of a launch that sums over blocks: the stream's, or a word of its scratch, set to zero first.
+// The ticket of a launch that sums over blocks: the device's, or a word of its scratch, set to zero first.
 uint32_t* ticket_for(const Device& device, const Kernel& kernel, const LaunchPlan& plan, float* word, Stream stream) {
   if (plan.blocks == 1) return nullptr;
   if (uint32_t* const ticket = device.ticket(kernel, stream)) return ticket;

@@ -12,7 +12,8 @@ constexpr int64_t kMaxExtent = 1 << 30;        // of N and D, counted in 32 bits
 constexpr int kBankThreads = 512;
 constexpr int kRightThreads = 256;             // a sample of the weight each
 constexpr int kRightColumns = 2 * kWarp;       // of a block
-constexpr int kTickets = 256;                  // streams that have a ticket of their own
+constexpr int kStreamTickets = 256;            // streams that have a ticket of their own
+constexpr int kGraphTickets = 1 << 15;         // launches in graphs that have one
 
 // How a team of threads holds its rows between the dot products and the update. All but the last two keep them in
 // registers, so that memory is read once. The last two stream: rows too long for that, rows that are not aligned, and a

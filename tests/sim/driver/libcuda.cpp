@@ -92,6 +92,7 @@ struct Driver {
   std::vector<std::unique_ptr<StreamState>> streams;
   std::map<const char*, Memory> memory;
   std::map<std::string, int> calls;
+  std::map<const uint32_t*, std::pair<unsigned long long, bool>> ticket_owners;  // a stream, or a launch that was captured
   std::vector<std::string> launched;
   std::string report;
 } d;
@@ -229,6 +230,27 @@ int execute(const Launch& launch) {
     const auto& p = *reinterpret_cast<const tinylora::RowsArguments*>(launch.arguments.data());
     if (p.ticket && *p.ticket) return refuse(kLaunchFailed, launch.kernel->name + ": the ticket is not zero");
   }
+  return 0;
+}
+
+// A ticket of the module is one stream's, or that of one launch which was captured. (One in scratch is set to zero first.)
+int expect_own_ticket(const Launch& launch, const StreamState* stream) {
+  const uint32_t* ticket = nullptr;
+  const char* const arguments = launch.arguments.data();
+  if (launch.kernel->name.find("11rows_kernel") != std::string::npos)
+    ticket = reinterpret_cast<const tinylora::RowsArguments*>(arguments)->ticket;
+  if (launch.kernel->name.find("12parts_kernel") != std::string::npos)
+    ticket = reinterpret_cast<const tinylora::PartsArguments*>(arguments)->part[0].ticket;
+  const auto holds = [&](const auto& variable) {
+    const std::vector<uint32_t>& words = variable.second;
+    return ticket >= words.data() && ticket < words.data() + words.size();
+  };
+  const auto& variables = launch.kernel->library->variables;
+  if (!ticket || std::none_of(variables.begin(), variables.end(), holds)) return 0;
+  const auto owner = std::make_pair(stream ? stream->id : 1 + launch.context->device, stream && stream->capturing);
+  const auto [known, fresh] = d.ticket_owners.emplace(ticket, owner);
+  if (!fresh && (owner.second || known->second != owner))
+    return refuse(kLaunchFailed, launch.kernel->name + ": the ticket of another launch that may run beside it");
   return 0;
 }
 
@@ -417,6 +439,7 @@ int cuLaunchKernel(Function handle, unsigned grid_x, unsigned grid_y, unsigned g
   if (!parameters || extra) return refuse(kInvalidValue, kernel->name + ": parameters");
   const char* const block = static_cast<const char*>(parameters[0]);
   Launch launch{kernel, current(), {block, block + facts.parameter_bytes}, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}};
+  if (const int error = expect_own_ticket(launch, stream)) return error;
   d.launched.push_back(kernel->name);
   if (*environment("STANDIN_IDLE")) return 0;
   return do_or_record(stream, [launch] { return execute(launch); });
