@@ -48,38 +48,40 @@ class Assignment:
     ids: Tensor  # [P] as in AdapterBank.use
 
 
-class Prompts:
-    """Prompts as the beginnings of trees, some to a row; a row has one adapter.
+class Replies:
+    """Prompts and their replies to come as trees, several to a row; a row has one adapter.
 
     Attributes:
         forest: whose rows they are.
-        rows: of each prompt.
-        ends: the node of each prompt's last token.
+        rows, ends: [P * n] of each reply, its row and the node of its prompt's last token there.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         prompts: Sequence[Sequence[int]],
-        replies: int,
+        samples: int,
+        length: int,
         adapters: Assignment | None = None,
     ):
-        """replies: how many tokens those of one prompt may have together."""
+        """samples: n; length: of a reply, in tokens, about."""
         bank, ids = (adapters.bank, adapters.ids) if adapters else (None, torch.zeros(len(prompts)).long())
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)  # leave each prompt a token
-        self.rows = [0] * len(prompts)
+        self.rows = [0] * (len(prompts) * samples)
         of_rows: list[int] = []  # the adapter
         for adapter in ids.unique().tolist():
             own = (ids == adapter).nonzero().squeeze(1).tolist()
-            tokens = sum(len(prompts[i]) - shared + replies for i in own)
-            count = min(len(own), -(-tokens // ROW))
-            for k, prompt in enumerate(own):
-                self.rows[prompt] = len(of_rows) + k * count // len(own)
+            tokens = sum(len(prompts[i]) - shared + samples * length for i in own)
+            units = len(own) if tokens <= len(own) * ROW else len(own) * samples  # that are not torn apart
+            count = min(units, -(-tokens // ROW))
+            for k, reply in enumerate(i * samples + sample for i in own for sample in range(samples)):
+                self.rows[reply] = len(of_rows) + k * units // (len(own) * samples) * count // units
             of_rows += [adapter] * count
         self.forest = Forest(model, torch.tensor(of_rows), bank, prompts[0][:shared])
-        self.ends = []
-        for row, prompt in zip(self.rows, prompts, strict=True):
-            self.ends.append(self.forest.trees[row].path(ROOT, prompt, reply=False)[-1])
+        self.ends = [
+            self.forest.trees[row].path(ROOT, prompts[reply // samples], reply=False)[-1]
+            for reply, row in enumerate(self.rows)
+        ]
 
 
 class Wanted:
@@ -123,21 +125,19 @@ def generate(
         adapters: of the prompts.
     """
     samples, total = len(temperatures), len(prompts) * len(temperatures)
-    begun = Prompts(model, prompts, samples * max_new_tokens, adapters)
-    trees = begun.forest.trees
+    replies = Replies(model, prompts, samples, max_new_tokens, adapters)
+    trees, row, node = replies.forest.trees, replies.rows, replies.ends
     if uniform is None:
         uniform = torch.rand(total, max_new_tokens, generator=generator, dtype=torch.float64)
     temperature = torch.tensor(temperatures).repeat(len(prompts))  # [B]
     tokens = torch.full((total, max_new_tokens), model.pad_id)
     mask = torch.zeros(total, max_new_tokens, dtype=torch.bool)
-    row = [begun.rows[reply // samples] for reply in range(total)]
-    node = [begun.ends[reply // samples] for reply in range(total)]
     open_ = list(range(total))
     for step in range(max_new_tokens):
         wanted = Wanted(len(trees))
         for reply in open_:
             wanted.add(row[reply], node[reply])
-        scores = begun.forest.run(wanted.nodes).flatten(0, 1)  # [B * K, V]
+        scores = replies.forest.run(wanted.nodes).flatten(0, 1)  # [B * K, V]
         places = torch.tensor([wanted.index(row[reply], node[reply]) for reply in open_])
         chosen = draw(scores, places, temperature[open_], uniform[open_, step])
         tokens[open_, step] = chosen
@@ -209,20 +209,18 @@ def completion_log_probs(
 ) -> Tensor:
     """log p of each reply token at the sampling temperature, [P * n, T], with grad; padding holds that of any token."""
     lengths = completions.mask.sum(dim=1).tolist()
-    samples = completions.samples
-    longest = sum(lengths) // len(prompts)  # of the replies of a prompt together, on average
-    begun = Prompts(model, prompts, longest, adapters)
-    trees = begun.forest.trees
+    replies = Replies(model, prompts, completions.samples, sum(lengths) // len(lengths), adapters)
+    trees = replies.forest.trees
     wanted = Wanted(len(trees))
     steps: list[list[tuple[int, int, int]]] = []  # of each reply: the row, the node that comes before, the token
     for reply, tokens in enumerate(completions.tokens.tolist()):
-        row, node = begun.rows[reply // samples], begun.ends[reply // samples]
+        row, node = replies.rows[reply], replies.ends[reply]
         tokens = tokens[: lengths[reply]]
         nodes = [node, *trees[row].path(node, tokens[:-1])]
         steps.append([(row, node, token) for node, token in zip(nodes, tokens, strict=True)])
         for node in nodes:
             wanted.add(row, node)
-    scores = begun.forest.run(wanted.nodes)  # [B, K, V]
+    scores = replies.forest.run(wanted.nodes)  # [B, K, V]
     # a node's first token is looked up where the scores are; where it goes on in several ways, the others in copies
     first = torch.zeros(scores.shape[:2], dtype=torch.long)  # [B, K]
     flat = first.view(-1)

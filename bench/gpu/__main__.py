@@ -55,7 +55,7 @@ def parts(device: str, before: Path | None, compiled: bool) -> list[Part]:
         ),
     ]  # fmt: skip
     if compiled:  # both again, with the node in C++ from the start
-        found.insert(2, Part("layers, node in C++", 40, ["-m", "pytest", *TESTS, *workers, "tests/gpu", "-k", "cpp"]))
+        found.insert(2, Part("layers, node in C++", 40, ["-m", "pytest", *TESTS, *workers, "tests/gpu", "-k", "cpp or test_direct"]))
     if before is not None:
         command = [*products, "--backend", ours, "--label", "before", "--cases", *main_cases]
         found.insert(-1, Part("products, before", 30, command, {"PYTHONPATH": str(before)}))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from demo import generation
-from demo.generation import Assignment, Completions, completion_log_probs, draw, generate, invert
+from demo.generation import Assignment, Completions, Replies, completion_log_probs, draw, generate, invert
 from demo.models import PROJECTIONS, load_model
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.bank.bank import AdapterBank
@@ -103,6 +103,17 @@ def test_each_token_is_computed_once(adapted):
     again = torch.Generator().manual_seed(0)
     assert computed(adapted, lambda: generate(adapted, ids, [0.0, *[1.0] * 5], 12, again)) == len(nodes)
     assert len(nodes) < 0.5 * sum(len(ids[row // 6]) + int(keep.sum()) for row, keep in enumerate(completions.mask))
+
+
+@pytest.mark.parametrize("length, rows", [(4, 1), (40, 2), (150, 6), (300, 11), (6000, 18)])
+def test_rows_hold_about_as_many_tokens_as_they_may(adapted, length, rows):
+    """Prompts are not torn apart before their replies alone fill a row."""
+    replies = Replies(adapted, encoded(adapted, PROMPTS) * 2, 3, length)
+    sizes = torch.bincount(torch.tensor(replies.rows))
+    assert len(sizes) == rows == len(replies.forest.trees) and sizes.max() - sizes.min() <= 3
+    assert sizes.max() == 1 or sizes.max() * length <= 512
+    if rows <= 6:
+        assert all(len(set(replies.rows[3 * i : 3 * i + 3])) == 1 for i in range(6))
 
 
 def test_replies_that_are_one_are_computed_once(adapted):
