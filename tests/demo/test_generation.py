@@ -111,7 +111,7 @@ def test_rows_hold_about_as_many_tokens_as_they_may(adapted, length, rows):
     replies = Replies(adapted, encoded(adapted, PROMPTS) * 2, 3, length)
     sizes = torch.bincount(torch.tensor(replies.rows))
     assert len(sizes) == rows == len(replies.forest.trees) and sizes.max() - sizes.min() <= 3
-    assert sizes.max() == 1 or sizes.max() * length <= 512
+    assert sizes.max() == 1 or sizes.max() * length <= 1.2 * 512
     if rows <= 6:
         assert all(len(set(replies.rows[3 * i : 3 * i + 3])) == 1 for i in range(6))
 
