@@ -55,7 +55,8 @@ def parts(device: str, before: Path | None, compiled: bool) -> list[Part]:
         ),
     ]  # fmt: skip
     if compiled:  # both again, with the node in C++ from the start
-        found.insert(2, Part("layers, node in C++", 40, ["-m", "pytest", *TESTS, *workers, "tests/gpu", "-k", "cpp or test_direct"]))
+        node = ["tests/gpu", "-k", "cpp or test_direct"]
+        found.insert(2, Part("layers, node in C++", 40, ["-m", "pytest", *TESTS, *workers, *node]))
     if before is not None:
         command = [*products, "--backend", ours, "--label", "before", "--cases", *main_cases]
         found.insert(-1, Part("products, before", 30, command, {"PYTHONPATH": str(before)}))
