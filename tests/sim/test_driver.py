@@ -155,24 +155,44 @@ print("done")
 
 
 def test_tensors_of_another_device_are_refused(machine):
-    """Before anything is launched: an address of one device, or of the host, means nothing on another."""
+    """Of every op, before anything is launched: an address of one device, or of the host, means nothing on another."""
     assert "done" in machine(READY + """
-inputs = make_case(Case(6, 64, numbers=13, adapters=3), torch.bfloat16)
-tensors = {name: getattr(inputs, name) for name in ("y", "basis", "v", "projection", "offset")}
-tensors |= {"bias": torch.zeros(64, dtype=torch.bfloat16), "adapter_ids": torch.tensor([0, 1, 2])}
-gpu = {name: standin.ops_to_gpu(one, 0) for name, one in tensors.items()}
-update = torch.ops.tinylora.update.default
-update(*gpu.values())
-before = len(standin.launched())
-for name in gpu:
-    for other in (standin.ops_to_gpu(tensors[name], 1), *([] if name == "y" else [tensors[name]])):
-        try:
-            update(*(gpu | {name: other}).values())
-        except ValueError as error:
-            assert "expected the device of y, found another" in str(error), (name, error)
-        else:
-            raise AssertionError(name)
-assert len(standin.launched()) == before and not standin.report(), standin.report()
+bf16, ids = torch.bfloat16, torch.tensor([0, 1, 2])
+x, y = torch.randn(6, 32, dtype=bf16), torch.randn(6, 64, dtype=bf16)
+v, P = torch.randn(3, 13), torch.randn(13, 2, 2)
+basis, right, t = torch.randn(2, 64), torch.randn(2, 32), torch.randn(6, 2)
+bias, parts = torch.zeros(64, dtype=bf16), {"basis": basis, "v": v[None], "projection": torch.randn(2, 13, 2, 2)}
+factors, columns = {"v": v, "projection": P}, [[16, 64], [0, 0]]
+CALLS = {
+    "update": ({"y": y, "basis": basis, **factors, "offset": torch.randn(2), "bias": bias, "ids": ids}, []),
+    "update_backward": ({"g": y, "basis": basis, **factors, "t": t, "ids": ids}, [True]),
+    "low_rank": ({"x": x, "right": right, "basis": basis, **factors, "bias": bias, "ids": ids}, []),
+    "update_input_grad": ({"dx": x, "right": right, "g": y, "basis": basis, **factors, "t": t, "ids": ids}, [True]),
+    "update_parts": ({"y": y, **parts, "offset": torch.randn(2, 2), "bias": bias, "x": None, "right": None, "ids": ids},
+                     columns),
+    "update_parts_backward": ({"g": y, **parts, "t": torch.randn(2, 6, 2), "ids": ids}, [*columns, True]),
+    "refresh_right": ({"right": right, "samples": torch.zeros(1, 256, dtype=torch.int32),
+                       "weight": torch.randn(64, 32, dtype=bf16), "basis": basis}, [True]),
+}
+with_x = {"y": y, **parts, "offset": None, "bias": bias, "x": x, "right": torch.randn(2, 2, 32), "ids": ids}
+tried = 0
+for op, tensors, rest in [*((op, *call) for op, call in CALLS.items()), ("update_parts", with_x, columns)]:
+    run = getattr(torch.ops.tinylora, op).default
+    put = lambda tensor, device: None if tensor is None else standin.ops_to_gpu(tensor, device)
+    gpu = {name: put(tensor, 0) for name, tensor in tensors.items()}
+    run(*gpu.values(), *rest)
+    before = len(standin.launched())
+    for name, tensor in tensors.items():
+        for other in (put(tensor, 1), tensor) if tensor is not None else ():
+            try:
+                run(*(gpu | {name: other}).values(), *rest)
+            except (ValueError, RuntimeError) as error:
+                assert isinstance(error, ValueError) or "tinylora::" in str(error), (op, name, error)
+            else:
+                raise AssertionError((op, name, other.device))
+            tried += 1
+    assert len(standin.launched()) == before, op
+assert tried > 90 and not standin.report(), (tried, standin.report())
 print("done")
 """, STANDIN_CARDS="90,90")
 
