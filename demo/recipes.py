@@ -31,7 +31,7 @@ class Recipe:
 REAL = Recipe(
     task="addition",
     numbers={"4x": 0.01, "1x": 0.02, 13: 0.03},
-    settings=Settings(steps=40, prompts=4, samples=8, lr=0.01, temperature=0.7),
+    settings=Settings(steps=40, prompts=8, samples=8, lr=0.01, temperature=0.7),
     control_steps=3,
 )
 TINY = Recipe(

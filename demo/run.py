@@ -126,7 +126,7 @@ def introduction(
         f"task: {description}\n"
         f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.samples} samples "
         f"at T={settings.temperature:g}, seed {settings.seed}; "
-        f"lr {', '.join(f'{rate:g} for {count}' for count, rate in wanted.items())} numbers"
+        f"lr from {', '.join(f'{rate:g} for {count}' for count, rate in wanted.items())} numbers"
     )
 
 

@@ -20,7 +20,11 @@ from .tasks import Problem, Task
 
 @dataclass(frozen=True)
 class Settings:
-    """One run's hyperparameters; a step is prompts x samples completions and one optimizer step."""
+    """One run's hyperparameters; a step is prompts x samples completions and one optimizer step.
+
+    lr is that of the first step; it falls linearly towards zero, so that the last steps do not lose what was learned to
+    the noise of their few samples.
+    """
 
     steps: int
     prompts: int
@@ -66,6 +70,8 @@ class Run:
     def step(self) -> float:
         """Sample, check, learn; returns the mean reward."""
         begin = time.perf_counter()
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.settings.lr * max(0.0, 1 - len(self.history.rewards) / self.settings.steps)
         problems = list(islice(self.problems, self.settings.prompts))[workers.rank() :: workers.count()]
         prompts = [self.model.encode(problem.prompt) for problem in problems]
         temperatures = [self.settings.temperature] * self.settings.samples

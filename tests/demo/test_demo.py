@@ -7,7 +7,11 @@ import torch
 
 from demo import main
 from demo.experiment import random_direction
+from demo.models import load_model
 from demo.recipes import REAL, adapter_config, rates, resolve_numbers
+from demo.tasks import task
+from demo.training import Run, Settings
+from tinylora_kernels import apply_tiny_lora
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,17 @@ def test_lr_zero_changes_nothing(results):
 def test_random_control_has_the_trained_norm_and_does_not_learn(results):
     control = results["random_control"]
     assert control["numbers"] == 13 and control["norm"] > 0 and len(control["evaluations"]) == 1
+
+
+def test_the_learning_rate_falls_linearly_to_zero():
+    model = load_model("tiny")
+    apply_tiny_lora(model.module, adapter_config(13, 21), progress=False)
+    run = Run(model, task("digit-sums"), Settings(steps=4, prompts=2, samples=2, lr=0.08, temperature=1.0))
+    found = []
+    for _ in range(4):
+        run.step()
+        found += [group["lr"] for group in run.trainer.optimizer.param_groups]
+    assert found == pytest.approx([0.08, 0.06, 0.04, 0.02])
 
 
 def test_files_and_breakdown(demo, results):
