@@ -90,16 +90,17 @@ class Wanted:
     def __init__(self, rows: int):
         self.nodes: list[list[int]] = [[] for _ in range(rows)]
         self._known: dict[tuple[int, int], int] = {}
+        self._most = 0
 
     def add(self, row: int, node: int) -> None:
         if (row, node) not in self._known:
             self._known[row, node] = len(self.nodes[row])
             self.nodes[row].append(node)
+            self._most = max(self._most, len(self.nodes[row]))
 
     def index(self, row: int, node: int) -> int:
         """In the scores [B, K, V] seen as [B * K, V]."""
-        most = max(map(len, self.nodes))
-        return (row + 1) * most - len(self.nodes[row]) + self._known[row, node]
+        return (row + 1) * self._most - len(self.nodes[row]) + self._known[row, node]
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class Forest:
             for tree in self.trees:
                 tree.path(ROOT, beginning, reply=False)
             self.run([[] for _ in self.trees])
-        if len(row) > len(self.trees):
+        if row.tolist() != list(range(len(self.trees))):
             self._select_rows(row)
         self.adapters = adapters
 
