@@ -1,4 +1,4 @@
-"""A decoder of 0.6 million parameters that adds digits modulo 10, for a demo that takes a minute.
+"""A decoder of 0.6 million parameters that adds digits modulo 10, for a demo that takes half a minute.
 
 The problem "345_____=" asks for (3 + 4 + 5) mod 10 in a field of eight digits. A careful writer answers with the
 running sums, "72#2.": 7, 2, then "#", the result and ".". A hasty one jumps to "#" early. Both appear in the corpus the
