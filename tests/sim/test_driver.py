@@ -192,6 +192,14 @@ for op, tensors, rest in [*((op, *call) for op, call in CALLS.items()), ("update
                 raise AssertionError((op, name, other.device))
             tried += 1
     assert len(standin.launched()) == before, op
+tensors, rest = CALLS["update_input_grad"]  # what is written and its factor together: each fits the other
+elsewhere = [put(tensor, int(name in ("dx", "right"))) for name, tensor in tensors.items()]
+try:
+    torch.ops.tinylora.update_input_grad.default(*elsewhere, *rest)
+except ValueError as error:
+    assert "dx: expected the device of g, found another" in str(error), error
+else:
+    raise AssertionError("dx and right of another device than g")
 assert tried > 90 and not standin.report(), (tried, standin.report())
 print("done")
 """, STANDIN_CARDS="90,90")
