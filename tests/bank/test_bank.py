@@ -1,6 +1,7 @@
 """Many adapters in one batch: each row as it would be alone, forward and gradient, whatever other threads do."""
 import contextlib
 import copy
+import dataclasses
 import gc
 import sys
 import threading
@@ -19,6 +20,8 @@ from tinylora_kernels import (
     apply_lora_xs,
     apply_tiny_lora,
     load_adapter,
+    refresh_factors,
+    remove_adapter,
     save_adapter,
     trainable_vectors,
 )
@@ -224,8 +227,9 @@ def test_a_bare_model_and_copies_carry_no_bank():
     with torch.no_grad(), bank.use(["a0"]):
         assert torch.equal(twin(tokens), alone(twin, torch.zeros(3, 3), tokens))
     bank.close()
-    with torch.no_grad(), bank.use(["a0"]):
-        assert torch.equal(model(tokens), twin(tokens))
+    with pytest.raises(RuntimeError, match="bank.use: the bank was closed"), bank.use(["a0"]):
+        model(tokens)
+    assert torch.equal(model(tokens), twin(tokens))
 
 
 def test_files_come_and_go_and_those_of_another_base_are_refused(tmp_path):
@@ -278,13 +282,15 @@ def test_adapters_of_different_seeds_share_a_batch(trainable):
         expected = with_vectors(adapted(seed=seed), value)(tokens[row : row + 1])
         torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-5, atol=1e-6)
     assert error(together[0], adapted()(tokens)[0].detach()) > 1e-2
+    changed = with_vectors(adapted(seed=1), 2 * vectors["s1"])(tokens[:1])
     with torch.no_grad(), bank.use(["s1"]):
-        bank.set("s1", 2 * vectors["s1"])  # the open block keeps what it began with
-        assert torch.equal(model(tokens[:1]), together[:1])
+        for _ in range(3):
+            assert torch.equal(model(tokens[:1]), together[:1])
+        bank.set("s1", 2 * vectors["s1"])  # the open block keeps what it began with, unless the bank trains
+        torch.testing.assert_close(model(tokens[:1]), changed if trainable else together[:1], rtol=1e-5, atol=1e-6)
     assert bank.seed("s1") == 1
     with torch.no_grad(), bank.use(["s1"]):
-        expected = with_vectors(adapted(seed=1), 2 * vectors["s1"])(tokens[:1])
-        torch.testing.assert_close(model(tokens[:1]), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(tokens[:1]), changed, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "checkpointed"])
@@ -447,3 +453,81 @@ def test_threads_that_add_remove_and_switch_never_cross():
         sys.setswitchinterval(interval)
     assert not failures and len(refused) == 4 * 40 and sorted(bank.names()) == sorted(names)
     assert all(torch.equal(bank.vectors(name), value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("own_seeds", [False, True])
+def test_a_step_shows_at_once_with_and_without_gradients(plans, own_seeds):
+    """A rollout in the block of its training runs what was just learned, not what the block began with."""
+    model = adapted()
+    bank, _ = filled_bank(model, own_seeds=own_seeds, trainable=True)
+    tokens = torch.randint(0, 17, (2, 3))
+    optimizer = torch.optim.SGD(bank.parameters(), 0.1)
+    with bank.use(["a0", "a1"]):
+        before = None
+        for _ in range(4):
+            with torch.no_grad():
+                for _ in range(3):
+                    rollout = model(tokens)
+            trained = model(tokens)
+            torch.testing.assert_close(rollout, trained.detach())
+            assert before is None or error(rollout, before) > 1e-3
+            before = rollout
+            optimizer.zero_grad()
+            trained.square().sum().backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("own_seeds", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_slot_that_changes_hands_inside_a_block(plans, own_seeds, grad):
+    model = adapted()
+    tokens = torch.randint(0, 17, (2, 3))
+    for trainable in (False, True):
+        bank, _ = filled_bank(model, count=3, capacity=3, own_seeds=own_seeds, trainable=trainable)
+        with torch.set_grad_enabled(grad), bank.use(["a0", "a1"]):
+            for _ in range(3):
+                before = model(tokens)
+            bank.remove("a2")
+            bank.add("another")
+            bank.remove("a0")
+            assert torch.equal(model(tokens), before)
+            bank.add("b0")
+            if trainable:
+                with pytest.raises(RuntimeError, match="the adapter with id 0 was removed inside the block"):
+                    model(tokens)
+            else:
+                assert torch.equal(model(tokens), before)
+        bank.close()
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_seeds_of_their_own_follow_new_factors(trainable):
+    """P' = S P S^-1 is of the weights that the model has."""
+    model = adapted()
+    bank, vectors = filled_with_seeds(model, (0, 7), trainable=trainable)
+    tokens = torch.randint(0, 17, (2, 4))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            left, _, right = torch.linalg.svd(torch.randn_like(layer.base.weight), full_matrices=False)
+            layer.base.weight.copy_((left * torch.logspace(0, -2, left.shape[1])) @ right)
+    refresh_factors(model, progress=False)
+    with torch.no_grad():
+        with bank.use(["s7", "s0"]):
+            found = model(tokens)
+            before = found.clone()
+        for row, name in enumerate(["s7", "s0"]):
+            twin = copy.deepcopy(remove_adapter(copy.deepcopy(model)))
+            config = dataclasses.replace(next(iter(adapted_layers(model).values())).config, seed=bank.seed(name))
+            expected = with_vectors(apply_tiny_lora(twin, config, progress=False), vectors[name])(tokens[[row]])
+            torch.testing.assert_close(found[[row]], expected, rtol=1e-4, atol=1e-5)
+        with bank.use(["s7", "s0"]):
+            model.double().float()  # moved, and the same
+            assert torch.equal(model(tokens), before)
+            for layer in adapted_layers(model).values():
+                layer.base.weight.mul_(torch.linspace(0.5, 1, layer.base.weight.shape[1]))
+            refresh_factors(model, progress=False)
+            with pytest.raises(RuntimeError, match="q_proj: its factors were computed again while a block is open"):
+                model(tokens)
+            with pytest.raises(RuntimeError, match="close it first"), bank.use(["s7"]):
+                pass

@@ -424,7 +424,7 @@ def test_a_block_lives_as_long_as_somebody_holds_it(counts, monkeypatch):
     monkeypatch.setattr(scope, "_store_counts", functools.cache(scope._store_counts.__wrapped__))
     assert scope._store_counts() is counts
     assert not torch._C._is_key_in_tls("tinylora probe")  # every backward pass of this thread would copy it
-    blocks = scope.Scope("test")
+    blocks = scope.Scope("test", "no way out")
     block = scope.Block()
     alone, ended = sys.getrefcount(block), weakref.ref(block)
     for _ in range(3):

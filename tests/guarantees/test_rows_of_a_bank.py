@@ -245,6 +245,16 @@ def test_beams_are_told_by_their_prompts_and_other_multiples_refused():
         with bank.use(NAMES), pytest.raises(ValueError, match="expected a row for each of the 3 entries, or beams"):
             bank.model(rows)
     expect_each_its_own(bank, both, ["a", "b", "c", "a", "b", "c"])
+    with torch.no_grad(), bank.use(NAMES):
+        bank.model(beams)
+        longer = bank.model(torch.cat([beams, words(6, 2)], 1))  # without a cache
+        for row in range(6):
+            begun = torch.cat([beams, words(6, 2)], 1)[row : row + 1]
+            assert error(longer[row : row + 1], alone[NAMES[row // 2]](begun)) < 2e-5
+        for other in (words(6, 5), words(6, 7), words(6, 4), beams.flip(1)[[0, 2, 1, 3, 4, 5]]):
+            with pytest.raises(ValueError, match="expected a row for each of the 3 entries, or beams"):
+                bank.model(other)
+        bank.model(beams.flip(1))  # other prompts, and beams again
 
 
 def test_a_table_of_positions_serves_no_entry():
@@ -411,3 +421,50 @@ def test_stacked_experts_of_transformers_take_ids_by_token():
         with bank.use([0, 1]), pytest.raises(ValueError, match="experts.* expected an input"):
             bank.model(input_ids=words(2, 6))
             bank.model.model.layers[0].mlp(torch.randn(2, 3, 32))
+
+
+def test_rows_are_beams_where_all_inputs_say_so():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    bank = banked(transformers.LlamaForCausalLM(config).eval(), ("q_proj", "down_proj"))
+    padded = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 1]])
+    embeds = torch.randn(3, 3, 32).repeat_interleave(2, 0)
+    with torch.no_grad(), bank.use(NAMES):
+        bank.model(attention_mask=padded, inputs_embeds=embeds)
+        with pytest.raises(ValueError, match=r"inputs_embeds \[6, 3\]: expected a row for each of the 3 entries"):
+            bank.model(attention_mask=padded, inputs_embeds=torch.randn(6, 3, 32))
+        bank.model.generate(words(3, 4), num_beams=2, max_new_tokens=3, do_sample=False)
+        for length in (4, 6, 7):  # none of them goes on from what was generated
+            with pytest.raises(ValueError, match="expected a row for each of the 3 entries, or beams"):
+                bank.model(words(6, length))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", ["Llama", "T5"])
+def test_beam_search_of_each_prompt_is_that_of_its_adapter(kind, use_cache):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "Llama":
+        config = transformers.LlamaConfig(
+            vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        )  # fmt: skip
+        bank = banked(transformers.LlamaForCausalLM(config).eval(), ("q_proj", "down_proj"))
+    else:
+        config = transformers.T5Config(
+            vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+        bank = banked(transformers.T5ForConditionalGeneration(config).eval(), ("q", "wo"))
+    options = dict(
+        num_beams=2, max_new_tokens=5, do_sample=False, use_cache=use_cache, pad_token_id=0, eos_token_id=None
+    )
+    prompts = words(3, 5) % (WORDS - 1) + 1
+    alone = []
+    for i, name in enumerate(NAMES):
+        with bank.use([name]):
+            alone.append(bank.model.generate(prompts[i : i + 1], **options))
+    with bank.use(NAMES):
+        assert torch.equal(bank.model.generate(prompts, **options), torch.cat(alone))
+    assert len(torch.cat(alone).unique(dim=0)) > 1

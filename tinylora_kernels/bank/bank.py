@@ -20,7 +20,7 @@ from ..common import modes
 from ..common.atomic import write_atomically
 from ..common.finite import as_finite
 from ..common.interrupts import finish, undone_by
-from ..common.scope import Block, Scope
+from ..common.scope import NO_BLOCK, Block, Scope
 from ..files.adapter import check_fits, describe_model, warn_of_what_is_left_out
 from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
@@ -34,6 +34,12 @@ from .selection import Selection
 from .tenancy import hand_on
 
 
+class OwnVectors(Block):
+    """As without any block, where others have one."""
+
+    trace = NO_BLOCK
+
+
 class AdapterBank:
     """K adapters of one adapted model, chosen row by row.
 
@@ -44,15 +50,15 @@ class AdapterBank:
 
     Outside a ``use`` block the model runs its own vectors as before. A block holds in the context that opened it: other
     threads and tasks may have blocks of their own at the same time, and one without any is refused while somebody has
-    one (``own_vectors``). Adapters may be added, changed and removed while batches run: a block that does not train
-    works on a copy of the vectors taken as it opens.
+    one (``own_vectors``). Adapters may be added, changed and removed while batches run: a block of a frozen bank works
+    on a copy of the vectors taken as it opens.
 
     Args:
         model: adapted by apply_tiny_lora or apply_lora_xs, all of one process (copies of it carry no bank).
         capacity: K, the adapters it can hold; memory is K times the trained numbers times the size of dtype.
         dtype: storage of the vectors; arithmetic is float32.
-        trainable: the tables require gradients (``parameters()``); a block then reads the live table, so that
-            optimizer steps show at once. Needs float32.
+        trainable: the tables require gradients (``parameters()``); a block then reads the live table, with or without
+            gradients, so that optimizer steps show at once. Needs float32.
         names: give the adapters these names and zero vectors at once.
         own_seeds: every adapter brings the seed of its random P; otherwise all share the model's. Costs 4 r r bytes for
             each adapter and layer, and u times as much in a trainable bank. For models of apply_tiny_lora.
@@ -95,11 +101,12 @@ class AdapterBank:
             table = torch.zeros(capacity, v.numel(), dtype=dtype, device=v.device)
             self.tables[group] = nn.Parameter(table) if trainable else table
         self._slots: dict[Hashable, int] = {}
-        self._used: set[int] = set()  # slots that had an adapter once
         self._free = list(range(capacity))  # a heap: the lowest slot is handed out first
         self._live = torch.zeros(capacity, dtype=torch.bool, device="cpu")
+        self._tenancies = torch.zeros(capacity, dtype=torch.int64, device="cpu")  # adapters that each slot has had
         self._lock = threading.Lock()
-        self.blocks: Scope = Scope("bank.use")
+        self._closed = False
+        self.blocks: Scope = Scope("bank.use", "call backward() inside `with bank.use(...)`")
         self.selected = self.blocks.innermost
         self._layers = list(layers.values())
         self._layouts = Layouts(model, layers, in_order)
@@ -113,10 +120,11 @@ class AdapterBank:
                 self.add(name)
 
     def close(self) -> None:
-        """Detach the bank: the model is as it was before."""
+        """Detach the bank: the model is as it was before, and ``use`` is an error."""
         finish(self._detach)
 
     def _detach(self) -> None:
+        self._closed = True
         for layer in self._layers:
             layer.bank = None
         for undo in self._unwatch:
@@ -182,14 +190,16 @@ class AdapterBank:
                 raise RuntimeError(f"adapter {name!r}: the bank is full ({self.capacity}); remove one first")
             slot = self._free[0]
             self._write(name, slot, vectors, seed)
-            reused = slot in self._used
+            reused = bool(self._tenancies[slot])
+            now = int(self._tenancies[slot]) + 1
 
             def take() -> None:
                 if self._free and self._free[0] == slot:
                     heapq.heappop(self._free)
                 if reused:
                     hand_on(self.parameters(), slot)
-                self._used.add(slot)
+                    note_change()  # open blocks may read the slot's live row
+                self._tenancies[slot] = now
                 self._slots[name] = slot
                 self._live[slot] = True
 
@@ -198,14 +208,18 @@ class AdapterBank:
 
     @modes.outside_inference_mode
     def set(self, name: Hashable, vectors: Tensor | Sequence) -> None:
-        """Replace an adapter's numbers, [groups, u], not its seed; blocks already open keep the old ones."""
+        """Replace an adapter's numbers, [groups, u], not its seed; blocks already open keep the old ones, but for those
+        of a trainable bank, which read its table.
+        """
         vectors = self._check_vectors(name, vectors)
         with self._lock:
             slot = self.slot(name)
             finish(lambda: self._write(name, slot, vectors, self._seed(slot)))
 
     def remove(self, name: Hashable) -> None:
-        """Take an adapter out; blocks already open keep it, later ones refuse it."""
+        """Take an adapter out; blocks already open keep it, later ones refuse it. Those of a trainable bank keep it
+        until another adapter has its place, and are an error then.
+        """
         with self._lock:
             slot = self.slot(name)
 
@@ -322,8 +336,8 @@ class AdapterBank:
         where time comes first ([1, B] then). Layers whose rows cannot be told to be those of the entries are refused.
 
         The block holds in this context: in threads and tasks that are started with a copy of it (asyncio's are,
-        asyncio.to_thread, contextvars.copy_context().run), not in others, and not across a generator's yield. A block
-        that trains must contain ``backward()`` where activations are recomputed (gradient checkpointing).
+        asyncio.to_thread, contextvars.copy_context().run), not in others, and not across a generator's yield. Where
+        activations are recomputed (gradient checkpointing), ``backward()`` belongs into the block too.
 
         Args:
             adapters: B names, ids or None (the bare base), or a tensor of integers, -1 for the bare base.
@@ -331,17 +345,22 @@ class AdapterBank:
         Raises:
             KeyError, IndexError: an adapter is not in the bank; nothing has run.
             ValueError: from the model, where the rows are not those of the entries.
-            RuntimeError: from the model, where it cannot be said which block its call belongs to.
+            RuntimeError: the bank was closed; from the model, where it cannot be said which block its call belongs to,
+                or where what is recomputed was computed in another one.
         """
+        if self._closed:
+            raise RuntimeError("bank.use: the bank was closed, and the model runs its own vectors; make another bank")
         with self._lock:
-            selection = Selection(self.tables, self.own_projections, self._resolve(adapters), self._layouts)
+            self._follow_factors()
+            ids = self._resolve(adapters)
+            selection = Selection(self.tables, self.own_projections, ids, self._layouts, self._tenancies)
         with self._holding(selection):
             yield
 
     @contextlib.contextmanager
     def own_vectors(self) -> Iterator[None]:
         """Run the model with its own vectors in this block, whatever blocks of ``use`` are open in other threads."""
-        with self._holding(Block()):
+        with self._holding(OwnVectors()):
             yield
 
     @contextlib.contextmanager
@@ -353,6 +372,21 @@ class AdapterBank:
                 yield
         finally:
             note_change()  # nor whether it has ended
+
+    @modes.outside_inference_mode
+    def _follow_factors(self) -> None:
+        """P' of every adapter is made of the sigma that its layer has: after refresh_factors, of another one."""
+        own = self.own_projections
+        if own is None or not own.has_other_factors():
+            return
+        if self.blocks.is_open:
+            raise RuntimeError(
+                "bank.use: the factors of the model were computed again while a block is open; close it first"
+            )
+        own.of_seed.cache_clear()
+        for name, slot in self._slots.items():
+            self._write(name, slot, self._vectors(slot), own.seeds[slot])
+        own.take_factors()
 
     def _resolve(self, adapters: Sequence[Hashable | None] | Tensor) -> Tensor:
         """Ids int64, every one of them live or BARE."""
@@ -368,14 +402,9 @@ class AdapterBank:
         """Of the innermost ``use`` block around the calling code; None outside.
 
         Raises:
-            RuntimeError: it cannot be said which one that is.
+            RuntimeError: it cannot be said which one that is, or what is recomputed here was computed in another one.
         """
         block = self.blocks.now()
-        if block is None and torch._C._current_graph_task_id() != -1 and self.parameters():
-            raise RuntimeError(
-                "adapter bank: activations are being recomputed outside the block that made them; "
-                "call backward() inside `with bank.use(...)`"
-            )
         if block is None and self.blocks.is_open:
             raise RuntimeError(
                 "bank.use: a block is open in another thread or task, and this one has none; open one here, carry it "

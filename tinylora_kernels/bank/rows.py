@@ -2,8 +2,8 @@
 
 The entries of ``bank.use`` are of what the model is called with, tokens [b, T], embeddings [b, T, E], images [b, ...]:
 
-    ids [n]             one for each index of the first dimension: b = n, or b = k n where the input shows that the k
-                        rows of an entry are one prompt, side by side (generate's beams)
+    ids [n]             one for each index of the first dimension: b = n, or b = k n where the inputs show that the k
+                        rows of an entry are one prompt, side by side (generate's beams), or such ones that go on
     ids [n], n = b T    one for each token
     ids [b, 1]          as ids [b]
     ids [b, T], [1, T]  one for each token: packed prompts, time first
@@ -109,28 +109,43 @@ class Rows:
         self.uniform = bool((ids == ids.flatten()[0]).all())  # then every order is the same
         self._layouts = layouts
         self._calls: dict[Shape, Call] = {}
-        self._beams = beams  # rows of a call that was shown to have beams
+        self._known_beams = beams
+        self._beams = 0  # rows of a call that was shown to have beams
+        self._prompts: Tensor | None = None  # what it was called with, [beams, ...]
 
-    def see(self, rows: Shape, what: str, content: Tensor | None) -> None:
+    def see_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note of what the model is called with; raises as `see` does."""
+        found = list(inputs_of(module, args, kwargs))
+        if found:
+            (name, main), contents = found[0], [content for _, content in found]
+            rows = rows_of(main)
+            goes_on = rows[1:] == (1,) or _has_past(kwargs)  # a token each: a model may keep its cache itself
+            self.see(rows, f"{type(module).__name__}: {name}", contents, goes_on)
+
+    def see(self, rows: Shape, what: str, contents: Sequence[Tensor] = (), goes_on: bool = False) -> None:
         """Take note of a call.
 
         Args:
-            rows: shape of the input, the features left out.
-            what: the input, in messages.
-            content: the input.
+            rows: shape of the main input, the features left out.
+            what: that input, in messages.
+            contents: all inputs, the main one first.
+            goes_on: from calls before it.
 
         Raises:
             ValueError: its rows are not those of the entries, or that cannot be told.
         """
         last = next(reversed(self._calls), None)
-        if rows == last:
+        may_be_beams = len(self.shape) == 1 and rows[0] != self.shape[0] and math.prod(rows) != self.shape[0]
+        if rows == last and not may_be_beams:
             return
-        call = self._calls.pop(rows, None) or Call(rows, self._is_by_first(rows, what, content))
+        known = None if may_be_beams else self._calls.get(rows)
+        call = known or Call(rows, self._is_by_first(rows, what, contents, goes_on))
+        self._calls.pop(rows, None)
         self._calls[rows] = call
         if last is not None and len(last) != len(rows):
             note_change()  # an input [m, E] of a plan may be another one's now
 
-    def _is_by_first(self, rows: Shape, what: str, content: Tensor | None) -> bool:
+    def _is_by_first(self, rows: Shape, what: str, contents: Sequence[Tensor], goes_on: bool) -> bool:
         found = f"{what} {list(rows)}"
         if len(self.shape) > 1:
             pairs = zip(self.shape, rows, strict=False)
@@ -151,13 +166,30 @@ class Rows:
             return True
         if math.prod(rows) == n:
             return False
-        if rows[0] % n == 0 and (rows[0] == self._beams or (content is not None and _is_same_in_each(content, n))):
-            self._beams = rows[0]
+        if rows[0] % n == 0 and self._are_beams(rows[0], contents, goes_on):
             return True
         raise ValueError(
             f"{found}: expected a row for each of the {n} entries, or beams of one prompt side by side, found "
             f"{rows[0]}; name one entry a row, or give ids by token {list(rows)}, or [1, {n}] where time is first"
         )
+
+    def _are_beams(self, count: int, contents: Sequence[Tensor], goes_on: bool) -> bool:
+        if count == self._known_beams or (count == self._beams and (goes_on or self._begins_as_before(contents))):
+            return True
+        if not contents or not _is_same_in_each(contents, len(contents[0]), self.shape[0]):
+            return False
+        self._beams, self._prompts = count, contents[0].detach()
+        return True
+
+    def _begins_as_before(self, contents: Sequence[Tensor]) -> bool:
+        """Whether these are the prompts that were shown to have beams, perhaps with what each beam has said since."""
+        if not contents or self._prompts is None:
+            return False
+        main, prompts = contents[0].detach(), self._prompts
+        if main.dim() != prompts.dim() or main.dim() < 2 or main.shape[1] < prompts.shape[1]:
+            return False
+        begin = main[:, : prompts.shape[1]]
+        return begin.shape == prompts.shape and bool((begin == prompts.to(begin.device)).all())
 
     def order(self, layer: Adapted, rows: Shape, flattened: bool = False) -> Order:
         """How the ids become those of a layer's rows.
@@ -172,7 +204,7 @@ class Rows:
         if self.uniform:
             return Order(holds_for=ANY)
         if not self._calls:
-            self.see(rows, f"{layer.name}: its input", None)
+            self.see(rows, f"{layer.name}: its input")
         trusted = layer in self._layouts.in_order
         for call in reversed(self._calls.values()):
             latest = call.rows == next(reversed(self._calls))
@@ -227,11 +259,30 @@ def _shown(rows: Shape) -> str:
     return f"[{', '.join(map(str, rows))}, E]"
 
 
-def _is_same_in_each(content: Tensor, n: int) -> bool:
-    """Whether the rows of each entry are one and the same, and others than the next entry's."""
-    each = content.detach().reshape(n, content.shape[0] // n, -1)
-    same = (each == each[:, :1]).all()
-    return bool(same & (each[1:, 0] != each[:-1, 0]).any(-1).all())
+def _is_same_in_each(contents: Sequence[Tensor], count: int, n: int) -> bool:
+    """Whether the rows of each entry are one and the same in all inputs that have them, and others than the next
+    entry's in some.
+    """
+    others = None  # [n - 1]
+    for content in contents:
+        if content.dim() < 2 or len(content) != count:
+            continue
+        each = content.detach().reshape(n, count // n, -1)
+        if not bool((each == each[:, :1]).all()):
+            return False
+        differ = (each[1:, 0] != each[:-1, 0]).any(-1)
+        others = differ if others is None else others | differ.to(others.device)
+    return others is not None and bool(others.all())
+
+
+def _has_past(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call comes with what calls before it have left, in transformers' words."""
+    for name in ("past_key_values", "cache_params"):
+        cache = kwargs.get(name)
+        length = getattr(cache, "get_seq_length", None)
+        if cache is not None and (length is None or bool(length() > 0)):
+            return True
+    return False
 
 
 def watch(bank: Any, model: nn.Module, layers: Iterable[TinyLoRALayer], undo: list[Callable[[], None]]) -> None:
@@ -253,10 +304,11 @@ class _Watch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bank = self.bank()
+        if bank is not None:
+            bank.blocks.note()
         rows: Rows | None = None if bank is None else getattr(bank.blocks.innermost.get(), "rows", None)
-        if rows is not None and not rows.uniform and (found := next(inputs_of(module, args, kwargs), None)) is not None:
-            name, content = found
-            rows.see(rows_of(content), f"{type(module).__name__}: {name}", content)
+        if rows is not None and not rows.uniform:
+            rows.see_call(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type[_Watch], tuple[()]]:
         return _Watch, ()
@@ -266,7 +318,7 @@ def inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The tensors that a module is called with, what transformers calls the main one first."""
     named = [*(("its input", value) for value in args), *kwargs.items()]
     main = getattr(module, "main_input_name", None)
-    for name, value in sorted(named, key=lambda item: item[0] != main):  # stable
+    for name, value in sorted(named, key=lambda item: (item[0] != main, item[0] != "inputs_embeds")):  # stable
         nested = value.items() if isinstance(value, Mapping) else [(name, value)]
         yield from ((str(key), tensor) for key, tensor in nested if isinstance(tensor, Tensor) and tensor.dim())
 

@@ -46,6 +46,7 @@ class OwnProjections:
                 "fused, or share the model's seed"
             )
         self.position = {layer: position for position, layer in enumerate(layers)}
+        self._sigma = [_Known.of(layer.sigma) for layer in layers]  # that P' and M were made with
         self.trainable = trainable
         u, r = config.trainable_dim, config.frozen_rank
         shape = (len(layers), capacity, u, r * r) if trainable else (len(layers), capacity, r * r)
@@ -80,15 +81,49 @@ class OwnProjections:
         self._held[:, slot] = as_finite(f"{what}: its update", projections, self._held.dtype)
         self.seeds[slot] = seed
 
-    def mixing(self, slots: Tensor, vectors: Mapping[int, Tensor]) -> Tensor:
-        """M of the slots [S] for every layer, [L, S, r * r], a copy; vectors: tie group -> [S, u]."""
-        held = self._held[:, slots]
-        if not self.trainable:
-            return held
-        by_layer = torch.stack([vectors[layer.group].cpu() for layer in self.position]).to(held)  # [L, S, u]
-        return (by_layer.unsqueeze(2) @ held).squeeze(2)
+    def has_other_factors(self) -> bool:
+        """Whether a layer's sigma, of which P' is made, is another one than it was (refresh_factors)."""
+        return not all(known.is_of(layer.sigma) for known, layer in zip(self._sigma, self.position, strict=True))
+
+    def expect_factors(self, layer: TinyLoRALayer) -> None:
+        """Raises in a block that was open when the factors of the layer were computed again."""
+        if not self._sigma[self.position[layer]].is_of(layer.sigma):
+            raise RuntimeError(f"{layer.name}: its factors were computed again while a block is open; close it first")
+
+    def take_factors(self) -> None:
+        """Every adapter was written with the sigma that the layers have now."""
+        self._sigma = [_Known.of(layer.sigma) for layer in self.position]
+
+    def mixing(self, slots: Tensor) -> Tensor:
+        """M of the slots [S] for every layer, [L, S, r * r], a copy; of a frozen bank."""
+        return self._held[:, slots]
 
     def live_mixing(self, layer: TinyLoRALayer, table: Tensor) -> Tensor:
         """M of every adapter for one layer, [K, r * r], with the graph to the bank's table [K, u]."""
         projections = self._held[self.position[layer]].to(table.device)  # [K, u, r r]
         return (table.to(projections.dtype).unsqueeze(1) @ projections).squeeze(1)
+
+
+@dataclasses.dataclass
+class _Known:
+    """A tensor as it was. Every block of the bank asks: numbers are looked at only where it was moved or written."""
+
+    tensor: Tensor
+    version: int | None
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Known:
+        return cls(tensor, _version(tensor), tensor.detach().to("cpu", copy=True))
+
+    def is_of(self, tensor: Tensor) -> bool:
+        if tensor is self.tensor and self.version is not None and _version(tensor) == self.version:
+            return True
+        if not torch.equal(tensor.detach().cpu(), self.numbers):
+            return False
+        self.tensor, self.version = tensor, _version(tensor)
+        return True
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,27 +1,52 @@
 """What holds for a block of code, in the context that opened the block and in no other.
 
-A context variable alone leaves three ways to run under something else than was asked for, each without a word: a
+A context variable alone leaves four ways to run under something else than was asked for, each without a word: a
 generator that yields inside its block leaves it to whoever takes the item, and finds theirs when it goes on; blocks
 that end out of order bring back one that has ended; the threads in which autograd runs a GPU's backward pass start
-without it. Here the first is an error, the second ends what it began, and the third is carried.
+without it; and activations are recomputed in the block of the backward pass, which need not be that of the forward one.
+Here the first is an error, the second ends what it began, the third is carried, and the last is an error where the two
+blocks ask for different things.
 """
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 
 from .interrupts import followed_by
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+nodes_in_blocks = False  # autograd nodes were made in a block, of any scope: activations may be recomputed elsewhere
+_numbers = itertools.count(1)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs here, which may be recomputing activations."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Trace(NamedTuple):
+    """What is left of a block that has ended: blocks that ask for the same leave the same."""
+
+    meaning: int = 0  # 0: nothing was asked for
+    layers: frozenset[int] | None = None  # ids of those that it is about, None: all
+
+    def means(self, layer: object) -> int:
+        return self.meaning if self.layers is None or id(layer) in self.layers else 0
+
+
+NO_BLOCK = Trace()
 
 
 class Block:
@@ -32,9 +57,56 @@ class Block:
     thread = 0
     ended = False
 
+    @functools.cached_property
+    def trace(self) -> Trace:
+        return Trace(next(_numbers))
+
     @property
     def of_generator(self) -> bool:
         return self.opener is not None and bool(self.opener.f_code.co_flags & _GENERATORS)
+
+
+class Trail:
+    """In which blocks a thread made the autograd nodes, which torch numbers for each thread: the last changes."""
+
+    KEPT = 1024
+
+    def __init__(self) -> None:
+        self._begins, self._traces = [0], [NO_BLOCK]  # the nodes from this one on, in blocks of this trace
+
+    def enter(self, block: Block | None) -> None:
+        """The thread's next nodes are made in this block."""
+        global nodes_in_blocks
+        trace, begin = NO_BLOCK if block is None else block.trace, torch._C._autograd._get_sequence_nr()
+        if self._begins[-1] == begin:  # no node was made in the last one
+            del self._begins[-1], self._traces[-1]
+        else:
+            nodes_in_blocks = nodes_in_blocks or self._traces[-1] != NO_BLOCK
+        if not self._traces or self._traces[-1] != trace:
+            self._begins.append(begin)
+            self._traces.append(trace)
+        if len(self._begins) > 2 * self.KEPT:
+            del self._begins[: self.KEPT], self._traces[: self.KEPT]
+
+    def of(self, node: int) -> Trace | None:
+        """Of the block in which the node of this number was made; None: it was long ago."""
+        place = bisect.bisect_right(self._begins, node) - 1
+        return None if place < 0 else self._traces[place]
+
+
+class _Here(NamedTuple):
+    """Of the thread that calls backward(), for those in which autograd runs it."""
+
+    block: Block | None
+    trail: Trail
+    recomputed_in: int | None = None  # the graph task that recomputes, in this block, what calls backward() now
+
+
+class _OfThread(threading.local):
+    """What a scope has in each thread."""
+
+    def __init__(self) -> None:
+        self.trail = Trail()
 
 
 class Scope:
@@ -48,15 +120,26 @@ class Scope:
 
     Args:
         name: what messages call its blocks.
+        way_out: what to do about activations that are recomputed outside the block that made them, for messages.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, way_out: str):
+        self.name, self.way_out = name, way_out
         self.innermost: ContextVar[Block | None] = ContextVar(name, default=None)
         self.is_open = self.by_generators = False
         self._open: list[Block] = []  # in the order they were opened
         self._lock = threading.Lock()
+        self._of_thread = _OfThread()
         self._key = f"tinylora {name} {id(self)}"
+
+    def matters(self) -> bool:
+        """Whether code may stand in a block, or recompute what was made in one: else there is nothing to ask."""
+        return self.is_open or (nodes_in_blocks and in_backward())
+
+    def note(self) -> None:
+        """The innermost block of this context is in force: a thread changes contexts without a word (asyncio)."""
+        if not torch.compiler.is_compiling() and not in_backward():
+            self._of_thread.trail.enter(self.innermost.get())
 
     @contextmanager
     def holding(self, block: Block) -> Iterator[None]:
@@ -77,17 +160,19 @@ class Scope:
             remaining = remaining.outer
         self._put(remaining)
 
-    def now(self) -> Block | None:
-        """The block that the calling code stands in; None outside.
+    def now(self, layer: object = None) -> Block | None:
+        """The block that the calling code, of this layer, stands in; None outside.
 
         Raises:
             RuntimeError: it cannot be said which one that is.
         """
         block = self.innermost.get()
-        if block is None and torch._C._current_graph_task_id() != -1:
+        if (recomputed := in_backward()) and block is None:
             block = self._of_backward_pass()
         if self.by_generators:
             self._expect_order(block)
+        if recomputed and nodes_in_blocks:
+            self._expect_made_in(block, layer)
         if block is not None and block.ended:
             raise RuntimeError(
                 f"{self.name}: this context was copied from a block that has ended; keep the block open until the work "
@@ -104,14 +189,35 @@ class Scope:
 
     def _put(self, block: Block | None) -> None:
         self.innermost.set(block)
-        _stash(self._key, block)  # autograd gives its threads what the thread that called backward() has here
+        trail = self._of_thread.trail
+        trail.enter(block)
+        _stash(self._key, _Here(block, trail))  # autograd gives its threads what the thread that called backward() has
+
+    def _here(self) -> _Here | None:
+        """Of the thread that called backward(), in whichever thread it runs."""
+        return torch._C._get_obj_in_tls(self._key) if torch._C._is_key_in_tls(self._key) else None
+
+    def _expect_made_in(self, block: Block | None, layer: object) -> None:
+        """Raises where what is recomputed here was computed in a block that asked for something else of the layer."""
+        node, here = torch._C._current_autograd_node(), self._here()
+        if node is None or here is None:
+            return
+        task = torch._C._current_graph_task_id()
+        if here.recomputed_in not in (None, task):
+            return  # of nodes that were made a moment ago, in whichever thread of autograd's
+        trace, now = here.trail.of(node._sequence_nr()), NO_BLOCK if block is None else block.trace
+        if trace is not None and trace.means(layer) != now.means(layer):
+            raise RuntimeError(
+                f"{self.name}: activations are being recomputed outside the block that made them; {self.way_out}"
+            )
+        if here.recomputed_in is None:
+            _stash(self._key, here._replace(recomputed_in=task))  # until this node is done: autograd puts back what was
 
     def _of_backward_pass(self) -> Block | None:
-        if not torch._C._is_key_in_tls(self._key):
+        here = self._here()
+        if here is None or here.block is None:
             return None
-        block: Block | None = torch._C._get_obj_in_tls(self._key)
-        if block is None:
-            return None
+        block = here.block
         with self._lock:
             others = [other for other in self._open if other.thread == block.thread and not _within(block, other)]
         if others:  # asyncio changes contexts within a thread

@@ -10,6 +10,7 @@ cannot be expressed there keeps PEFT's own forward, and accelerate_peft says whi
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from ..base.weights import PLAIN, bias_offset
 from ..base.witness import Witness, witness
 from ..common import modes
 from ..common.interrupts import finish, undone_by
-from ..common.scope import Block, Scope
+from ..common.scope import Block, Scope, Trace
 from ..common.words import dtype_name, listed
 from ..functional import tiny_lora_update
 from ..linear.plan import has_hooks, is_bare_product
@@ -118,6 +119,10 @@ class _Samples(Block):
         self.adapters, self.rows, self.copies, self.known = adapters, rows, copies, known
         self._ids: dict[tuple[str, ...], Tensor] = {}
 
+    @functools.cached_property
+    def trace(self) -> Trace:
+        return Trace(hash((tuple(self.adapters), self.copies)), frozenset(map(id, self.known)))
+
     def ids(self, names: tuple[str, ...]) -> Tensor:
         """[B] index into names, -1 for none; [1] where all samples have one adapter."""
         if names not in self._ids:
@@ -128,12 +133,12 @@ class _Samples(Block):
         return self._ids[names]
 
 
-mixed_batches = Scope("adapter_names")
+mixed_batches = Scope("adapter_names", "do without gradient checkpointing")
 
 
 def _samples_of(module: nn.Module) -> _Samples | None:
     """The call with adapter_names that a module of an accelerated model runs in."""
-    block = mixed_batches.now() if mixed_batches.is_open else None
+    block = mixed_batches.now(module) if mixed_batches.matters() else None
     while block is not None and (block.ended or module not in cast(_Samples, block).known):
         block = block.outer
     return cast("_Samples | None", block)
@@ -351,13 +356,12 @@ class _MixedBatches(Tuner):
                 raise ValueError(
                     f"adapter_names: expected one for each row of {what} {list(content.shape)}, found {len(names)}"
                 )
-            rows.see(rows_of(content), what, content)
+            rows.see(rows_of(content), what, [content])
 
         def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
             """What generate calls the model with, in this call's own context."""
             if mixed_batches.innermost.get() is samples:
-                for what, content in islice(inputs_of(module, args, kwargs), 1):
-                    rows.see(rows_of(content), what, content)
+                rows.see_call(module, args, kwargs)
 
         hook = self.model.register_forward_pre_hook(see, with_kwargs=True)
         try:

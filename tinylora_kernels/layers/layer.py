@@ -230,7 +230,7 @@ class TinyLoRALayer(nn.Module):
 
     def is_on(self) -> bool:
         """Whether the update runs here: it is not merged into the weight, nor switched off in this context."""
-        return self.enabled and not (switched_off.is_open and is_off(self))
+        return self.enabled and not (switched_off.matters() and is_off(self))
 
     def _rows_of(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the rows of an input: all but its features, (1,) of a single one."""

@@ -1,13 +1,14 @@
 """Adapters that are off for a block of code, in one context: another thread's rollout keeps its own."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 from torch import nn
 
-from ..common.scope import Block, Scope
+from ..common.scope import Block, Scope, Trace
 from ..linear.plan import note_change
 
 
@@ -17,8 +18,16 @@ class Off(Block):
     def __init__(self, layers: Collection[nn.Module]):
         self.layers = frozenset(layers)
 
+    @functools.cached_property
+    def trace(self) -> Trace:
+        outer = self.outer
+        while outer is not None and outer.ended:
+            outer = outer.outer
+        off = frozenset() if outer is None else outer.trace.layers or frozenset()
+        return Trace(1, off | frozenset(map(id, self.layers)))
 
-switched_off = Scope("adapter_disabled")
+
+switched_off = Scope("adapter_disabled", "call backward() inside `with adapter_disabled(...)`")
 
 
 @contextmanager
@@ -30,8 +39,8 @@ def switch_off(layers: Collection[nn.Module]) -> Iterator[None]:
 
 
 def is_off(layer: nn.Module) -> bool:
-    """Whether the layer is off in the block that runs here; to be asked where ``switched_off.is_open``."""
-    block = switched_off.now()
+    """Whether the layer is off in the block that runs here; to be asked where ``switched_off.matters()``."""
+    block = switched_off.now(layer)
     while block is not None and (block.ended or layer not in cast(Off, block).layers):
         block = block.outer
     return block is not None

@@ -18,6 +18,7 @@ struct Names {
   PyObject* bias = PyUnicode_InternFromString("bias");
   PyObject* v = PyUnicode_InternFromString("v");
   PyObject* basis = PyUnicode_InternFromString("basis");
+  PyObject* nodes_in_blocks = PyUnicode_InternFromString("nodes_in_blocks");
   PyObject* forward = PyUnicode_InternFromString("forward");
   PyObject* hooks[4] = {
       PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
@@ -27,14 +28,14 @@ const Names* names;  // from the module's initialisation on
 
 // What must be as it was. Everything is owned by the Python objects that PlanObject holds.
 struct Questions {
-  PyObject *plans, *dispatch;  // globals of plan.py and dispatch.py
+  PyObject *plans, *dispatch, *scope;  // globals of plan.py, dispatch.py and scope.py
   PyObject* global_hooks;      // tuple of dictionaries
   PyObject *changes, *requested, *state, *buffers, *parameters;
   PyObject *weight, *bias, *v, *basis;
   PyObject *selected, *selection;  // a ContextVar and its value, or None
-  uint32_t version;
+  uint32_t version, computed_at;
   const void* address;  // of the weight's numbers
-  bool lacks_right, live;
+  bool lacks_right;
   int64_t dimensions, first_size;  // of inputs whose rows have the bank's ids, 0: any
 };
 
@@ -63,9 +64,11 @@ PyObject* look_up(PyObject* dict, PyObject* name) { return PyDict_GetItemWithErr
 bool is_empty(PyObject* dict) { return dict && PyDict_GET_SIZE(dict) == 0; }
 
 bool selection_is_as_it_was(const Questions& q, const Tensor& table, const Tensor& x) {
+  // recomputed perhaps outside its block
+  if (torch::autograd::get_current_graph_task_id() != -1 && look_up(q.scope, names->nodes_in_blocks) == Py_True) return false;
   if (q.selected == Py_None) return true;
   if (q.dimensions && (x.dim() != q.dimensions || x.size(0) != q.first_size)) return false;
-  if ((table.requires_grad() && at::GradMode::is_enabled()) != q.live) return false;
+  if (table.defined() && (at::GradMode::is_enabled() || table._version() != q.computed_at)) return false;
   PyObject* value = nullptr;
   if (PyContextVar_Get(q.selected, nullptr, &value) < 0) throw python_error();
   return Owned(value).get() == q.selection;
@@ -177,13 +180,13 @@ std::optional<Parts> parts_held(PyObject* parts) {
   return Parts{tensor(parts, "basis"), tensor(parts, "projection"), std::move(ends)};
 }
 
-// Plan(plan, globals of plan.py, globals of dispatch.py, global hooks). The arguments own what is kept of them: fields of
+// Plan(plan, globals of plan.py, of dispatch.py and of scope.py, global hooks). The arguments own what is kept of them: fields of
 // a NamedTuple do not change.
 PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
   HANDLE_TH_ERRORS
-  PyObject *plan, *plans, *dispatch, *global_hooks;
-  if (!PyArg_ParseTuple(arguments, "OO!O!O!", &plan, &PyDict_Type, &plans, &PyDict_Type, &dispatch, &PyTuple_Type,
-                        &global_hooks)) {
+  PyObject *plan, *plans, *dispatch, *scope, *global_hooks;
+  if (!PyArg_ParseTuple(arguments, "OO!O!O!O!", &plan, &PyDict_Type, &plans, &PyDict_Type, &dispatch, &PyDict_Type, &scope,
+                        &PyTuple_Type, &global_hooks)) {
     return nullptr;
   }
   const auto field = [](PyObject* tuple, const char* name) { return attribute(tuple, name).get(); };
@@ -197,11 +200,12 @@ PyObject* plan_new(PyTypeObject* type, PyObject* arguments, PyObject*) {
           PyLong_AsLongLong(field(frozen, "order")), parts_held(field(frozen, "parts"))}),
       runs_of(field(plan, "held"))});
   const Questions questions{
-      plans, dispatch, global_hooks,
+      plans, dispatch, scope, global_hooks,
       field(plan, "changes"), field(plan, "requested"), field(plan, "state"), field(plan, "buffers"),
       field(plan, "parameters"), field(frozen, "weight"), field(frozen, "bias"), field(plan, "v"),
       field(frozen, "basis"), field(plan, "selected"), field(plan, "selection"), uint32_t(answer->frozen->weight._version()),
-      answer->frozen->weight.const_data_ptr(), field(plan, "lacks_right") == Py_True, field(plan, "live") == Py_True,
+      uint32_t(PyLong_AsLongLong(field(plan, "computed_at"))),
+      answer->frozen->weight.const_data_ptr(), field(plan, "lacks_right") == Py_True,
       PyLong_AsLongLong(field(plan, "dimensions")), PyLong_AsLongLong(field(plan, "first_size"))};
   auto* self = reinterpret_cast<PlanObject*>(type->tp_alloc(type, 0));
   if (!self) return nullptr;

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ..base.weights import PLAIN, right_factor
 from ..base.witness import Witness, witness
-from ..common import modes
+from ..common import modes, scope
 from ..method.parts import PartFactors, part_factors
 from ..ops import BACKENDS, choose, dispatch
 from ..ops.dispatch import Backend
@@ -185,8 +185,8 @@ class Plan(NamedTuple):
     selection: Any  # what it holds inside the block of bank.use that the plan is for
     dimensions: int  # and first size of the inputs whose rows have these ids, 0: any
     first_size: int
-    table: Tensor | None  # the bank's, whose rows were read with or without gradients:
-    live: bool
+    table: Tensor | None  # of a bank that trains, where v is not it but was computed from it, without gradients:
+    computed_at: int  # its version
 
     def run(self, x: Tensor) -> Tensor | None:
         """The adapted output, or None where something is not as it was: then the questions must be asked again."""
@@ -205,6 +205,7 @@ class Plan(NamedTuple):
             or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
             or (lacks_right and x.requires_grad and torch.is_grad_enabled())
             or (self.selected is not None and not self._selects(x))
+            or (scope.nodes_in_blocks and scope.in_backward())  # recomputed perhaps outside its block
         ):  # fmt: skip
             return None
         y = apply_linear(x, v, self.frozen)
@@ -212,11 +213,12 @@ class Plan(NamedTuple):
         return y if self.held is None or self.held.has_same_numbers(weight) else None
 
     def _selects(self, x: Tensor) -> bool:
-        assert self.selected is not None and self.table is not None  # which a bank has
+        assert self.selected is not None
         if self.dimensions and (x.dim() != self.dimensions or x.shape[0] != self.first_size):
             return False
-        wants_gradients = self.table.requires_grad and torch.is_grad_enabled()
-        return self.selected.get() is self.selection and wants_gradients is self.live
+        if self.table is not None and (torch.is_grad_enabled() or self.table._version != self.computed_at):
+            return False
+        return self.selected.get() is self.selection
 
 
 def make_plan(
@@ -233,16 +235,18 @@ def make_plan(
     base, buffers = cast(nn.Linear, layer._modules["base"]), cast(Buffers, layer._buffers)
     parameters: Mapping[str, Tensor | None] = owner._parameters
     projection, adapter_ids = buffers["projection"], None
-    of_bank: tuple[ContextVar[Any] | None, Any, int, int, Tensor | None, bool] = None, None, 0, 0, None, False
+    of_bank: tuple[ContextVar[Any] | None, Any, int, int, Tensor | None, int] = None, None, 0, 0, None, 0
     if chosen is not None and layer.bank is not None:
         selection, vectors, projection, adapter_ids, holds_for = chosen
         if holds_for is None:
             return None
-        parameters, table = {"v": vectors}, layer.bank.tables[layer.group]
-        live = table.requires_grad and torch.is_grad_enabled()
-        if live and vectors is not table:  # made from the table's rows at every call
+        table = layer.bank.tables[layer.group] if selection.live else None
+        if vectors is table:
+            table = None
+        elif table is not None and torch.is_grad_enabled():  # computed from it for this call
             return None
-        of_bank = layer.bank.selected, selection, *holds_for, table, live
+        computed_at = 0 if table is None else table._version
+        parameters, of_bank = {"v": vectors}, (layer.bank.selected, selection, *holds_for, table, computed_at)
     v, basis = cast(Tensor, parameters["v"]), buffers["basis"]
     own = cast(LinearParameters, base._parameters)
     weight, bias = own["weight"], own["bias"]
@@ -267,7 +271,7 @@ def make_plan(
         return plan
     if node.extension is None:
         compiled.wanted(take_twin)
-    return plan if twin is None else twin(plan, globals(), vars(dispatch), _GLOBAL_HOOKS)
+    return plan if twin is None else twin(plan, globals(), vars(dispatch), vars(scope), _GLOBAL_HOOKS)
 
 
 class HeldParts(NamedTuple):
