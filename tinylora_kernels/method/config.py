@@ -194,6 +194,11 @@ class LoRAXSConfig:
 Selecting = TypeVar("Selecting", bound=TinyLoRAConfig | LoRAXSConfig)
 
 
+def own_copy(config: Selecting) -> Selecting:
+    """The config as it is now, checked again, with lists and maps of its own: sweeps write into theirs afterwards."""
+    return dataclasses.replace(config)
+
+
 def by_names(config: Selecting, names: Sequence[str]) -> Selecting:
     """The config with the modules that it selected named one by one."""
     return dataclasses.replace(
@@ -222,6 +227,8 @@ def check_common_fields(config: TinyLoRAConfig | LoRAXSConfig, inits: Sequence[s
     check_positive_int("n_tie", config.n_tie)
     if isinstance(config.tying, str) and config.tying not in ("tiled", "structured"):
         raise ValueError(f"tying: expected 'tiled', 'structured' or a map of names to groups, found {config.tying!r}")
+    if isinstance(config.tying, Mapping):
+        config.tying = dict(config.tying)
     config.alpha = finite_number("alpha", config.alpha)
     check_choice("scaling", config.scaling, SCALINGS)
     check_seed(config.seed)

@@ -20,7 +20,7 @@ from ..factors.modules import factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer, finite_projection, kept_unless_done
-from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, trained_dtype
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, own_copy, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
 from .adapted import adapted_layers, wrappers
@@ -38,7 +38,8 @@ def apply_tiny_lora(
 
     Args:
         model: any nn.Module; its linear layers, convolutions, embeddings and experts may be adapted (docs/layers.md).
-        config: see TinyLoRAConfig; modules are taken in named_modules order.
+        config: see TinyLoRAConfig; modules are taken in named_modules order. The model keeps a copy: what is written
+            into the config later is for the next model.
         progress: show a bar while the weights are factorised.
         factors: the truncated SVD of every module, by name, where it is known already; nothing is factorised then. Of
             fused projections taken apart in the form that factorize_modules returns.
@@ -84,6 +85,7 @@ def adapt(
     factors: Mapping[str, Factors] | None = None,
 ) -> nn.Module:
     """apply_tiny_lora or apply_lora_xs, by the config."""
+    config = own_copy(config)
     names, skipped = selected_names(model, config)
     groups = assign_groups(names, config.n_tie, config.tying)
     if factors is None:
