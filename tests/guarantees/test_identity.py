@@ -20,6 +20,7 @@ from tinylora_kernels import (
 )
 from tinylora_kernels.model.attach import adapt as apply
 
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save projection:UserWarning")
 TOKENS = torch.arange(12).view(2, 6)
 
 
@@ -110,3 +111,62 @@ def test_what_was_written_into_a_config_is_checked_as_it_is_used():
     theirs.alpha = float("nan")
     with pytest.raises(ValueError, match="^alpha: expected a finite number, found nan$"):
         adapt(theirs)
+
+
+# P' that came with an adapter of PEFT's: no field says what it is, and it is for no other factors
+
+
+def peft_directory(path, save_projection: bool, **options):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    options = {"r": 2, "u": 3, "weight_tying": 0.5, "save_projection": save_projection} | options
+    theirs = peft.TinyLoraConfig(target_modules=["q_proj", "down_proj"], **options)
+    model = peft.get_peft_model(tiny_decoder(), theirs)
+    model.save_pretrained(path)
+    return path
+
+
+def from_peft(directory) -> nn.Module:
+    from tinylora_kernels.integrations.peft import from_peft
+
+    model = from_peft(directory, tiny_decoder())
+    with torch.no_grad():
+        for v in trainable_vectors(model):
+            v.copy_(torch.linspace(-1, 2, v.numel()))
+    return model
+
+
+@pytest.mark.parametrize("save_projection", [True, False])
+def test_a_state_dict_of_other_projections_of_pefts_is_refused(save_projection, tmp_path):
+    ours, same, other = (
+        from_peft(peft_directory(tmp_path / str(number), save_projection, projection_seed=seed))
+        for number, seed in enumerate([1, 1, 2])
+    )
+    same.load_state_dict(ours.state_dict())
+    assert torch.equal(same(TOKENS), ours(TOKENS))
+    y = other(TOKENS)
+    with pytest.raises(RuntimeError, match=r"v: it was trained with other projections P; nothing was loaded into it"):
+        other.load_state_dict(ours.state_dict())
+    assert torch.equal(other(TOKENS), y)
+
+
+def test_one_projection_that_is_another_is_enough(tmp_path):
+    """Also of a layer that does not hold its group's vector."""
+    import safetensors.torch
+
+    ours = from_peft(peft_directory(tmp_path, True))
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.layers.1.down_proj.tinylora_P"][0] *= 1.01
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match="it was trained with other projections P"):
+        from_peft(tmp_path).load_state_dict(ours.state_dict())
+
+
+def test_no_other_factors_are_put_beside_pefts_projections(tmp_path):
+    """U's signs are PEFT's, and its singular values: with our own of the same weight it was another function."""
+    model = from_peft(peft_directory(tmp_path, True))
+    y, layer = model(TOKENS), next(iter(adapted_layers(model).values()))
+    with pytest.raises(ValueError, match=rf"^{layer.name}: its P' belongs .* call remove_adapter\(model\)"):
+        refresh_factors(model, progress=False)
+    with pytest.raises(ValueError, match=f"^{layer.name}: its P' belongs to the factors"):
+        layer.set_factors(-layer.basis, layer.sigma)
+    assert torch.equal(model(TOKENS), y)

@@ -10,6 +10,7 @@ weight_tying, the module its group.
 """
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -25,7 +26,7 @@ from ..base.kinds import is_linear_like, kind_of, weight_matrix
 from ..base.names import inside, named_modules, submodule
 from ..common.atomic import write_atomically, write_directory
 from ..common.finite import as_finite
-from ..factors.svd import Factors
+from ..factors.svd import Factors, basis_sketch
 from ..files.adapter import warn_of_what_is_left_out
 from ..layers.layer import TinyLoRALayer, kept_unless_done
 from ..model.adapted import adapted_layers
@@ -63,6 +64,10 @@ class PeftAdapterConfig:
     @property
     def numbers(self) -> int:
         return self.peft["u"]
+
+    @functools.cached_property
+    def projection_sketch(self) -> Tensor:
+        return basis_sketch(torch.cat([projection.flatten().cpu() for projection in self.projections]).unsqueeze(0))
 
     def parts(self, name: str, out_features: int) -> None:
         return None

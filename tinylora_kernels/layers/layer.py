@@ -42,6 +42,7 @@ from ..method.parts import block_basis, compact_basis
 from .channels import update_channels
 from .switch import is_off, switched_off
 
+PROJECTION_TOLERANCE = 1e-4  # of a sketch of P' that another machine has fitted: ratios of singular values are in it
 _OTHER_WEIGHT = (
     "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt "
     "the model then, or call refresh_factors(model)"
@@ -293,8 +294,10 @@ class TinyLoRALayer(nn.Module):
         config = {name: getattr(self.config, name, None) for name in IDENTITY_FIELDS}
         config["fused"] = str(config["fused"])
         config["v_dtype"] = str(config["v_dtype"])
+        given = getattr(self.config, "projection_sketch", None)
         return {
             "method": type(self.config).__name__, **config, "module": self.index, "tie group": self.group,
+            "projection": None if given is None else given.flatten().tolist(),
             "sketch": basis_sketch(self.singular_basis()).flatten().tolist(),
         }  # fmt: skip
 
@@ -308,10 +311,10 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_in_doubt"] = error_messages  # the weight comes next, with the base: _doubt_what_was_loaded
         note_change()
         if "v" in self._parameters and key in state_dict:
-            theirs = getattr(state_dict[key], "tinylora", None)
-            if theirs is None:
+            ours, theirs = self._identity(), getattr(state_dict[key], "tinylora", None)
+            if theirs is None or (ours["projection"] is not None and "projection" not in theirs):
                 _warn_of_unlabelled_numbers()
-            elif reason := _difference(self._identity(), theirs):
+            elif reason := _difference(ours, theirs):
                 error_messages.append(f"{key}: {reason}; nothing was loaded into it")
                 return
             if not bool(torch.isfinite(state_dict[key]).all()):
@@ -352,9 +355,19 @@ class TinyLoRALayer(nn.Module):
         """U^T [r, out] as files hold it, in the compact form if the layer has parts (method/parts.py)."""
         return compact_basis(self.basis, self.sigma.shape[1], self.parts) if self.parts else self.basis
 
+    def expect_a_rule_for_projections(self) -> None:
+        """Raises where P' came with its factors: beside others it would be another function, on the same weight too."""
+        if self.method.projection_sketch is not None:
+            raise ValueError(
+                f"{self.name}: its P' belongs to the factors that its adapter brought, and nothing says what it is for "
+                "others; load the weights that the adapter was made for, or call remove_adapter(model) and from_peft "
+                "again"
+            )
+
     @torch.no_grad()
     def set_factors(self, basis: Tensor, sigma: Tensor) -> None:
         """Take U^T [r, out] and sigma, of the weight as it is now or those that v was trained with; P' follows."""
+        self.expect_a_rule_for_projections()
         projection = finite_projection(self.name, self.method, self.projection_index, sigma, self.base, basis.dtype)
         self.basis.copy_(block_basis(basis, self.parts) if self.parts else basis)
         self.sigma.copy_(sigma)
@@ -451,14 +464,21 @@ def _doubt_what_was_loaded(layer: TinyLoRALayer, incompatible_keys) -> None:
 def _difference(ours: dict, theirs: dict) -> str | None:
     """In what the numbers of a state dict belong to something else than this layer, one line; None if they do not."""
     for name, value in ours.items():
-        if name == "sketch":
-            sketches = (torch.tensor(numbers, device="cpu") for numbers in (theirs[name], value))
-            found, expected = (sketch.view(-1, SKETCH_COLUMNS) for sketch in sketches)
-            if found.shape != expected.shape or compare_sketch(found, expected) > SKETCH_TOLERANCE:
+        if name == "projection" and value is not None:
+            if not _is_near(theirs[name], value, PROJECTION_TOLERANCE):
+                return "it was trained with other projections P"
+        elif name == "sketch":
+            if not _is_near(theirs[name], value, SKETCH_TOLERANCE):
                 return "it was trained on another base: U is not the same"
         elif theirs.get(name) != value:
             return f"{name} is {theirs.get(name)} there and {value} in this model"
     return None
+
+
+def _is_near(found: list[float], expected: list[float], tolerance: float) -> bool:
+    sketches = (torch.tensor(numbers, device="cpu").view(-1, SKETCH_COLUMNS) for numbers in (found, expected))
+    a, b = sketches
+    return a.shape == b.shape and compare_sketch(a, b) <= tolerance
 
 
 @functools.cache

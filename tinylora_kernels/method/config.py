@@ -44,6 +44,12 @@ class Method(Protocol):
     def numbers(self) -> int:
         """u, trained numbers in each tie group."""
 
+    @property
+    def projection_sketch(self) -> Tensor | None:
+        """Of P' that came with its factors, and follows from no field and for no other factors: a few numbers [1, 4]
+        that tell it from others. None of P' that follows from the fields and from sigma.
+        """
+
     def parts(self, name: str, out_features: int) -> tuple[int, ...] | None:
         """The output rows of each part of a module that is adapted part by part; None of one that is not."""
 
@@ -114,6 +120,8 @@ class TinyLoRAConfig:
         parts = (entry if isinstance(entry, int) else len(entry) for entry in (self.fused or {}).values())
         check_projection_size(self.trainable_dim, self.frozen_rank, max(parts, default=1))
 
+    projection_sketch = None
+
     @property
     def rank(self) -> int:
         return self.frozen_rank
@@ -174,6 +182,8 @@ class LoRAXSConfig:
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_common_fields(self, LORA_XS_INITS)
+
+    projection_sketch = None
 
     @property
     def numbers(self) -> int:

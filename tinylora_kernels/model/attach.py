@@ -216,7 +216,8 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
     again; a base of the same weights needs none of this.
 
     Raises:
-        ValueError: no adapter, a merged model, or a weight without the rank. The layers are as they were.
+        ValueError: no adapter, a merged model, one of from_peft (its P' is of PEFT's own factors), or a weight without
+            the rank. The layers are as they were.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -224,6 +225,8 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
     merged = [name for name, layer in layers.items() if layer.saved_weight is not None]
     if merged:
         raise ValueError(f"refresh_factors: {merged[0]} is merged; call unmerge(model) first")
+    for layer in layers.values():
+        layer.expect_a_rule_for_projections()
     config = next(iter(layers.values())).method
     bases = {name: layer.base for name, layer in layers.items()}
     parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
