@@ -94,7 +94,7 @@ def adapt_with_ours(model: nn.Module, v: Tensor) -> list[nn.Parameter]:
     factors = {}
     for name in target_names(model, None):
         _, left, sigma, _ = _planted(model.get_submodule(name))
-        factors[name] = Factors(left.T.contiguous(), sigma, degenerate=False, residual=0.0)
+        factors[name] = Factors(left.T.contiguous(), sigma, degenerate=False, residual=1e-2)  # in 16 bits
     apply_tiny_lora(model, config, progress=False, factors=factors)
     return _start([p for p in model.parameters() if p.requires_grad], v)
 

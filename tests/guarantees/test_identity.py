@@ -18,7 +18,10 @@ from tinylora_kernels import (
     save_adapter,
     trainable_vectors,
 )
+from tinylora_kernels.factors.modules import factorize_modules
+from tinylora_kernels.factors.svd import Factors
 from tinylora_kernels.model.attach import adapt as apply
+from tinylora_kernels.model.targets import base_module, fused_parts, selected_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save projection:UserWarning")
 TOKENS = torch.arange(12).view(2, 6)
@@ -170,3 +173,103 @@ def test_no_other_factors_are_put_beside_pefts_projections(tmp_path):
     with pytest.raises(ValueError, match=f"^{layer.name}: its P' belongs to the factors"):
         layer.set_factors(-layer.basis, layer.sigma)
     assert torch.equal(model(TOKENS), y)
+
+
+# Factors that somebody brings
+
+
+def factors_of(model: nn.Module, config) -> dict:
+    bases = {name: base_module(model, name) for name in selected_names(model, config)[0]}
+    return factorize_modules(bases, config.rank, fused_parts(config, bases), cache=False, progress=False)
+
+
+def near(model: nn.Module, share: float) -> nn.Module:
+    """Weights of the same shapes, and almost the same: those of a fine-tuned model."""
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("proj.weight"):
+                tensor.add_(share * tensor.std() * torch.randn_like(tensor))
+    return model
+
+
+OTHERS = {
+    "other weights": lambda: tiny_decoder(1), "near ones": lambda: near(tiny_decoder(), 0.01),
+    "in 16 bits": lambda: tiny_decoder().bfloat16().float(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_another_weight_are_refused(kind, other):
+    theirs, model = factors_of(OTHERS[other](), config(kind)), tiny_decoder()
+    y = model(TOKENS)
+    with pytest.raises(ValueError, match=r"^layers\.0\.q_proj: factors: expected those of its weight, .* found others"):
+        adapt(config(kind), model, factors=theirs)
+    assert not adapted_layers(model) and torch.equal(model(TOKENS), y)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+CHANGED = {
+    "swapped layers": lambda f: f | {"layers.0.q_proj": f["layers.1.q_proj"], "layers.1.q_proj": f["layers.0.q_proj"]},
+    "the second and third triplet": lambda f: f | {"layers.1.k_proj": _last(f, "layers.1.k_proj")},
+    "another rank": lambda f: {name: Factors(g.basis[:1], g.sigma[..., :1], False, 0.0) for name, g in f.items()},
+    "one part of another": lambda f: f | {"layers.1.up_proj": _turned(f["layers.1.up_proj"])},
+}  # fmt: skip
+
+
+def _last(factors: dict, name: str) -> Factors:
+    more = factors_of(tiny_decoder(), config(frozen_rank=3))[name]
+    return Factors(more.basis[1:].contiguous(), more.sigma[1:], False, more.residual)
+
+
+def _turned(factors: Factors) -> Factors:
+    return Factors(factors.basis.roll(20, 1), factors.sigma, False, factors.residual)
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_factors_in_the_wrong_place_are_refused(change):
+    model, theirs = tiny_decoder(), config()
+    factors = CHANGED[change](factors_of(model, theirs))
+    with pytest.raises(ValueError, match=r"^layers\.\d\.\w+(\[\d+:\d+\])?: factors: expected "):
+        adapt(theirs, model, factors=factors)
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_copied(kind, tmp_path):
+    """One dict for two models: what is written into the factors of one is in no other, nor in the dict."""
+    factors = factors_of(tiny_decoder(), config(kind))
+    before = copy.deepcopy(factors)
+    one, two = (adapt(config(kind), factors=factors) for _ in range(2))
+    plain = adapt(config(kind))
+    y = plain(TOKENS)
+    assert torch.equal(one(TOKENS), y) and torch.equal(two(TOKENS), y)
+    with torch.no_grad():
+        for name, parameter in two.named_parameters():
+            if name.endswith("proj.base.weight"):
+                parameter.copy_(torch.randn_like(parameter))
+    refresh_factors(two, progress=False)
+    for name, layer in adapted_layers(two).items():
+        layer.v.data.fill_(7.0)
+        layer.basis.neg_()
+        layer.sigma.zero_()
+        layer.projection.zero_()
+        assert torch.equal(factors[name].basis, before[name].basis)
+        assert torch.equal(factors[name].sigma, before[name].sigma)
+    assert torch.equal(one(TOKENS), y)
+
+
+def test_what_a_layer_is_built_of_stays_the_callers():
+    from tinylora_kernels.layers.layer import TinyLoRALayer
+
+    basis, sigma, projection = torch.linalg.qr(torch.randn(8, 2)).Q.T, torch.tensor([2.0, 1.0]), torch.randn(3, 2, 2)
+    layer = TinyLoRALayer(nn.Linear(8, 8), basis, sigma, projection, nn.Parameter(torch.zeros(3)), config=config())
+    own = {tensor.untyped_storage().data_ptr() for tensor in layer.buffers()}
+    assert own.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in (basis, sigma, projection))
+
+
+def test_vectors_of_a_peft_adapter_are_copied(tmp_path):
+    model = from_peft(peft_directory(tmp_path, True))
+    given = next(iter(adapted_layers(model).values())).config
+    own = {v.untyped_storage().data_ptr() for v in trainable_vectors(model)}
+    assert own.isdisjoint(v.untyped_storage().data_ptr() for v in given.vectors)

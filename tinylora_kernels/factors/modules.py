@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..base.kinds import weight_matrix
 from ..method.parts import row_slices
-from .svd import Factors, factorize_many, truncated_svd
+from .svd import TOLERANCE, Factors, factorize_many, truncated_svd, why_not_of
 
 
 def factorize_modules(
@@ -51,6 +51,30 @@ def factorize_matrix(
     """factorize_modules for one module, whose weight [out, in] is at hand."""
     pieces = [truncated_svd(matrix[rows], rank, name=label, cache=cache) for label, rows in _pieces(name, parts)]
     return _compact(pieces) if name in parts else pieces[0]
+
+
+def expect_factors_of(
+    name: str, matrix: Tensor, factors: Factors, rank: int, parts: Mapping[str, Sequence[int]]
+) -> None:
+    """Check factors that somebody brought for a module whose weight [out, in] is at hand.
+
+    Raises:
+        ValueError: they are not, as exactly as their residual says, the leading triplets of this weight.
+    """
+    pieces, shape = _pieces(name, parts), (rank, len(matrix))
+    if tuple(factors.basis.shape) != shape or factors.sigma.numel() != len(pieces) * rank:
+        raise ValueError(
+            f"{name}: factors: expected a basis {list(shape)} and {len(pieces) * rank} singular values, found "
+            f"{list(factors.basis.shape)} and {factors.sigma.numel()}"
+        )
+    tol = max(TOLERANCE, factors.residual)
+    for (label, rows), sigma in zip(pieces, factors.sigma.view(-1, rank), strict=True):
+        reason = why_not_of(matrix[rows], Factors(factors.basis[:, rows], sigma, factors.degenerate, tol), tol)
+        if reason is not None:
+            raise ValueError(
+                f"{label}: factors: expected those of its weight, to the residual {tol:g}, found others: {reason}; "
+                "give those of this model, or none"
+            )
 
 
 def _pieces(name: str, parts: Mapping[str, Sequence[int]]) -> list[tuple[str, slice]]:

@@ -27,6 +27,7 @@ from .subspace import DEGENERATE_GAP, OVERSAMPLING, Triplets, leading_triplets, 
 ALGORITHM = 3  # part of the cache key: raise it when the factors of any matrix may change
 DIRECT_SIZE = 192  # up to this min(out, in) a full decomposition is quicker
 NEGLIGIBLE = 1e-5  # a singular value below this share of the largest makes S^-1 useless
+TOLERANCE = 1e-5  # residual that every triplet reaches, where no other is asked for
 SIGN_MARGIN = 1e-3
 PIECE_ELEMENTS = 1 << 24  # looked at by one thread at a time
 SKETCH_COLUMNS = 4
@@ -58,7 +59,7 @@ class Factors:
 
 
 def truncated_svd(
-    weight: Tensor, rank: int, *, name: str = "weight", cache: bool = True, tol: float = 1e-5
+    weight: Tensor, rank: int, *, name: str = "weight", cache: bool = True, tol: float = TOLERANCE
 ) -> Factors:
     """The leading `rank` left singular vectors and values of a weight.
 
@@ -97,7 +98,7 @@ def factorize_many(
     *,
     progress: bool = True,
     cache: bool = True,
-    tol: float = 1e-5,
+    tol: float = TOLERANCE,
     without_rank: list[str] | None = None,
 ) -> Iterator[tuple[str, Factors]]:
     """truncated_svd of many weights, one in memory at a time: yields (name, Factors) in order.
@@ -171,7 +172,7 @@ def _cached(weight: Tensor, rank: int, name: str, tol: float) -> Factors:
     return factors
 
 
-def why_not_of(weight: Tensor, factors: Factors, tol: float = 1e-5, fingerprint: str | None = None) -> str | None:
+def why_not_of(weight: Tensor, factors: Factors, tol: float = TOLERANCE, fingerprint: str | None = None) -> str | None:
     """None if stored factors are those of the weight [m, n], else what is wrong with them in a few words; proof.py."""
     weight = _with_fp64(weight.detach())
     return proof.why_not_of(weight, factors.basis, factors.sigma, tol, _seed(weight, fingerprint))

@@ -133,9 +133,11 @@ class TinyLoRALayer(nn.Module):
         self.bank: Bank | None = None  # the AdapterBank that holds other vectors for rows of a batch
         self.backend = getattr(config, "backend", None)
         device = weight_of(base).device
-        self.register_buffer("basis", basis.to(device).contiguous(), persistent=False)
-        self.register_buffer("sigma", sigma.to(device), persistent=False)
-        self.register_buffer("projection", projection.to(self.basis).contiguous(), persistent=False)
+        # Of its own: they are written in place, and the caller may give them to another layer too.
+        rows = torch.contiguous_format
+        self.register_buffer("basis", basis.to(device, copy=True, memory_format=rows), persistent=False)
+        self.register_buffer("sigma", sigma.to(device, copy=True, memory_format=rows), persistent=False)
+        self.register_buffer("projection", projection.to(self.basis, copy=True, memory_format=rows), persistent=False)
         if isinstance(v, TinyLoRALayer):
             self._owner = (v,)  # in a tuple, or nn.Module would register the owner as a child
         else:
