@@ -205,6 +205,37 @@ def test_what_is_no_selection_is_refused_where_it_is_written(kind, field, value)
 # What the default skips
 
 
+class Around(nn.Module):
+    """What people write around a model: a reward head, two models side by side."""
+
+    def __init__(self, *models: nn.Module):
+        super().__init__()
+        self.models, self.score = nn.ModuleList(models), nn.Linear(32, 2)
+
+
+class Encoder(nn.Module):
+    """One that inherits the method, and has no head."""
+
+    def __init__(self, error: type[Exception]):
+        super().__init__()
+        self.proj, self.error = nn.Linear(32, 32), error
+
+    def get_output_embeddings(self):
+        raise self.error("none")
+
+
+@pytest.mark.parametrize("wanted", [None, "all-linear"])
+@pytest.mark.parametrize("make", [llama, t5, qwen_moe, lambda: tiny_decoder(width=32)])
+def test_the_output_head_is_left_out_wherever_its_model_sits(make, wanted):
+    alone = selected(make(), target_modules=wanted)
+    for encoder in (Encoder(NotImplementedError), Encoder(AttributeError), nn.Identity()):
+        inside = selected(Around(make(), encoder, make()), target_modules=wanted)
+        names = [f"models.{n}.{name}" for n in (0, 2) for name in alone]
+        extra = ["models.1.proj"] if isinstance(encoder, Encoder) else []
+        assert sorted(inside) == sorted([*names, *extra, "score"])
+    assert selected(Around(make()), target_modules=["lm_head"]) == ["models.0.lm_head"]  # where it is asked for
+
+
 class Gates(nn.Module):
     """A layer of each sort that cannot carry a rank of 2 for its shape or its numbers."""
 

@@ -67,8 +67,8 @@ def selected_names(model: nn.Module, config: Selecting) -> tuple[list[str], list
     candidates = _candidates(model)
     wanted = None if is_default(config) else config.target_modules
     if wanted is None:
-        head = output_head(model)
-        chosen = [each for each in candidates if kind_of(each[1]).by_default and each[1] is not head]
+        heads = output_heads(model)
+        chosen = [each for each in candidates if kind_of(each[1]).by_default and each[1] not in heads]
     else:
         chosen = _matching(model, "target_modules", wanted, candidates)
     if config.exclude_modules is not None:
@@ -211,8 +211,17 @@ def base_module(model: nn.Module, name: str) -> nn.Module:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The language-model head, where the model says which one it is."""
     get = getattr(inside(model), "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return None if head is None else inside(head)
+    try:
+        head = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):  # an encoder that inherits the method, and has no head
+        head = None
+    return inside(head) if isinstance(head, nn.Module) else None
+
+
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """Those of the model, and of models that somebody's module holds."""
+    heads = (output_head(module) for _, module in named_modules(model))
+    return {head for head in heads if head is not None}
 
 
 def fused_parts(config: Method, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
