@@ -13,10 +13,14 @@ from tinylora_kernels import (
     LoRAXSConfig,
     TinyLoRAConfig,
     adapted_layers,
+    export_lora,
     load_adapter,
+    merge,
     refresh_factors,
+    remove_adapter,
     save_adapter,
     trainable_vectors,
+    unmerge,
 )
 from tinylora_kernels.factors.modules import factorize_modules
 from tinylora_kernels.factors.svd import Factors
@@ -273,3 +277,174 @@ def test_vectors_of_a_peft_adapter_are_copied(tmp_path):
     given = next(iter(adapted_layers(model).values())).config
     own = {v.untyped_storage().data_ptr() for v in trainable_vectors(model)}
     assert own.isdisjoint(v.untyped_storage().data_ptr() for v in given.vectors)
+
+
+# Two adapters in one model, as a vision tower and a language model adapted apart
+
+
+def apart(one=None, two=None) -> nn.Module:
+    """Each of two blocks adapted by itself: both count their modules and groups from 0."""
+    model = tiny_decoder().requires_grad_(False)
+    for block, changes in zip(model.layers, (one or {}, two or {"seed": 7}), strict=True):
+        adapt(config(**{"target_modules": ["q_proj", "v_proj"], "fused": None} | changes), block)
+    with torch.no_grad():
+        for number, v in enumerate(trainable_vectors(model)):
+            v.copy_(torch.linspace(-1, 2, v.numel()) * (number + 1))
+    return model
+
+
+@pytest.mark.parametrize("n_tie", [1, 2, 100])
+def test_two_adapters_go_to_peft_with_a_vector_each(n_tie, tmp_path):
+    peft = pytest.importorskip("peft", minversion="0.21")
+    from tinylora_kernels.integrations.peft import to_peft
+    from tinylora_kernels.integrations.peft_adapters import load_peft_vectors
+
+    model = apart({"n_tie": n_tie}, {"n_tie": n_tie, "seed": 7, "alpha": 2.0})
+    to_peft(model, tmp_path / "peft")
+    y = model(TOKENS)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(tiny_decoder(), tmp_path / "peft")(TOKENS), y)
+    with torch.no_grad():
+        for v in trainable_vectors(model):
+            v.zero_()
+    load_peft_vectors(model, tmp_path / "peft")
+    assert torch.equal(model(TOKENS), y)
+
+
+def test_groups_that_peft_cannot_express_come_back(tmp_path):
+    pytest.importorskip("peft", minversion="0.21")
+    from tinylora_kernels.integrations.peft import to_peft
+    from tinylora_kernels.integrations.peft_adapters import load_peft_vectors
+
+    names = [f"layers.{n}.{name}" for n in (0, 1) for name in ("q_proj", "v_proj")]
+    tying = dict(zip(names, [0, 0, 1, 0], strict=True))
+    model = adapt(config(target_modules=["q_proj", "v_proj"], tying=tying, fused=None))
+    y = model(TOKENS)
+    with pytest.warns(UserWarning, match="every module gets a copy of its v"):
+        to_peft(model, tmp_path / "peft")
+    with torch.no_grad():
+        for v in trainable_vectors(model):
+            v.zero_()
+    load_peft_vectors(model, tmp_path / "peft")
+    assert torch.equal(model(TOKENS), y)
+
+
+@pytest.mark.parametrize("field", [{"frozen_rank": 3}, {"trainable_dim": 4}])
+def test_two_adapters_that_no_config_of_pefts_has(field, tmp_path):
+    pytest.importorskip("peft", minversion="0.21")
+    from tinylora_kernels.integrations.peft import to_peft
+
+    with pytest.raises(ValueError, match="^model: PEFT has one (rank|u) for all modules, found "):
+        to_peft(apart(two=field), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def _of_bank(model, path):
+    AdapterBank(model, 2)
+
+
+def _of_file(model, path):
+    save_adapter(model, path)
+
+
+def _of_own_seeds(model, path):
+    AdapterBank(model, 2, own_seeds=True)
+
+
+@pytest.mark.parametrize("use", [_of_bank, _of_own_seeds, _of_file])
+@pytest.mark.parametrize("two", [{}, {"seed": 7}, {"n_tie": 1}])
+def test_what_takes_one_adapter_refuses_two(use, two, tmp_path):
+    model = apart(two=two)
+    y = model(TOKENS)
+    with pytest.raises(ValueError, match="expected a model of one adapter, found|save the whole model|do not share"):
+        use(model, tmp_path / "file")
+    assert all(layer.bank is None for layer in adapted_layers(model).values()) and torch.equal(model(TOKENS), y)
+    use(model.layers[1], tmp_path / "file")  # a part is one adapter
+
+
+def test_what_goes_layer_by_layer_takes_two(tmp_path):
+    """Merging, state dicts, exports and refreshed factors are of each layer's own config and vector."""
+    peft = pytest.importorskip("peft", minversion="0.21")
+    model = apart(two={"frozen_rank": 3, "alpha": 2.0, "n_tie": 1})
+    y = model(TOKENS)
+    assert torch.equal(refresh_factors(model, progress=False)(TOKENS), y)
+    other = apart(two={"frozen_rank": 3, "alpha": 2.0, "n_tie": 1})
+    with torch.no_grad():
+        for v in trainable_vectors(other):
+            v.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(TOKENS), y)
+    export_lora(model, tmp_path / "lora")
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(tiny_decoder(), tmp_path / "lora")(TOKENS), y)
+    torch.testing.assert_close(merge(model)(TOKENS), y)
+
+
+# The vector of a tie group is one float32 parameter
+
+
+STATES = {
+    "bfloat16": lambda t: t.bfloat16(), "float16": lambda t: t.half(), "float64": lambda t: t.double(),
+    "a parameter": lambda t: nn.Parameter(t.bfloat16()), "as it is": lambda t: t.clone(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.filterwarnings("ignore:a state dict brought vectors")
+def test_a_state_dict_does_not_change_what_v_trains_in(state, assign):
+    theirs = adapt(config()).state_dict()
+    model = adapt(config())
+    given = {name: STATES[state](tensor) if name.endswith(".v") else tensor for name, tensor in theirs.items()}
+    dtypes = {name: tensor.dtype for name, tensor in given.items()}
+    model.load_state_dict(given, assign=assign)
+    assert {name: tensor.dtype for name, tensor in given.items()} == dtypes  # the caller's dict is the caller's
+    vectors = trainable_vectors(model)
+    assert all(v.dtype is torch.float32 and v.requires_grad and v.is_leaf for v in vectors)
+    before = vectors_of(model)
+    optimizer = torch.optim.SGD(vectors, lr=1e-4)
+    for _ in range(2000):
+        for v in vectors:
+            v.grad = torch.ones_like(v)
+        optimizer.step()
+    torch.testing.assert_close(vectors_of(model), before - 0.2, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_vector_that_is_set_is_that_of_the_group(at):
+    model = adapt(config(target_modules=["q_proj", "v_proj"], fused=None, n_tie=4))
+    layers, y = list(adapted_layers(model).values()), model(TOKENS)
+    with pytest.raises(TypeError, match="cannot assign .* as parameter 'v'"):  # torch's own
+        layers[at].v = torch.full((3,), 5.0)
+    assert torch.equal(model(TOKENS), y) and all("v" not in layer.__dict__ for layer in layers)
+    layers[at].v = v = nn.Parameter(torch.full((3,), 5.0))
+    assert all(layer.v is v for layer in layers) and [id(v)] == [id(own) for own in trainable_vectors(model)]
+    assert [name for name, _ in model.named_parameters() if name.endswith(".v")] == ["layers.0.q_proj.v"]
+    y = model(TOKENS)
+    torch.testing.assert_close(merge(model)(TOKENS), y)
+    twin = copy.deepcopy(unmerge(model))
+    list(adapted_layers(twin).values())[at].v = nn.Parameter(torch.zeros(3))
+    assert torch.equal(twin(TOKENS), tiny_decoder()(TOKENS)) and torch.equal(model(TOKENS), y)
+
+
+# The bare model comes back as it was
+
+
+@pytest.mark.parametrize("save_to", [None, "cpu"])
+def test_a_merged_adapter_is_not_removed_with_the_weights_it_hides(save_to):
+    model, bare = adapt(config()), tiny_decoder()
+    merged = merge(model, save_to)(TOKENS)
+    with pytest.raises(ValueError, match=r"^remove_adapter: layers\.0\.q_proj is merged.*call unmerge\(model\) first"):
+        remove_adapter(model)
+    assert torch.equal(model(TOKENS), merged)
+    assert torch.equal(remove_adapter(unmerge(model))(TOKENS), bare(TOKENS))
+
+
+def test_an_adapter_of_a_bank_is_not_removed():
+    model = adapt(config())
+    bank = AdapterBank(model, 1)
+    bank.add("a", vectors_of(model))
+    with pytest.raises(ValueError, match=r"^remove_adapter: layers\.0\.q_proj has an AdapterBank.*close it first"):
+        remove_adapter(model)
+    with bank.use(["a", "a"]):
+        assert not torch.equal(model(TOKENS), tiny_decoder()(TOKENS))
+    bank.close()
+    assert torch.equal(remove_adapter(model)(TOKENS), tiny_decoder()(TOKENS))

@@ -26,7 +26,7 @@ from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
 from ..method.config import V_DTYPES, check_choice, check_seed
-from ..model.adapted import adapted_layers
+from ..model.adapted import adapted_layers, expect_one_adapter
 from .ids import BARE, check_name, ids_of
 from .rows import Layouts, watch
 from .seeds import OwnProjections
@@ -86,6 +86,7 @@ class AdapterBank:
             raise ValueError("model: expected an adapted model, found none; call apply_tiny_lora(model, config) first")
         if any(layer.bank is not None for layer in layers.values()):
             raise ValueError("model: expected no adapter bank, found one; close it first")
+        expect_one_adapter(layers, "AdapterBank")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity: expected an integer >= 1, found {capacity!r}")
         check_choice("dtype", dtype, V_DTYPES)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..base.kinds import is_linear_like, kind_of, weight_matrix
+from ..base.kinds import is_linear_like, kind_of, matrix_shape, weight_matrix
 from ..base.names import inside, named_modules, submodule
 from ..common.atomic import write_atomically, write_directory
 from ..common.finite import as_finite
@@ -129,8 +129,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     each module gets a copy of its v: the function is the same, training it further in PEFT unties the copies (warned).
 
     Raises:
-        ValueError: no adapter, a merged model, layers of different u, or numbers that are not finite. Nothing was
-            written.
+        ValueError: no adapter, a merged model, layers of different u or rank, or numbers that are not finite. Nothing
+            was written.
     """
     from peft import TinyLoraConfig
 
@@ -145,14 +145,19 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"{name}: PEFT's TinyLoRA has linear layers of one rank, found {found}; use save_adapter or export_lora"
             )
-    groups = [layer.group for layer in layers.values()]
-    weight_tying = _weight_tying(groups)
+    weight_tying, groups = _tied(layers)
     if weight_tying is None:
         warnings.warn(
             "to_peft: PEFT's weight_tying cannot express these tie groups; every module gets a copy of its v",
             stacklevel=2,
         )
-        weight_tying, groups = 0.0, list(range(len(groups)))
+        weight_tying = 0.0
+    rank = max(len(layer.basis) for layer in layers.values())
+    for name, layer in layers.items():
+        if len(layer.basis) != min(rank, *matrix_shape(layer.base)):
+            raise ValueError(
+                f"model: PEFT has one rank for all modules, found {len(layer.basis)} in {name} and {rank} in others"
+            )
 
     tensors = {}
     for (name, layer), group in zip(layers.items(), groups, strict=True):
@@ -164,7 +169,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if len(numbers) > 1:
         raise ValueError(f"model: PEFT has one u for all modules, found {sorted(numbers)}")
     config = TinyLoraConfig(
-        r=max(len(layer.basis) for layer in layers.values()), u=numbers.pop(), weight_tying=weight_tying,
+        r=rank, u=numbers.pop(), weight_tying=weight_tying,
         target_modules=shortest_targets(model), save_projection=True,
         fan_in_fan_out=not all(isinstance(layer.base, nn.Linear) for layer in layers.values()),
         base_model_name_or_path=getattr(inside(model), "name_or_path", None) or None, inference_mode=True,
@@ -191,10 +196,10 @@ def is_from_peft(model: nn.Module) -> bool:
 def load_peft_vectors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Copy the vectors of a directory that to_peft wrote from this model back into it."""
     _, tensors = _read(Path(directory))
-    layers = adapted_layers(model).values()
-    with kept_unless_done(layers):
-        for layer in layers:
-            layer.v.copy_(tensors[f"base_model.tinylora_v.{layer.group}"])
+    layers = adapted_layers(model)
+    with kept_unless_done(layers.values()):
+        for layer, group in zip(layers.values(), _tied(layers)[1], strict=True):
+            layer.v.copy_(tensors[f"base_model.tinylora_v.{group}"])
 
 
 @torch.no_grad()
@@ -249,6 +254,14 @@ def _groups(modules: int, weight_tying: float) -> list[int]:
     count = max(1, round(modules * (1.0 - weight_tying)))
     size = max(1, modules // count)
     return [min(index // size, count - 1) for index in range(modules)]
+
+
+def _tied(layers: dict[str, TinyLoRALayer]) -> tuple[float | None, list[int]]:
+    """The weight_tying of these layers, and the number of each one's v as PEFT has it: its own where there is none."""
+    numbers: dict[TinyLoRALayer, int] = {}  # not the layers' group: two adapters in a model count from 0 each
+    groups = [numbers.setdefault(layer.owner, len(numbers)) for layer in layers.values()]
+    weight_tying = _weight_tying(groups)
+    return weight_tying, groups if weight_tying is not None else list(range(len(groups)))
 
 
 def _weight_tying(groups: list[int]) -> float | None:

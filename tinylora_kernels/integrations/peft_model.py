@@ -27,7 +27,7 @@ from ..files.adapter import describe_model, load_adapter, warn_of_what_is_left_o
 from ..files.format import encode
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers, adapter_disabled, original_names
-from ..model.attach import remove_adapter
+from ..model.attach import remove_adapter, unwrap
 from ..model.merging import is_merged, merge, merged_weights
 from ..model.targets import shortest_targets
 from .peft_adapters import is_from_peft, load_peft_vectors, to_peft
@@ -192,7 +192,7 @@ class AdaptedTuner(nn.Module):
     ) -> nn.Module:
         """The base model with the update written into its weights for good."""
         self._check_merge(adapter_names, safe_merge)
-        return remove_adapter(merge(self.model))
+        return unwrap(merge(self.model))
 
     def _check_merge(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
         if adapter_names is not None and self.known(adapter_names) != [self.active_adapter]:

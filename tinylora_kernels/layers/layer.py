@@ -323,11 +323,15 @@ class TinyLoRALayer(nn.Module):
                 reason = "expected finite numbers, found NaN or infinity"
                 error_messages.append(f"{key}: {reason}; nothing was loaded into it")
                 return
+            if state_dict[key].dtype is not self.v.dtype:  # assign=True would train v in it; the dict is torch's copy
+                state_dict[key] = state_dict[key].detach().to(self.v.dtype)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __setattr__(self, name: str, value) -> None:
         if name in ("weight", "bias") and "base" in self._modules:  # they are the base's: tie_weights() sets them here
             setattr(self.base, name, value)
+        elif name == "v" and self.__dict__.get("_owner", (self,))[0] is not self and "_is_replica" not in self.__dict__:
+            self.owner.v = value  # the group has one, which all its layers show; replicas of DataParallel have theirs
         else:
             super().__setattr__(name, value)
         self.__dict__["_plan"] = self.__dict__["_selection"] = None  # they would keep a bank that was closed

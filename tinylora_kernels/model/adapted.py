@@ -1,7 +1,7 @@
 """An adapted model: its layers and vectors, its tensors' names before it was adapted, and the adapter switched off."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -21,6 +21,18 @@ def adapted_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
     checkpointing, as_peft_model.
     """
     return {name: module for name, module in named_modules(model) if isinstance(module, TinyLoRALayer)}
+
+
+def expect_one_adapter(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
+    """Raises ValueError where parts of a model were adapted apart: their tie groups are numbered from 0 each."""
+    first: dict[int, tuple[str, TinyLoRALayer]] = {}
+    for name, layer in layers.items():
+        other, found = first.setdefault(layer.group, (name, layer))
+        if found.owner is not layer.owner:
+            raise ValueError(
+                f"{who}: expected a model of one adapter, found {other} and {name} in tie group {layer.group} with a "
+                "vector each, as parts have that were adapted apart; give the parts one by one, or adapt the whole"
+            )
 
 
 def trainable_vectors(model: nn.Module) -> list[nn.Parameter]:

@@ -234,10 +234,12 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
         raise ValueError(f"refresh_factors: {merged[0]} is merged; call unmerge(model) first")
     for layer in layers.values():
         layer.expect_a_rule_for_projections()
-    config = next(iter(layers.values())).method
-    bases = {name: layer.base for name, layer in layers.items()}
-    parts = {name: layer.parts for name, layer in layers.items() if layer.parts}
-    factors = factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)
+    factors: dict[str, Factors] = {}
+    for config in {id(layer.method): layer.method for layer in layers.values()}.values():  # parts adapted apart
+        own = {name: layer for name, layer in layers.items() if layer.method is config}
+        bases = {name: layer.base for name, layer in own.items()}
+        parts = {name: layer.parts for name, layer in own.items() if layer.parts}
+        factors |= factorize_modules(bases, config.rank, parts, cache=config.cache, progress=progress)
     with kept_unless_done(layers.values()):
         for name, layer in layers.items():
             layer.set_factors(factors[name].basis, factors[name].sigma)
@@ -246,7 +248,24 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:
-    """Give the bare model back: the same base modules, frozen as they are; undoes apply_tiny_lora."""
+    """Give the bare model back: the same base modules, frozen as they are; undoes apply_tiny_lora.
+
+    Raises:
+        ValueError: the model is merged, or has an AdapterBank.  Nothing has changed then.
+    """
+    for name, layer in adapted_layers(model).items():
+        if layer.saved_weight is not None:
+            raise ValueError(
+                f"remove_adapter: {name} is merged, and the bits of its own weight would be lost; call unmerge(model) "
+                "first, or take the merged weights with merged_weights(model)"
+            )
+        if layer.bank is not None:
+            raise ValueError(f"remove_adapter: {name} has an AdapterBank, which would serve no layer; close it first")
+    return unwrap(model)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The base modules in the place of the adapted layers, with the weights that they have now."""
     replacement: dict[nn.Module, nn.Module] = {wrapper: wrapper.base for wrapper in wrappers(model).values()}
 
     def remove() -> None:
