@@ -15,9 +15,13 @@ from tinylora_kernels import (
     TinyLoRALayer,
     adapted_layers,
     apply_tiny_lora,
+    export_lora,
     merge,
+    merge_fidelity,
     merged_weights,
     refresh_factors,
+    save_adapter,
+    trainable_vectors,
     unmerge,
 )  # fmt: skip
 
@@ -246,6 +250,153 @@ def test_weights_that_come_by_other_doors_after_emptying():
         if not name.endswith(".v"):
             parameter.data.copy_(state[name].data)
     assert torch.equal(model(TOKENS), expected)
+
+
+def _llama(seed: int) -> nn.Module:
+    return _of_transformers("Llama", seed)
+
+
+def _mixtral(seed: int) -> nn.Module:
+    return _of_transformers("Mixtral", seed, num_local_experts=4)
+
+
+def _gpt_oss(seed: int) -> nn.Module:
+    return _of_transformers("GptOss", seed, num_local_experts=4, head_dim=8)  # experts stored as [in, out]
+
+
+def _of_transformers(name: str, seed: int, **options) -> nn.Module:
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=20, max_position_embeddings=64, **options,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+MODELS = {"layers": (_llama, TARGETS), "experts": (_mixtral, ["experts"]), "experts [in, out]": (_gpt_oss, ["experts"])}
+
+
+def adapted_model(kind: str, seed: int = 0) -> nn.Module:
+    make, targets = MODELS[kind]
+    config = TinyLoRAConfig(trainable_dim=3, n_tie=4, target_modules=targets, init="uniform", cache=False)
+    return apply_tiny_lora(make(seed), config, progress=False)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    vectors, layers = {id(v) for v in trainable_vectors(model)}, tuple(adapted_layers(model))
+    tensors = {name: p.data for name, p in model.named_parameters() if id(p) not in vectors}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if not name.startswith(layers)}
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="refresh_factors"):
+        model.load_state_dict(weights, strict=False)
+
+
+def _assign(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="refresh_factors"):
+        model.load_state_dict(weights, strict=False, assign=True)
+
+
+def _fill_one_by_one(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.to_empty(device="cpu")
+    for name, parameter in frozen(model).items():
+        parameter.copy_(weights[name])
+
+
+def _leave_empty(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.to_empty(device="cpu")
+    for parameter in frozen(model).values():
+        parameter.fill_(0.5)
+
+
+def _to_peft(model: nn.Module, directory) -> None:
+    pytest.importorskip("peft", minversion="0.21")
+    from tinylora_kernels.integrations.peft import to_peft
+
+    to_peft(model, directory)
+
+
+def _save_merged(model: nn.Module, directory) -> None:
+    from tinylora_kernels.integrations.transformers import save_pretrained
+
+    save_pretrained(model, directory, merged=True)
+
+
+DOORS = {f.__name__.strip("_"): f for f in (_load, _assign, _fill_one_by_one, _leave_empty)}
+READERS: dict[str, Callable] = {
+    "forward": lambda model, path: logits(model),
+    "merge": lambda model, path: merge(model),
+    "merged_weights": lambda model, path: merged_weights(model),
+    "merge_fidelity": lambda model, path: merge_fidelity(model),
+    "export_lora": export_lora,
+    "save_adapter": save_adapter,
+    "save_pretrained, merged": _save_merged,
+    "to_peft": _to_peft,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_nobody_puts_the_factors_of_one_weight_on_another(kind, door, reader, tmp_path):
+    """Experts ran the old U on the new weights, and of all others the forward pass alone refused."""
+    if reader in ("export_lora", "to_peft") and kind != "layers":
+        pytest.skip("refuses experts")
+    model, before = adapted_model(kind), copy.deepcopy(adapted_model(kind))
+    DOORS[door](model, {name: p.clone() for name, p in frozen(adapted_model(kind, seed=1)).items()})
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError), match="refresh_factors") as raised:
+            READERS[reader](model, tmp_path / "out")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+    for name, parameter in frozen(model).items():
+        parameter.copy_(frozen(before)[name])  # the model's own weights again: no doubt is left
+    READERS[reader](model, tmp_path / "out")
+    if reader != "merge":
+        assert torch.equal(logits(model), logits(before))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_merged_model_holds_what_was_merged_into_it(kind):
+    """An unmerged state dict made it the bare base without a word; its own was refused, and without a way out."""
+    model = adapted_model(kind)
+    unmerged, expected = copy.deepcopy(model.state_dict()), logits(model)
+    merge(model)
+    merged, shown = copy.deepcopy(model.state_dict()), logits(model)
+    assert relative(shown, expected) < 1e-4
+    model.load_state_dict(merged)
+    assert torch.equal(logits(model), shown)
+    model.load_state_dict({name: v for name, v in unmerged.items() if name.endswith(".v")}, strict=False)
+    assert torch.equal(logits(model.double().float()), shown)
+    weights = {name: w for name, w in merged.items() if ".base." in name and not name.endswith("bias")}
+    for other in (unmerged, {name: weight + 1 for name, weight in weights.items()}):
+        with pytest.raises(RuntimeError, match=r"call unmerge\(model\)"):
+            model.load_state_dict(other, strict=False)
+        with pytest.raises(RuntimeError, match=r"call unmerge\(model\)"):
+            logits(model)
+        assert torch.equal(logits(unmerge(model)), expected)
+        model.load_state_dict(unmerged)
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(merge(model)), shown)
+
+
+def test_a_weight_that_changed_before_it_was_merged_is_no_other_one_after(tmp_path):
+    """The save of a merged model asked nothing."""
+    model = adapted_model("layers")
+    adapted_layers(model)["model.layers.0.self_attn.q_proj"].base.weight.data.normal_()
+    for change in (lambda: None, lambda: merge(model), lambda: unmerge(model)):
+        change()
+        with pytest.raises(ValueError, match="q_proj: its weight has changed since it was adapted"):
+            save_adapter(model, tmp_path / "adapter")
 
 
 def test_a_weight_in_doubt_is_no_business_of_the_compiler():

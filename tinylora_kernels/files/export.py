@@ -51,6 +51,7 @@ def export_lora(
     Raises:
         ValueError: no adapter, a rank below r, another dtype, an update that is not finite, adapted experts, or a
             directory with other files in it.  Nothing has been written then.
+        RuntimeError: a weight that is not the one adapted to.  Nothing has been written then.
         OSError: the directory cannot be written.
     """
     layers = adapted_layers(model)

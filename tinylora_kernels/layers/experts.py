@@ -43,15 +43,20 @@ class AdaptedExperts(nn.Module):
 
         self._forward = grouped_mm_experts_forward
         self.training = base.training
+        self.base = base  # before the layers: what is loaded or moved is there when they are asked whose it is
         for stack in stack_names(base):
             own = {name.rpartition(".")[2]: layer for name, layer in layers.items() if name.startswith(stack + ".")}
             if own:
-                self.add_module(stack, nn.ModuleDict(own))
-        self.base = base
+                self._modules[stack] = nn.ModuleDict(own)  # add_module finds the base's attribute of this name
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, h], top_k_index [tokens, k] experts, top_k_weights [tokens, k] -> [tokens, h]."""
-        if not any(layer.is_on() for stack in stack_names(self.base) for layer in self.layers_of(stack).values()):
+        layers = [layer for stack in stack_names(self.base) for layer in self.layers_of(stack).values()]
+        on = [layer.is_on() for layer in layers]
+        for layer, is_on in zip(layers, on, strict=True):
+            if is_on or layer.saved_weight is not None:
+                layer.expect_its_weight()
+        if not any(on):
             return self.base(hidden_states, top_k_index, top_k_weights)  # merged: the frozen module as it was
         seen = _WithUpdates(self, _Routing(top_k_index, self.base.num_experts))
         output = self._forward(seen, hidden_states, top_k_index, top_k_weights)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.attributes import bias_of, weight_of
-from ..base.kinds import FORWARDED, has_fresh_output, kind_of, weight_matrix
+from ..base.kinds import FORWARDED, as_stored, has_fresh_output, kind_of, weight_matrix
 from ..base.quantised import without_bias
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
 from ..base.witness import Witness, witness
@@ -46,6 +46,10 @@ PROJECTION_TOLERANCE = 1e-4  # of a sketch of P' that another machine has fitted
 _OTHER_WEIGHT = (
     "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt "
     "the model then, or call refresh_factors(model)"
+)
+_NOT_THE_MERGED_WEIGHT = (
+    "it is not the one that merge(model) left there, and the update may be missing; call unmerge(model), which puts "
+    "the model's own weights back, and load then"
 )
 
 
@@ -98,6 +102,7 @@ class TinyLoRALayer(nn.Module):
     _parts: HeldParts | None
     _selection: Selection | None
     _adapted_to: Witness | None
+    _merged_to: Witness | None
     _in_doubt: bool | list[str]
 
     def __init__(
@@ -122,6 +127,7 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_parts"] = None  # of a fused layer, and what they were taken from: linear.plan.parts_for
         self.__dict__["_selection"] = None  # the bank's at the last call
         self.__dict__["_adapted_to"] = None  # the witness of the weight that U and sigma are of
+        self.__dict__["_merged_to"] = None  # of the weight with the update in it, while it is merged
         self.__dict__["_in_doubt"] = False  # whether the weight may be another one now: it was loaded, or emptied
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
@@ -168,9 +174,11 @@ class TinyLoRALayer(nn.Module):
         base, buffers = cast(nn.Module, self._modules["base"]), cast(Buffers, self._buffers)
         asked_at = 0 if torch.compiler.is_compiling() else changes()  # or a graph would be of this one count
         if not self.is_on():
+            if self._in_doubt and self.saved_weight is not None:
+                self.expect_its_weight()
             return base(*args, **kwargs)
         if self._in_doubt:
-            self._expect_the_weight_adapted_to()
+            self.expect_its_weight()
         basis, projection = buffers["basis"], buffers["projection"]
         v, adapter_ids, chosen = cast(Tensor, self._owner[0]._parameters["v"]), None, None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
@@ -257,23 +265,30 @@ class TinyLoRALayer(nn.Module):
     # What the weight was
 
     def take_witness(self) -> None:
-        """The weight as it is now is the one that U and sigma are of."""
+        """The weight as it is now is the one that U and sigma are of; or, of a merged layer, the merged one."""
         weight = weight_of(self.base)
         dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
         # Row-major: the same numbers in another memory format are the same weight.
-        self.__dict__["_adapted_to"] = witness(weight.contiguous()) if dense else None
+        self.__dict__[self._witness_now()] = witness(weight.contiguous()) if dense else None
         self.__dict__["_in_doubt"] = False
+
+    def _witness_now(self) -> str:
+        """The attribute with the witness of what the base is to hold."""
+        return "_adapted_to" if self.saved_weight is None else "_merged_to"
 
     def weight_may_have_changed(self) -> bool:
         """Whether the weight trains, or is not the one that U and sigma are of, as far as anybody can tell."""
-        weight, known = weight_of(self.base), self._adapted_to
-        if self.saved_weight is not None or known is None or type(weight) not in PLAIN or weight.requires_grad:
+        weight, known, saved = weight_of(self.base), self._adapted_to, self.saved_weight
+        if known is None or type(weight) not in PLAIN or weight.requires_grad:
             return weight.requires_grad
-        return not known.cast(weight.dtype).knows(weight.contiguous())
+        own = weight if saved is None else as_stored(self.base, saved)
+        return not known.cast(own.dtype).knows(own.contiguous())
 
-    def _holds_the_weight_adapted_to(self) -> bool:
-        """Whether the weight, whatever its dtype now, is the one that U and sigma are of; if nobody can tell, yes."""
-        weight, known = weight_of(self.base), self._adapted_to
+    def _holds_its_weight(self) -> bool:
+        """Whether the weight, whatever its dtype now, is the one that U and sigma are of, or of a merged layer the
+        merged one; if nobody can tell, yes.
+        """
+        weight, known = weight_of(self.base), self.__dict__[self._witness_now()]
         if known is None or weight.requires_grad or type(weight) not in PLAIN:
             known = None  # it is quantized now, or is being trained, and U stays what it was
         elif weight.is_meta:
@@ -284,12 +299,22 @@ class TinyLoRALayer(nn.Module):
             self.take_witness()
         return True
 
-    def _expect_the_weight_adapted_to(self) -> None:
-        """Raises where other weights came than those that U and sigma are of, or none since the layer was emptied."""
+    def expect_its_weight(self) -> None:
+        """Asked by whoever reads the factors together with the weight, or the weight that they were merged into.
+
+        Raises:
+            RuntimeError: another weight came than the one that U and sigma are of, or that was merged, or none since
+                the layer was emptied.
+        """
+        if not self._in_doubt:
+            return
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{self.name}: its weight may be another one now; call the model before compiling it")
-        if not self._holds_the_weight_adapted_to():
-            raise RuntimeError(f"{self.name}: {_OTHER_WEIGHT}")
+        if not self._holds_its_weight():
+            raise RuntimeError(f"{self.name}: {self._what_is_wrong()}")
+
+    def _what_is_wrong(self) -> str:
+        return _OTHER_WEIGHT if self.saved_weight is None else _NOT_THE_MERGED_WEIGHT
 
     def _identity(self) -> dict[str, object]:
         """What v belongs to: the same numbers in another layer, or with another config, are another function."""
@@ -355,6 +380,7 @@ class TinyLoRALayer(nn.Module):
 
     def right_factor(self) -> Tensor:
         """B^T = U^T W, [r, in]: S V^T up to the SVD's residual, and exactly what the update implies."""
+        self.expect_its_weight()
         return right_factor(self.basis, self.weight_matrix())
 
     def singular_basis(self) -> Tensor:
@@ -429,7 +455,7 @@ class TinyLoRALayer(nn.Module):
             self.base._apply(fn)
         moved = super()._apply(keep_values, recurse=False)
         self.__dict__["_right"] = None  # the weight is the same object, and may hold other values now
-        self.__dict__["_in_doubt"] = not self._holds_the_weight_adapted_to()  # e.g. after to_empty()
+        self.__dict__["_in_doubt"] = not self._holds_its_weight()  # e.g. after to_empty()
         note_change()
         return moved
 
@@ -462,9 +488,9 @@ def kept_unless_done(layers: Iterable[TinyLoRALayer]) -> Iterator[None]:
 def _doubt_what_was_loaded(layer: TinyLoRALayer, incompatible_keys) -> None:
     """Called once the base has its part of a state dict; load_state_dict raises its error with the others."""
     error_messages = layer._in_doubt
-    layer.__dict__["_in_doubt"] = not layer._holds_the_weight_adapted_to()
+    layer.__dict__["_in_doubt"] = not layer._holds_its_weight()
     if layer._in_doubt and isinstance(error_messages, list):
-        error_messages.append(f"{layer.name}.weight: {_OTHER_WEIGHT}")
+        error_messages.append(f"{layer.name}.weight: {layer._what_is_wrong()}")
 
 
 def _difference(ours: dict, theirs: dict) -> str | None:

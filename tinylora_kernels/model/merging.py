@@ -40,6 +40,7 @@ def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tup
     Raises:
         ValueError: no adapter, a base that is quantised, or a weight shared with another module; raised by the call,
             not at the first tensor. At its tensor: a merged weight that is not finite in its dtype.
+        RuntimeError: a weight that is not the one adapted to; by the call.
     """
     mergeable_layers(model)
     return _stream(model, only_adapted)
@@ -51,8 +52,9 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
     The bits of the original weights are kept, one copy of every adapted weight in its own dtype, until ``unmerge``
     writes them back; nothing is ever subtracted, so any number of cycles is exact.  While merged, the vectors get no
     gradient (a training step says so) and changing them changes nothing until the next merge.  ``state_dict()`` is then
-    that of the merged weights with the vectors beside them: loaded into an adapted model it would apply the update
-    twice.  To keep a merged model use ``merged_weights``; to keep the adapter, ``save_adapter``, merged or not.
+    that of the merged weights with the vectors beside them: this model takes it as long as it is merged, and no other
+    weights; an adapted one that is not merged, where the update would be applied twice, refuses it.  To keep a merged
+    model use ``merged_weights``; to keep the adapter, ``save_adapter``, merged or not.
 
     Args:
         save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
@@ -60,6 +62,7 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
     Raises:
         ValueError: merged already, no adapter, an open AdapterBank, a quantised base, a weight shared with another
             module, or a merged weight that is not finite in its dtype.  Nothing has changed then.
+        RuntimeError: a weight that is not the one adapted to.  Nothing has changed then.
     """
     layers = mergeable_layers(model)
     if any(layer.bank is not None for layer in layers.values()):
@@ -73,6 +76,7 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
             layer.saved_weight = weight.to(save_to or weight.device, copy=True)
             write_weight(layer.base, merged_weight(layer))
             layer.enabled = False
+            layer.take_witness()
     return model
 
 
@@ -127,7 +131,12 @@ def merged_weight(layer: TinyLoRALayer) -> Tensor:
 
 @torch.no_grad()
 def delta_factors(layer: TinyLoRALayer) -> tuple[Tensor, Tensor]:
-    """The update as a product, W' - W = (U M) (U^T W): [out, r] and [r, in], float64. Of a merged layer too."""
+    """The update as a product, W' - W = (U M) (U^T W): [out, r] and [r, in], float64. Of a merged layer too.
+
+    Raises:
+        RuntimeError: the weight is not the one that U is of, TinyLoRALayer.expect_its_weight.
+    """
+    layer.expect_its_weight()
     basis = layer.basis.double()  # [r, out]
     mixing = contract(layer.v.detach().to(basis), layer.projection.double())  # [r, r]
     return product(basis.T, mixing), right_factor(basis, original_weight(layer))
@@ -181,6 +190,7 @@ def mergeable_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
     if not layers:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
     for name, layer in layers.items():
+        layer.expect_its_weight()
         weight = weight_of(layer.base)
         if not is_dense(weight):
             raise ValueError(
