@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .attributes import weight_of
 from .experts import ExpertSlice, why_not_experts
+from .trial import why_not_linear
 from .weights import dense_weight, stored_shape
 
 # Read through an adapted layer to its base, as the code of models expects of the layer that stood there.
@@ -105,7 +106,7 @@ def _why_not_convolution(module: nn.Module) -> str | None:
             f"its {groups} groups are {groups} separate weights, and one basis over all output channels "
             "would mix them; leave it out of target_modules"
         )
-    return None
+    return why_not_linear(module)
 
 
 def _why_not_embedding(module: nn.Module) -> str | None:
@@ -123,7 +124,8 @@ def _why_not_expert(module: nn.Module) -> str | None:
 
 LINEAR = Kind(
     "linear layers", lambda module: isinstance(module, nn.Linear) or _is_gguf(module), lambda weight: weight, _as_is,
-    product=_linear_product, is_product=lambda module: type(module) is nn.Linear, fresh=(nn.Linear,), by_default=True,
+    product=_linear_product, is_product=lambda module: type(module) is nn.Linear, fresh=(nn.Linear,),
+    why_not=why_not_linear, by_default=True,
 )  # fmt: skip
 CONV1D = Kind(
     "linear layers", _is_conv1d, lambda weight: weight.T, _transposed,

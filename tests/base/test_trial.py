@@ -1,0 +1,187 @@
+"""Subclasses of linear layers and convolutions: those whose updated weight is not an updated output are refused."""
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.guarantees.dense import relative
+from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, merge, trainable_vectors
+from tinylora_kernels.base.kinds import kind_of
+from tinylora_kernels.base.trial import why_not_linear
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class Dropping(nn.Linear):
+    """With a buffer, a child, noise, and a count: whoever tries it leaves traces."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(1))
+        self.dropout, self.seen = nn.Dropout(0.5), []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(torch.rand(1))
+        return self.dropout(super().forward(x))
+
+
+class InputRounded(nn.Linear):
+    def forward(self, x):
+        return super().forward((x * 8).round() / 8)
+
+
+class CausalConv1d(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
+class WeightRounded(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, (self.weight * 16).round() / 16, self.bias)
+
+
+class BiasLeftToTheCaller(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class BiasReturned(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight), self.bias
+
+
+class WeightNormed(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, F.normalize(self.weight, dim=1), self.bias)
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return F.gelu(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        flat = self.weight.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)
+        return self._conv_forward(x, flat.view_as(self.weight), self.bias)
+
+
+class StandardisedBelow(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, F.normalize(weight.flatten(1), dim=1).view_as(weight), bias)
+
+
+class WantsMore(nn.Linear):
+    def forward(self, x, scale):
+        return scale * super().forward(x)
+
+
+TAKEN = {cls.__name__: cls for cls in (Scaled, Dropping, InputRounded, OwnForward, CausalConv1d, WantsMore)}
+REFUSED = {cls.__name__: cls for cls in (
+    WeightRounded, BiasLeftToTheCaller, BiasReturned, WeightNormed, Activated, Standardised, StandardisedBelow,
+)}  # fmt: skip
+
+
+def make(cls: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return cls(*((24, 16) if issubclass(cls, nn.Linear) else (24, 16, 3))).to(dtype)
+
+
+def example(layer: nn.Module) -> torch.Tensor:
+    shape = (2, 5, 24) if isinstance(layer, nn.Linear) else (2, 24, *[7] * len(layer.kernel_size))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def adapt(layer: nn.Module) -> nn.Module:
+    config = TinyLoRAConfig(trainable_dim=3, target_modules=["layer"], cache=False)
+    model = apply_tiny_lora(nn.ModuleDict({"layer": layer}), config, progress=False)
+    for v in trainable_vectors(model):
+        nn.init.normal_(v)
+    return model
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_multiplies_by_its_weight_is_adapted(name, dtype):
+    assert kind_of(layer := make(TAKEN[name], dtype)).why_not(layer) is None
+
+
+@DTYPES
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_other_things_with_its_weight_is_refused(name, dtype):
+    """The merged model was up to a fifth off the adapted one, and nobody said so."""
+    layer = make(REFUSED[name], dtype)
+    state = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=rf"layer: it cannot be adapted: .*{name}.*exclude_modules") as raised:
+        adapt(layer)
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(state[key], tensor) for key, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(TAKEN.keys() - {"WantsMore"}))
+def test_what_is_taken_is_merged_as_it_is_adapted(name):
+    model = adapt(make(TAKEN[name]).eval())
+    x = example(model["layer"].base)
+    adapted, bare = model["layer"](x), model["layer"].base(x)
+    assert relative(bare, adapted) > 0.05
+    assert relative(merge(model)["layer"](x), adapted) < 1e-5
+
+
+def test_a_trial_leaves_no_traces():
+    layer, heard = make(Dropping), []
+    for module in (layer, layer.dropout):
+        module.register_forward_hook(lambda *_: heard.append(1))
+        module.register_forward_pre_hook(lambda *_: heard.append(1))
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert why_not_linear(layer) is None
+    assert torch.equal(torch.rand(3), expected)
+    assert not heard and not layer.seen and layer.calls.item() == 0 and layer.training and layer.dropout.training
+    assert len(layer._forward_hooks) == len(layer.dropout._forward_pre_hooks) == 1
+    assert layer.weight.grad is None and layer.weight._version == make(Dropping).weight._version
+
+
+def test_plain_layers_and_the_meta_device_are_not_tried(monkeypatch):
+    monkeypatch.setattr("tinylora_kernels.base.trial._deviation", lambda *_: pytest.fail("it was tried"))
+    for layer in (nn.Linear(4, 6), nn.Conv2d(3, 4, 3), make(WeightRounded).to("meta")):
+        assert why_not_linear(layer) is None
+
+
+def test_autocast_and_default_devices_do_not_matter():
+    layers = {name: make(cls) for name, cls in (TAKEN | REFUSED).items()}
+    expected = {name: why_not_linear(layer) for name, layer in layers.items()}
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert {name: why_not_linear(layer) for name, layer in layers.items()} == expected
+
+
+def test_classes_of_transformers():
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from transformers.integrations.bitnet import AutoBitLinear
+    from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+    from transformers.models.perceiver.modeling_perceiver import Conv2dSamePadding
+
+    assert transformers is not None
+    torch.manual_seed(0)
+    assert why_not_linear(FalconLinear(16, 24)) is None and why_not_linear(Conv2dSamePadding(6, 8, 3)) is None
+    assert why_not_linear(AutoBitLinear(32, 48, bias=False)) is None
+    assert "AutoBitLinear" in str(why_not_linear(AutoBitLinear(32, 48, bias=False, online_quant=True)))
+    assert "WeightStandardizedConv2d" in str(why_not_linear(WeightStandardizedConv2d(6, 24, 3)))
