@@ -24,6 +24,7 @@ from tinylora_kernels import (
     trainable_vectors,
     unmerge,
 )  # fmt: skip
+from tinylora_kernels.ops import reference
 
 WITH_A_BIAS = ["linear with a bias", "wide linear", "conv1d", "conv2d"]
 
@@ -403,6 +404,89 @@ def test_a_weight_in_doubt_is_no_business_of_the_compiler():
     model = adapt(tiny_decoder())
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     torch.compile(model, fullgraph=True, backend="eager")(TOKENS)
+
+
+class RoundedLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, (self.weight * 4).round() / 4, self.bias)
+
+
+class RoundedConv2d(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, (self.weight * 4).round() / 4, self.bias)
+
+
+def _rounded(base: nn.Module) -> nn.Module:
+    """As quantisers in training put it there: another class, with the same parameters."""
+    if isinstance(base, nn.Linear):
+        other = RoundedLinear(base.in_features, base.out_features, base.bias is not None)
+    else:
+        other = RoundedConv2d(base.in_channels, base.out_channels, base.kernel_size, padding=base.padding)
+    other._parameters.update(base._parameters)
+    return other
+
+
+def _set_submodule(layer: TinyLoRALayer) -> None:
+    nn.ModuleDict({"layer": layer}).set_submodule("layer.base", _rounded(layer.base))
+
+
+def _torchao(layer: TinyLoRALayer) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    qat = pytest.importorskip("torchao.quantization.qat")
+    as_asked = qat.IntxFakeQuantizeConfig(torch.int4, group_size=8)
+    quantization.quantize_(nn.ModuleDict({"layer": layer}), qat.QATConfig(weight_config=as_asked, step="prepare"))
+
+
+EXCHANGES: dict[str, Callable[[TinyLoRALayer], None]] = {
+    "attribute": lambda layer: setattr(layer, "base", _rounded(layer.base)),
+    "register_module": lambda layer: layer.register_module("base", _rounded(layer.base)),
+    "set_submodule": _set_submodule,
+    "class": lambda layer: setattr(layer.base, "__class__", type(_rounded(layer.base))),
+    "torchao": _torchao,
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "generating"])
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("base", ["linear", "linear with a bias", "wide linear", "conv2d"])
+def test_the_base_that_is_there_now_is_what_runs(base, exchange, calls, training):
+    """Of a quantised layer put there for training the unquantised weight was multiplied."""
+    if exchange == "torchao" and base not in ("linear", "wide linear"):
+        pytest.skip("it takes linear layers without a bias")
+    layer = adapted(base)
+    x = example(layer)
+    for _ in range(calls):
+        call(layer, x, training)
+    before = type(layer.base)
+    EXCHANGES[exchange](layer)
+    if exchange == "class":
+        layer.base = layer.base  # a plan does not ask for the class
+    assert type(layer.base) is not before
+    y, bias = layer.base(x).double(), getattr(layer.base, "bias", None)
+    axis = 1 if base == "conv2d" else -1
+    y = y.movedim(axis, -1) - (0 if bias is None else bias.double())
+    basis, mixing = layer.basis.double(), reference.contract(layer.v.detach().double(), layer.projection.double())
+    truth = y + y @ basis.T @ mixing.T @ basis + (0 if bias is None else bias.double())
+    for _ in range(2):
+        assert relative(call(layer, x, training), truth.movedim(-1, axis)) < 1e-6
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_a_weight_that_is_computed_from_now_on(twin, monkeypatch):
+    """The plan in Python looked for it among the parameters."""
+    from torch.nn.utils import parametrizations, prune
+
+    if not twin:
+        monkeypatch.setattr("tinylora_kernels.linear.plan.twin", None)
+    for change in (parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)):
+        layer = adapted("linear with a bias")
+        x = example(layer)
+        for _ in range(2):
+            call(layer, x, training=False)
+        change(layer.base)
+        for _ in range(2):
+            assert relative(call(layer, x, training=False), dense_output(layer, x)) < 1e-6
 
 
 @pytest.mark.parametrize("base", PRODUCTS)

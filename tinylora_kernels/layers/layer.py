@@ -97,6 +97,9 @@ class TinyLoRALayer(nn.Module):
     sigma: Tensor
     projection: Tensor
     v: nn.Parameter  # its own, or that of the layer that holds it
+    _base_type: type[nn.Module]
+    _product: Callable[[nn.Module, Tensor, Tensor], Tensor] | None
+    _fresh_output: bool
     _plan: Plan | None
     _right: HeldRight | None
     _parts: HeldParts | None
@@ -149,11 +152,10 @@ class TinyLoRALayer(nn.Module):
         else:
             self.register_parameter("v", v)
             self._owner = (self,)
-        self._fresh_output = has_fresh_output(base)
         self.take_witness()
         self.register_load_state_dict_post_hook(_doubt_what_was_loaded)
         kind = kind_of(base)
-        self._product = kind.product if kind.is_product(base) else None
+        self._look_at_base(base)
         self._is_lookup, self.samples_first = kind.lookup, kind.channels_first
         # of the output, counted from its end
         self._feature_axis = weight_of(base).dim() - 1 if self.samples_first else 1
@@ -179,6 +181,8 @@ class TinyLoRALayer(nn.Module):
             return base(*args, **kwargs)
         if self._in_doubt:
             self.expect_its_weight()
+        if type(base) is not self._base_type:
+            self._look_at_base(base)
         basis, projection = buffers["basis"], buffers["projection"]
         v, adapter_ids, chosen = cast(Tensor, self._owner[0]._parameters["v"]), None, None
         if self.bank is not None and (selection := self.bank.selection()) is not None:
@@ -217,6 +221,12 @@ class TinyLoRALayer(nn.Module):
         y = base(*args, **kwargs)
         inplace = fresh and type(weight) in PLAIN
         return self._update_with_bias(y, basis, v, projection, adapter_ids, bias_of(base), inplace)
+
+    def _look_at_base(self, base: nn.Module) -> None:
+        """What the forward of the base is, by its class: libraries put other classes there (quantisers in training)."""
+        kind = kind_of(base)
+        product = kind.product if kind.is_product(base) else None
+        self.__dict__.update(_base_type=type(base), _product=product, _fresh_output=has_fresh_output(base))
 
     def _update_with_bias(
         self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, bias: Tensor | None,
@@ -360,6 +370,11 @@ class TinyLoRALayer(nn.Module):
         else:
             super().__setattr__(name, value)
         self.__dict__["_plan"] = self.__dict__["_selection"] = None  # they would keep a bank that was closed
+        note_change()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As setting it does: no plan is of another base."""
+        super().add_module(name, module)
         note_change()
 
     @property

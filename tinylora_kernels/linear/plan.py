@@ -193,20 +193,23 @@ class Plan(NamedTuple):
         changes, written, requested, state, dtype, device_type, buffers, parameters, v, lacks_right = self[:10]
         weight, bias, basis = self.frozen[:3]
         own = state["_parameters"]
-        if (
-            changes != _changes
-            or own["weight"] is not weight or own["bias"] is not bias
-            or parameters["v"] is not v or buffers["basis"] is not basis
-            or type(x) is not Tensor or x.dtype is not dtype  # a weight of another dtype by now is an error to come
-            or _has_hooks(state) or "forward" in state
-            or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
-            or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
-            or (weight._version, weight.data_ptr()) != written
-            or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
-            or (lacks_right and x.requires_grad and torch.is_grad_enabled())
-            or (self.selected is not None and not self._selects(x))
-            or (scope.nodes_in_blocks and scope.in_backward())  # recomputed perhaps outside its block
-        ):  # fmt: skip
+        try:
+            if (
+                changes != _changes
+                or own["weight"] is not weight or own["bias"] is not bias
+                or parameters["v"] is not v or buffers["basis"] is not basis
+                or type(x) is not Tensor or x.dtype is not dtype  # a weight of another dtype by now is an error to come
+                or _has_hooks(state) or "forward" in state
+                or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
+                or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
+                or (weight._version, weight.data_ptr()) != written
+                or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
+                or (lacks_right and x.requires_grad and torch.is_grad_enabled())
+                or (self.selected is not None and not self._selects(x))
+                or (scope.nodes_in_blocks and scope.in_backward())  # recomputed perhaps outside its block
+            ):  # fmt: skip
+                return None
+        except KeyError:  # a tensor that was a parameter is computed from others now: weight_norm, pruning
             return None
         y = apply_linear(x, v, self.frozen)
         # Heard after the product, which has just brought the weight into the caches.
