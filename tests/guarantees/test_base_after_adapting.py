@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from tests.guarantees.dense import BASES, PRODUCTS, adapted, dense_output, example, relative
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import (
+    LoRAXSConfig,
     TinyLoRAConfig,
     TinyLoRALayer,
     adapted_layers,
     apply_tiny_lora,
     export_lora,
+    inspect_adapter,
+    load_adapter,
     merge,
     merge_fidelity,
     merged_weights,
@@ -470,6 +474,80 @@ def test_the_base_that_is_there_now_is_what_runs(base, exchange, calls, training
     truth = y + y @ basis.T @ mixing.T @ basis + (0 if bias is None else bias.double())
     for _ in range(2):
         assert relative(call(layer, x, training), truth.movedim(-1, axis)) < 1e-6
+
+
+def _int8(model: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear))
+    return model
+
+
+ROUNDED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "bfloat16 and back": lambda model: model.bfloat16().float(),
+    "int8": _int8,
+    "bfloat16, int8": lambda model: _int8(model.bfloat16()),
+    "double": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("method", [TinyLoRAConfig, LoRAXSConfig])
+@pytest.mark.parametrize("rounding", ROUNDED)
+def test_what_is_saved_of_a_model_that_was_cast_is_loaded(rounding, method, tmp_path):
+    """U is of the weight before the cast, and no reader had that one: refused, and the trained model was gone."""
+    rank = {"frozen_rank": 2, "trainable_dim": 3} if method is TinyLoRAConfig else {"rank": 2}
+    config = method(**rank, n_tie=4, target_modules=TARGETS, cache=False)
+    cast, make = ROUNDED[rounding], functools.partial(tiny_decoder, width=32, inner=64)
+    model = apply_tiny_lora(make(), config, progress=False)
+    for v in trainable_vectors(model):
+        nn.init.normal_(v, std=0.3)
+    model = cast(model)
+    expected = model(TOKENS)
+    save_adapter(model, tmp_path / "adapter")
+    carried = {module.basis is not None for module in inspect_adapter(tmp_path / "adapter").modules}
+    assert carried == {rounding != "double"}  # which rounds nothing
+    bare = cast(make())
+    loaded = load_adapter(bare, tmp_path / "adapter", cache=False, progress=False)
+    tolerance = 1e-6 if rounding == "double" else 0.0  # U in float64
+    assert relative(loaded(TOKENS), expected) <= tolerance
+    other = apply_tiny_lora(cast(make()), config, progress=False)  # with U of the rounded weights
+    load_adapter(other, tmp_path / "adapter")
+    for again in (model, loaded, other):
+        save_adapter(again, tmp_path / "again")
+        found = load_adapter(cast(make()), tmp_path / "again", cache=False, progress=False)
+        assert relative(found(TOKENS), expected) <= tolerance
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_kind_of_layer_is_saved_after_a_cast(base, tmp_path):
+    layer = adapted(base).bfloat16()
+    model, bare = nn.ModuleDict({"layer": layer}), nn.ModuleDict({"layer": copy.deepcopy(layer.base)})
+    expected = layer(example(layer))
+    for change in (lambda: None, lambda: merge(model), lambda: unmerge(model)):
+        change()
+        save_adapter(model, tmp_path / "adapter")
+        loaded = load_adapter(copy.deepcopy(bare), tmp_path / "adapter", cache=False, progress=False)["layer"]
+        assert torch.equal(loaded(example(layer)), expected)
+
+
+def test_a_model_of_transformers_is_saved_after_a_cast(tmp_path):
+    from tinylora_kernels.integrations.transformers import from_pretrained, save_pretrained
+
+    model = adapted_model("layers").bfloat16()
+    save_pretrained(model, tmp_path)
+    assert relative(logits(from_pretrained(tmp_path, cache=False)), logits(model)) < 0.02  # its rotations are not cast
+
+
+def test_a_weight_that_was_trained_is_no_other_one_after_a_cast(tmp_path):
+    """A cast of a weight that trains made it the one that U is of."""
+    model = adapt(tiny_decoder())
+    weight = model.layers[0].q_proj.base.weight.requires_grad_()
+    weight.data.mul_(1.5)
+    model.bfloat16()
+    model.layers[0].q_proj.base.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="q_proj: its weight has changed since it was adapted"):
+        save_adapter(model, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("twin", [True, False])

@@ -34,6 +34,11 @@ class Witness(NamedTuple):
             return weight.dtype is self.dtype and not len(self.bits)
         return torch.equal(_bits_at(weight, self.offsets, self.bits.shape[1]), self.bits.to(weight.device))
 
+    def is_exactly(self, weight: Tensor) -> bool:
+        """Whether the weight holds the same numbers with nothing rounded away, whatever its dtype."""
+        there = self.cast(weight.dtype)
+        return torch.equal(there.cast(self.dtype).bits, self.bits) and there.knows(weight)
+
     def cast(self, dtype: torch.dtype) -> Witness:
         """The witness of the same numbers in another dtype."""
         if dtype is self.dtype:

@@ -42,8 +42,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: 
     Args:
         model: adapted by apply_tiny_lora or apply_lora_xs.
         path: the file; it is replaced whole or, when anything fails, left as it was.
-        include_basis: store U of every module (4 r out bytes each), so that loading needs no SVD.  Modules whose
-            singular values coincide get theirs stored always.
+        include_basis: store U of every module (4 r out bytes each), so that loading needs no SVD.  Always stored is
+            what the weights here do not give again: where singular values coincide, and where the weight was cast to
+            fewer bits, quantised or trained since it was adapted.
 
     Raises:
         AdapterError: the model has no adapter, is only a part of the adapted model, a weight has changed since it was
@@ -122,7 +123,7 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)
-        in_doubt = layer.weight_may_have_changed()  # then U is of the weight as it was
+        in_doubt = not layer.weight_determines_factors()  # then U is of the weight as it was, before a cast perhaps
         store = include_basis or layer.degenerate or in_doubt
         basis = layer.singular_basis()
         module = AdaptedModule(
@@ -204,6 +205,7 @@ def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
         for layer, module in zip(layers.values(), adapter.modules, strict=True):
             if module.stored:
                 layer.set_factors(*module.stored)
+                layer.degenerate = True  # the weight need not determine them
         _set_vectors(layers, adapter.v)
 
 

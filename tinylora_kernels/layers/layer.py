@@ -104,6 +104,7 @@ class TinyLoRALayer(nn.Module):
     _right: HeldRight | None
     _parts: HeldParts | None
     _selection: Selection | None
+    _factors_of: Witness | None
     _adapted_to: Witness | None
     _merged_to: Witness | None
     _in_doubt: bool | list[str]
@@ -129,7 +130,8 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_right"] = None  # B^T and the weight it was computed from: linear.plan.right_for
         self.__dict__["_parts"] = None  # of a fused layer, and what they were taken from: linear.plan.parts_for
         self.__dict__["_selection"] = None  # the bank's at the last call
-        self.__dict__["_adapted_to"] = None  # the witness of the weight that U and sigma are of
+        self.__dict__["_factors_of"] = None  # the witness of the weight that U and sigma are of, bit for bit
+        self.__dict__["_adapted_to"] = None  # of the same weight in the dtype that it has now
         self.__dict__["_merged_to"] = None  # of the weight with the update in it, while it is merged
         self.__dict__["_in_doubt"] = False  # whether the weight may be another one now: it was loaded, or emptied
         self.base = base
@@ -152,7 +154,7 @@ class TinyLoRALayer(nn.Module):
         else:
             self.register_parameter("v", v)
             self._owner = (self,)
-        self.take_witness()
+        self._factors_are_of_this_weight()
         self.register_load_state_dict_post_hook(_doubt_what_was_loaded)
         kind = kind_of(base)
         self._look_at_base(base)
@@ -275,7 +277,7 @@ class TinyLoRALayer(nn.Module):
     # What the weight was
 
     def take_witness(self) -> None:
-        """The weight as it is now is the one that U and sigma are of; or, of a merged layer, the merged one."""
+        """The weight as it is now is the one that U and sigma are of, or a cast of it; if merged, the merged one."""
         weight = weight_of(self.base)
         dense = type(weight) in PLAIN and weight.is_floating_point() and not weight.is_meta
         # Row-major: the same numbers in another memory format are the same weight.
@@ -286,13 +288,19 @@ class TinyLoRALayer(nn.Module):
         """The attribute with the witness of what the base is to hold."""
         return "_adapted_to" if self.saved_weight is None else "_merged_to"
 
-    def weight_may_have_changed(self) -> bool:
-        """Whether the weight trains, or is not the one that U and sigma are of, as far as anybody can tell."""
-        weight, known, saved = weight_of(self.base), self._adapted_to, self.saved_weight
-        if known is None or type(weight) not in PLAIN or weight.requires_grad:
-            return weight.requires_grad
+    def _factors_are_of_this_weight(self) -> None:
+        self.take_witness()
+        self.__dict__["_factors_of"] = self._adapted_to
+
+    def weight_determines_factors(self) -> bool:
+        """Whether U and sigma are those of the weight as it is now (before it was merged), bit for bit, as far as
+        anybody can tell: it does not train, was not rounded to another dtype or quantised since, and is no other one.
+        """
+        weight, known, saved = weight_of(self.base), self._factors_of, self.saved_weight
+        if weight.requires_grad or known is None or is_sharded(weight):
+            return not weight.requires_grad
         own = weight if saved is None else as_stored(self.base, saved)
-        return not known.cast(own.dtype).knows(own.contiguous())
+        return type(own) in PLAIN and own.is_floating_point() and known.is_exactly(own.contiguous())
 
     def _holds_its_weight(self) -> bool:
         """Whether the weight, whatever its dtype now, is the one that U and sigma are of, or of a merged layer the
@@ -419,7 +427,7 @@ class TinyLoRALayer(nn.Module):
         self.basis.copy_(block_basis(basis, self.parts) if self.parts else basis)
         self.sigma.copy_(sigma)
         self.projection.copy_(projection)
-        self.take_witness()
+        self._factors_are_of_this_weight()
         self.__dict__.update(_plan=None, _right=None, _parts=None)  # they are of the old U
         note_change()
 
@@ -427,7 +435,7 @@ class TinyLoRALayer(nn.Module):
         """What puts the vector and the factors back as they are now."""
         names = [name for name in ("basis", "sigma", "projection", "v") if name in (*self._buffers, *self._parameters)]
         tensors = [(getattr(self, name).detach(), getattr(self, name).detach().clone()) for name in names]
-        state = {name: self.__dict__[name] for name in ("degenerate", "_adapted_to", "_in_doubt")}
+        state = {name: self.__dict__[name] for name in ("degenerate", "_factors_of", "_adapted_to", "_in_doubt")}
 
         @torch.no_grad()
         def put_back() -> None:
