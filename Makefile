@@ -89,12 +89,16 @@ demo: $(VENV)/.demo
 	MODEL="$(MODEL)" TASK="$(TASK)" STEPS="$(STEPS)" PARAMS="$(PARAMS)" $(BIN)/python -m demo
 
 # On a machine with a GPU, with no network and nothing installed: this python's own torch, and the library that lies in
-# tinylora_kernels/ (built elsewhere for the card, or here where there is none). BEFORE= another checkout to compare with.
+# tinylora_kernels/ (built elsewhere for the card, or here where there is none: with TINYLORA_CUDA_ARCHITECTURES of the card,
+# or its device code is compiled within SECONDS). BEFORE= another checkout to compare with.
 SECONDS ?= 290
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available()" || \
 	  { echo "make gpu: $(PYTHON)'s torch sees no GPU: see nvidia-smi, or name another with PYTHON="; exit 1; }
-	test -f tinylora_kernels/libtinylora.so || $(PYTHON) setup.py -q build_ext --inplace
+	test -f tinylora_kernels/libtinylora.so || TINYLORA_BUILD_NODE=0 \
+	  TINYLORA_CUDA_ARCHITECTURES="$${TINYLORA_CUDA_ARCHITECTURES-$$($(PYTHON) -c \
+	  "import torch; print('%d%d-real' % torch.cuda.get_device_capability())")}" \
+	  $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m bench.gpu --seconds $(SECONDS) $(if $(OUT),--out "$(OUT)") $(if $(BEFORE),--before "$(BEFORE)")
 
 bench: $(VENV)/.test

@@ -3,9 +3,12 @@
     python -m bench.gpu --seconds 290 [--out DIR] [--before DIR] [--device cpu]
 
 Nothing is installed and nothing fetched: the package is used as it lies here, with a library built here or elsewhere
-(tinylora_kernels/libtinylora.so and _build_record.json beside it). The node of linear layers is compiled beside the
-first tests. Each part is a process of its own, since a crash of the GPU ends the process; what they print is in
-DIR/log.txt as it comes, and every figure in DIR/figures.jsonl.
+(tinylora_kernels/libtinylora.so and _build_record.json beside it). One without code for the card compiles it in the
+first parts, a module for each dtype and rank, and has that many seconds less for the rest: better is one built with
+TINYLORA_CUDA_ARCHITECTURES, as `make gpu` builds it where there is none. The node of linear layers is compiled beside
+the tests of the kernels, which run without it; no process looks for it before it is there, or the workers of one part
+would disagree about which tests there are. Each part is a process of its own, since a crash of the GPU ends the
+process; what they print is in DIR/log.txt as it comes, and every figure in DIR/figures.jsonl.
 
 Args:
     --out: a directory for results; default: $OUT, or bench/results/gpu/latest.
@@ -28,6 +31,7 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TESTS = ["-q", "-p", "no:cacheprovider", "--maxfail=25", "--tb=short"]
+NO_NODE = {"TINYLORA_NODE": "0"}
 
 
 class Part(NamedTuple):
@@ -39,27 +43,29 @@ class Part(NamedTuple):
     environment: dict[str, str] = {}
 
 
-def parts(device: str, before: Path | None, compiled: bool) -> list[Part]:
+def parts(device: str, before: Path | None) -> list[Part]:
+    """The first needs no node in C++, the second is about it: what is newest comes before what a card has seen."""
     on = ["--device", device]
-    workers = ["-n", "8"] if device == "cuda" and has_xdist() else []
+    tests = ["-m", "pytest", *TESTS, *(["-n", "8"] if device == "cuda" and has_xdist() else [])]
     ours, theirs = ("cuda", "triton") if device == "cuda" else ("cpu", "cpu")
     products = [str(Path(__file__).with_name("products.py")), *on]
     main_cases = ["q8192", "gate8192", "q2048", "gate2048", "down8192", "kv8192", "q1", "gate1"]
+    ops = "tests/ops/test_backends.py"
     found = [
-        Part("layers", 75, ["-m", "pytest", *TESTS, *workers, "tests/gpu"]),
+        Part("kernels", 40, [*tests, "tests/gpu/test_ops.py", "-k", "not triton"], NO_NODE),
+        # the backend whose node it is: the others run the one in Python, here as there
+        Part("layers, node in C++", 75, [*tests, "tests/gpu", "-k", f"(cpp and {device}-{ours}) or test_direct"]),
+        Part("layers", 60, [*tests, "tests/gpu/test_layers.py", "-k", "not triton"], NO_NODE),
         Part("products", 50, [*products, "--backend", ours]),
         Part("block", 60, ["-m", "bench.gpu.block", *on, "--backends", *dict.fromkeys((ours, theirs))]),
         Part("products, triton", 30, [*products, "--backend", theirs, "--label", "triton", "--cases", *main_cases]),
-        Part(
-            "ops", 60, ["-m", "pytest", *TESTS, *workers, "tests/ops/test_backends.py"], {"TINYLORA_REPEATS": "30"}
-        ),
-    ]  # fmt: skip
-    if compiled:  # both again, with the node in C++ from the start
-        node = ["tests/gpu", "-k", "cpp or test_direct"]
-        found.insert(2, Part("layers, node in C++", 40, ["-m", "pytest", *TESTS, *workers, *node]))
+        Part("ops", 60, [*tests, ops, "-k", "not triton"], NO_NODE | {"TINYLORA_REPEATS": "30"}),
+        # each of its variants is compiled for seconds
+        Part("triton", 60, [*tests, "tests/gpu", ops, "-k", "triton"], NO_NODE | {"TINYLORA_REPEATS": "30"}),
+    ]
     if before is not None:
         command = [*products, "--backend", ours, "--label", "before", "--cases", *main_cases]
-        found.insert(-1, Part("products, before", 30, command, {"PYTHONPATH": str(before)}))
+        found.insert(-2, Part("products, before", 30, command, {"PYTHONPATH": str(before)}))
     # What the package does not have yet, where there is time for it: variants/README.md.
     families = ("persistent", "skinny", "cutlass") if device == "cuda" else ("persistent",)
     for family in families:
@@ -112,6 +118,18 @@ def run(part: Part, seconds: float, results: Results) -> str:
     return "\n".join([f"-- {part.name}: {end}, {time.time() - begun:.0f} s", *telling[-30:], *said[-4:]])
 
 
+def device_code() -> str:
+    """What the library that lies here has for the card, as its build has it."""
+    try:
+        built = json.loads((ROOT / "tinylora_kernels/_build_record.json").read_text())["device_code"]
+    except (OSError, ValueError, KeyError):
+        return "no record says what the library has"
+    return f"in the library, by {built}" if built else (
+        "none in the library: what is not in the cache is compiled in the first parts, up to 9 modules "
+        "of some seconds; one built with TINYLORA_CUDA_ARCHITECTURES compiles none"
+    )  # fmt: skip
+
+
 def table(rows: list[dict]) -> str:
     lines = []
     for part in dict.fromkeys(row["part"] for row in rows):
@@ -145,23 +163,32 @@ def main() -> int:
     def left() -> float:
         return options.seconds - (time.time() - begun)
 
-    compiling = subprocess.Popen(
-        [PYTHON, "-m", "tinylora_kernels", "compile"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=results.log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    print(run(Part("info", 40, ["-m", "tinylora_kernels", "info"]), 40, results), flush=True)
-    before = options.before.resolve() if options.before is not None and options.before.is_dir() else None
-    todo = parts(options.device, before, compiled=False)
-    print(run(todo[0], min(todo[0].seconds, left()), results), flush=True)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        compiling.wait(15)
-    compiled = compiling.poll() == 0
-    print("-- node in C++:", "compiled" if compiled else f"not there (exit {compiling.poll()})", flush=True)
-    for part in parts(options.device, before, compiled)[1:]:
+    def ask(part: Part) -> None:
         if left() < 12:
             print(f"-- {part.name}: no time left", flush=True)
-            continue
-        print(run(part, min(part.seconds, left() - 4), results), flush=True)
+        else:
+            print(run(part, min(part.seconds, left() - 4), results), flush=True)
+
+    before = options.before.resolve() if options.before is not None and options.before.is_dir() else None
+    compiling = subprocess.Popen(
+        [PYTHON, "-m", "tinylora_kernels", "compile"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=results.log, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    print(f"-- device code: {device_code()}", flush=True)
+    ask(Part("info", 40, ["-m", "tinylora_kernels", "info"], NO_NODE))
+    kernels, in_cpp, *rest = parts(options.device, before)
+    if beside := compiling.poll() is None:
+        ask(kernels)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        compiling.wait(max(0, min(60, left() - 60)))
+    compiled = compiling.poll() == 0
+    print("-- node in C++:", "compiled" if compiled else f"not there (exit {compiling.poll()})", flush=True)
+    if compiling.poll() is None:
+        os.killpg(compiling.pid, 9)  # or it would come into some part, and beside its figures
+    if compiled:
+        ask(in_cpp)
+    for part in ([] if beside else [kernels]) + rest:
+        ask(part if compiled else part._replace(environment=NO_NODE | part.environment))
     text = table(results.rows)
     (out / "table.txt").write_text(text + "\n")
     print(text, f"\n{time.time() - begun:.0f} s", flush=True)
