@@ -341,6 +341,27 @@ def test_second_derivatives_part_by_part(part_by_part):
     assert error(dx, torch.autograd.grad(other.square().sum(), x)[0]) < 1e-11
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_captured_graph_reads_of_the_parts_stays_where_it_is(part_by_part, inference):
+    model, x = by_parts(), X.clone()
+    with torch.inference_mode(inference):
+        model(x)
+    y = model(x.requires_grad_())
+    layer = model.qkv_proj
+    factors = layer._parts.factors
+    U, S, _ = torch.linalg.svd(torch.randn(32, 12, generator=torch.Generator().manual_seed(3)).double())
+    put_back, before = layer.keep(), [one.clone() for one in factors[:2]]
+    layer.set_factors(U[:2].float(), S[:6].view(3, 2).float())
+    found = layer._parts.factors
+    assert [one.data_ptr() for one in found[:2]] == [one.data_ptr() for one in factors[:2]]
+    assert torch.equal(found.basis, U[:2].float()) and not torch.equal(found.projection, before[1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: its basis"):
+        y.sum().backward()
+    put_back()
+    assert all(torch.equal(one, other) for one, other in zip(factors[:2], before, strict=True))
+    assert torch.equal(model(x), y)
+
+
 def test_banks_checkpoints_other_factors_and_modes_part_by_part(part_by_part):
     model, x = by_parts(), X.clone()
     whole = by_parts()

@@ -280,6 +280,100 @@ def test_a_right_factor_that_the_device_looks_after_follows_its_weight(backend, 
     assert looks == [True] + 3 * [False] * looked
 
 
+@pytest.fixture(params=["reference", "cpu"])  # the node in Python; in C++
+def looked_after(request, monkeypatch):
+    """A layer by a GPU's rule, with a GPU's ops on the CPU; x and g."""
+    if ops.BACKENDS[request.param].why_not("cpu", torch.float32, 2) is not None:
+        pytest.skip("no native library")
+    module = library if request.param == "cpu" else reference
+    found = {name: getattr(module, name) for name in ("low_rank", "update_input_grad", "refresh_right")}
+    monkeypatch.setitem(ops.BACKENDS, request.param, ops.BACKENDS[request.param]._replace(**found))
+    monkeypatch.setattr(node, "product_order", lambda weight, bias: 7)
+    layer = linear(True, torch.float32, 48)
+    layer.backend, layer.config = request.param, TinyLoRAConfig(trainable_dim=3)
+    return layer, torch.randn(600, 16, requires_grad=True), torch.randn(600, 48)
+
+
+def load_itself(layer):
+    layer.load_state_dict(layer.state_dict())
+
+
+def write_data(layer):
+    layer.base.weight.data.mul_(-3)
+
+
+def take_other_factors(layer):
+    U, S, _ = torch.linalg.svd(layer.base.weight.detach().double(), full_matrices=False)
+    layer.set_factors(U[:, 3:5].T.float().contiguous(), S[3:5].float())
+
+
+def take_them_and_put_them_back(layer):
+    put_back = layer.keep()
+    take_other_factors(layer)
+    put_back()
+
+
+WRITTEN = [lambda layer: write_weight(layer.base.weight), load_itself, write_data, lambda layer: layer.to("cpu"),
+           take_other_factors, take_them_and_put_them_back]  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", WRITTEN)
+def test_what_a_captured_graph_reads_stays_where_it_is(looked_after, change, inference):
+    """B^T and its samples, whatever is written: a graph that was captured reads and writes them at each replay."""
+    layer, x, g = looked_after
+
+    def step(run):
+        y = run(x)
+        return [y.detach(), *torch.autograd.grad(y, (x, layer.v), g)]
+
+    def plain(x):
+        y = x @ layer.base.weight.T
+        return y + y @ layer.basis.T @ contract(layer.v, layer.projection).T @ layer.basis + layer.base.bias
+
+    with torch.inference_mode(inference):
+        layer(x)
+    step(layer), step(layer)
+    held, before = layer._right, (layer._right.right.data_ptr(), layer._right.samples.data_ptr())
+    for _ in range(2):
+        change(layer)
+        if "take" in change.__name__:  # nothing on the device would tell that U is another
+            torch.testing.assert_close(held.right, layer.right_factor(), rtol=1e-4, atol=1e-5)
+        for _ in range(2):
+            for one, two in zip(step(layer), step(plain), strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        assert (layer._right.right.data_ptr(), layer._right.samples.data_ptr()) == before
+        torch.testing.assert_close(held.right, layer.right_factor(), rtol=1e-4, atol=1e-5)
+
+
+def test_another_weight_gets_another_right_factor(looked_after):
+    """A backward pass of before the exchange wants that of the old one."""
+    layer, x, g = looked_after
+    expected = torch.autograd.grad(layer(x), (x, layer.v), g)
+    y = layer(x)
+    old, layer.base.weight = layer._right, nn.Parameter(-2 * layer.base.weight.detach(), requires_grad=False)
+    assert error(layer(x), dense(layer, x)) < 1e-5 and layer._right.right.data_ptr() != old.right.data_ptr()
+    for one, two in zip(torch.autograd.grad(y, (x, layer.v), g), expected, strict=True):
+        assert torch.equal(one, two)
+    assert copy.deepcopy(layer)._right is None
+    layer.take_witness()
+    layer.double()
+    assert layer._right is None or layer._right.right.dtype is torch.float32
+    assert error(layer(x.double()), dense(layer, x)) < 1e-6
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_one_node_notices_factors_rewritten_before_backward(looked_after, called):
+    """By load_adapter or refresh_factors; with B^T, which is written with them."""
+    layer, x, _ = looked_after
+    out = layer(x)
+    take_other_factors(layer)
+    if called:
+        layer(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: its basis"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])  # the node in Python; in C++
 @pytest.mark.parametrize("out_features, rows, looks", [(48, 600, 1), (48, 5, 0), (24, 600, 0)])
 def test_the_device_looks_where_a_pass_uses_the_right_factor_and_nowhere_else(

@@ -29,6 +29,7 @@ from ..linear.plan import (
     HeldRight,
     Plan,
     changes,
+    doubt_right,
     has_hooks,
     is_bare_product,
     is_plain_linear,
@@ -36,6 +37,7 @@ from ..linear.plan import (
     note_change,
     parts_for,
     right_for,
+    take_factors,
 )
 from ..method.config import IDENTITY_FIELDS, Method
 from ..method.parts import block_basis, compact_basis
@@ -428,7 +430,7 @@ class TinyLoRALayer(nn.Module):
         self.sigma.copy_(sigma)
         self.projection.copy_(projection)
         self._factors_are_of_this_weight()
-        self.__dict__.update(_plan=None, _right=None, _parts=None)  # they are of the old U
+        take_factors(self)
         note_change()
 
     def keep(self) -> Callable[[], None]:
@@ -441,7 +443,8 @@ class TinyLoRALayer(nn.Module):
         def put_back() -> None:
             for tensor, was in tensors:
                 tensor.copy_(was)
-            self.__dict__.update(state, _plan=None, _right=None, _parts=None)
+            self.__dict__.update(state)
+            take_factors(self)
             note_change()
 
         return put_back
@@ -477,7 +480,7 @@ class TinyLoRALayer(nn.Module):
         if recurse:
             self.base._apply(fn)
         moved = super()._apply(keep_values, recurse=False)
-        self.__dict__["_right"] = None  # the weight is the same object, and may hold other values now
+        doubt_right(self)  # the weight is the same object, and may hold other values now
         self.__dict__["_in_doubt"] = not self._holds_its_weight()  # e.g. after to_empty()
         note_change()
         return moved

@@ -283,9 +283,10 @@ Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const 
 
 #include "siblings.inl"
 
-// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v and W. Gradients of gradients find
-// their way through the history of t (ops/autograd.py), which makes t the node's second output. It becomes one where a
-// history is asked for, in the first backward pass: from the start, it would cost the engine an allocation at every call.
+// Gradients into x and v; W and b are frozen. Saves t, r numbers a row, and refers to v, W and U, with which B^T and the
+// factors of parts are written (plan.py: take_factors). Gradients of gradients find their way through the history of t
+// (ops/autograd.py), which makes t the node's second output. It becomes one where a history is asked for, in the first
+// backward pass: from the start, it would cost the engine an allocation at every call.
 //
 // A node by hand: torch::autograd::Function keeps maps and lists on the heap for what any function might want, and that has
 // to be made and found again around every product.
@@ -294,7 +295,7 @@ struct TinyLoRALinear : torch::autograd::Node {
   Siblings* siblings = nullptr;  // at the end of the first edge, or null: dx is handed to autograd
   Tensor v;
   SharedFrozen frozen;
-  int64_t v_version, weight_version;
+  int64_t v_version, weight_version, basis_version;
   bool released = false;
 
   std::string name() const override { return "TinyLoRALinear (C++)"; }
@@ -314,6 +315,7 @@ struct TinyLoRALinear : torch::autograd::Node {
     const Tensor saved = t.unpack();  // a checkpoint runs forward again here, with autograd
     expect_version("v", v, v_version);
     expect_version("the frozen weight", frozen->weight, weight_version);
+    expect_version("its basis", frozen->basis, basis_version);
     return of_t.defined() || at::GradMode::is_enabled() ? differentiable(grads[0], of_t, saved)
                                                         : gradients(grads[0], saved);
   }
@@ -384,10 +386,13 @@ struct TinyLoRALinear : torch::autograd::Node {
             own_t.defined() ? plain::vector_gradient(a, own_t, v, frozen->projection, frozen->adapter_ids) : Tensor()};
   }
 
+  static int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
   static void expect_version(const char* name, const Tensor& tensor, int64_t expected) {
-    TORCH_CHECK(tensor._version() == expected,
+    const int64_t version = version_of(tensor);
+    TORCH_CHECK(version == expected,
                 "one of the variables needed for gradient computation has been modified by an inplace operation: ", name,
-                " ", tensor.sizes(), " is at version ", tensor._version(), "; expected version ", expected, " instead.");
+                " ", tensor.sizes(), " is at version ", version, "; expected version ", expected, " instead.");
   }
 };
 
@@ -409,6 +414,7 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const SharedFrozen
   node->v = v;
   node->v_version = v._version();
   node->weight_version = frozen->weight._version();
+  node->basis_version = TinyLoRALinear::version_of(frozen->basis);
   torch::autograd::set_history(y, pointer);
   if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
   return y;

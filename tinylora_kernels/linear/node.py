@@ -93,7 +93,7 @@ if TYPE_CHECKING:
         needs_input_grad: tuple[bool, bool, bool]
         saved_tensors: tuple[Tensor | None, ...]  # t, where v wants a gradient; traced, also v and W
         v: Tensor
-        versions: tuple[int, int]  # of v and W
+        versions: tuple[int, int, int]  # of v, W and U
         frozen: FrozenLinear
         shape: torch.Size
 
@@ -103,7 +103,8 @@ if TYPE_CHECKING:
 class TinyLoRALinear(torch.autograd.Function):
     """y = x W^T + b and its update, W and b frozen: gradients into x and v; also t (ops/autograd.py says why).
 
-    Saves t ([k, N, r] where the update goes part by part), and refers to v and W.
+    Saves t ([k, N, r] where the update goes part by part), and refers to v, W and U, with which B^T and the factors of
+    parts are written (plan.py: take_factors).
     """
 
     @staticmethod
@@ -111,7 +112,7 @@ class TinyLoRALinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, t = _updated_linear(x, v, frozen)
         ctx.frozen, ctx.shape = frozen, y.shape
-        ctx.v, ctx.versions = v, (v._version, frozen.weight._version)
+        ctx.v, ctx.versions = v, _versions(v, frozen)
         ctx.save_for_backward(t if v.requires_grad else None)
         return y, t
 
@@ -122,7 +123,7 @@ class TinyLoRALinear(torch.autograd.Function):
         if g is None and g_t is None:
             return None, None, None
         (t,), v, weight = ctx.saved_tensors, ctx.v, ctx.frozen.weight
-        if (v._version, weight._version) != ctx.versions:
+        if _versions(v, ctx.frozen) != ctx.versions:
             _raise_modified(ctx)
         if g is not None and g_t is None and not torch.is_grad_enabled():
             return _gradients(ctx, g, t, v)
@@ -157,14 +158,19 @@ class TracedLinear(torch.autograd.Function):
 _apply_untransformed = super(torch.autograd.Function, TinyLoRALinear).apply
 
 
+def _versions(v: Tensor, frozen: FrozenLinear) -> tuple[int, int, int]:
+    basis = frozen.basis
+    return v._version, frozen.weight._version, 0 if basis.is_inference() else basis._version
+
+
 def _raise_modified(ctx: LinearContext) -> None:
     """In the words of torch, where it had saved them."""
-    named = ("v", ctx.v), ("the frozen weight", ctx.frozen.weight)
-    for (name, tensor), expected in zip(named, ctx.versions, strict=True):
-        if tensor._version != expected:
+    named = ("v", ctx.v), ("the frozen weight", ctx.frozen.weight), ("its basis", ctx.frozen.basis)
+    for (name, tensor), version, expected in zip(named, _versions(ctx.v, ctx.frozen), ctx.versions, strict=True):
+        if version != expected:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{name} {list(tensor.shape)} is at version {tensor._version}; expected version {expected} instead."
+                f"{name} {list(tensor.shape)} is at version {version}; expected version {expected} instead."
             )
 
 

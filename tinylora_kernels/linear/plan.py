@@ -37,6 +37,7 @@ _in_transform = torch._C._are_functorch_transforms_active
 _modes_on = torch._C._len_torch_dispatch_stack
 twin = node.extension.Plan if node.extension is not None else None
 _numbers = itertools.count(1)  # no two threads draw the same
+_NEVER = -1, 0  # no weight was written then
 _changes = 0  # the last change of an adapted layer, of all in the process
 
 
@@ -145,7 +146,11 @@ class Chosen(NamedTuple):
 
 
 class HeldRight(NamedTuple):
-    """B^T of a layer, and what it was computed from."""
+    """B^T of a layer, and what it was computed from.
+
+    With samples, a captured graph may read both and write into them for as long as the layer lives: they stay where
+    they are, and what changes is written into them.
+    """
 
     weight: Tensor
     written: tuple[int, int]  # the weight's version and address
@@ -158,6 +163,15 @@ class HeldRight(NamedTuple):
     def is_of(self, weight: Tensor, basis: Tensor) -> bool:
         same = self.weight is weight and self.basis is basis and _written(weight) == self.written
         return same and self.has_same_numbers(weight)
+
+    def is_kept_for(self, weight: Tensor, basis: Tensor) -> bool:
+        """Whether B^T of this weight goes where this one lies. Not of another, whose old one autograd may want."""
+        return (
+            self.samples is not None and self.weight is weight
+            and self.right.device == weight.device == basis.device
+            and self.right.shape == (len(basis), weight.shape[1])
+            and self.right.dtype is accumulation_dtype(weight.dtype)
+        )  # fmt: skip
 
     def has_same_numbers(self, weight: Tensor) -> bool:
         """Of a weight that torch counts no write into since, and that may have been written through its .data."""
@@ -296,10 +310,16 @@ def parts_for(layer: Layer, projection: Tensor) -> PartFactors | None:
     basis = buffers["basis"]
     held: HeldParts | None = layer.__dict__["_parts"]
     if held is None or held.basis is not basis or held.projection is not projection:
-        with modes.out_of_sight():
-            factors = part_factors(basis, projection, buffers["sigma"].shape[1], layer.parts)
-        held = layer.__dict__["_parts"] = HeldParts(basis, projection, factors)
+        held = layer.__dict__["_parts"] = _hold_parts(layer, layer.parts)
     return held.factors
+
+
+@modes.outside_inference_mode  # they will be written again
+def _hold_parts(layer: Layer, parts: tuple[int, ...]) -> HeldParts:
+    buffers = cast(Buffers, layer._buffers)
+    basis, projection = buffers["basis"], buffers["projection"]
+    with modes.out_of_sight():
+        return HeldParts(basis, projection, part_factors(basis, projection, buffers["sigma"].shape[1], parts))
 
 
 def right_for(layer: Layer, x: Tensor) -> HeldRight | None:
@@ -318,15 +338,50 @@ def right_for(layer: Layer, x: Tensor) -> HeldRight | None:
     held: HeldRight | None = layer.__dict__["_right"]
     if held is None or not held.is_of(weight, basis):
         with modes.out_of_sight():
-            held = layer.__dict__["_right"] = _compute_right(weight, basis, backend)
+            held = layer.__dict__["_right"] = _compute_right(weight, basis, backend, held)
     return held
 
 
-def _compute_right(weight: Tensor, basis: Tensor, backend: Backend) -> HeldRight:
+@modes.outside_inference_mode
+def take_factors(layer: Layer) -> None:
+    """U and P' of a layer have been written: what is held of them is of the new ones, and where it was."""
+    own = cast(nn.Module, layer._modules["base"])._parameters
+    held: HeldRight | None = layer.__dict__["_right"]
+    parts: HeldParts | None = layer.__dict__["_parts"]
+    layer.__dict__.update(_plan=None, _right=None, _parts=None)
+    weight, basis = own.get("weight"), cast(Buffers, layer._buffers)["basis"]
+    if held is not None and weight is not None and held.is_kept_for(weight, basis):
+        backend = BACKENDS[choose(weight.device.type, weight.dtype, len(basis), layer.backend)]
+        if backend.refresh_right is not None:
+            layer.__dict__["_right"] = _compute_right(weight, basis, backend, held)
+    if parts is not None and layer.parts is not None:
+        found = _hold_parts(layer, layer.parts)
+        pairs = list(zip(parts.factors[:2], found.factors[:2], strict=True))
+        if all(old.shape == new.shape and old.device == new.device and old.dtype is new.dtype for old, new in pairs):
+            for old, new in pairs:
+                old.copy_(new)
+            found = found._replace(factors=parts.factors)
+        layer.__dict__["_parts"] = found
+
+
+def doubt_right(layer: Layer) -> None:
+    """The weight may hold other numbers now, though nothing tells."""
+    held: HeldRight | None = layer.__dict__["_right"]
+    weight = cast(nn.Module, layer._modules["base"])._parameters.get("weight")
+    kept = held is not None and weight is not None and held.is_kept_for(weight, held.basis)
+    layer.__dict__["_right"] = held._replace(written=_NEVER) if held is not None and kept else None
+
+
+@modes.outside_inference_mode  # it will be written again
+def _compute_right(weight: Tensor, basis: Tensor, backend: Backend, held: HeldRight | None) -> HeldRight:
+    """Where that of before lies, if it may be there."""
     written, exact_basis = _written(weight), basis.to(accumulation_dtype(weight.dtype))
     if backend.refresh_right is not None:
-        right = exact_basis.new_empty(len(basis), weight.shape[1])
-        samples = right.new_empty(samples_shape(weight.shape[1]), dtype=torch.int32)
+        if held is not None and held.samples is not None and held.is_kept_for(weight, basis):
+            right, samples = held.right, held.samples
+        else:
+            right = exact_basis.new_empty(len(basis), weight.shape[1])
+            samples = right.new_empty(samples_shape(weight.shape[1]), dtype=torch.int32)
         backend.refresh_right(right, samples, weight, exact_basis, True)
         return HeldRight(weight, written, None, None, samples, basis, right)
     right, known = right_factor(exact_basis, weight), witness(weight)
