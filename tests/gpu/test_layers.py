@@ -15,6 +15,7 @@ from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import AdapterBank, TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.layers.layer import TinyLoRALayer
 from tinylora_kernels.linear import node, plan
+from tinylora_kernels.method.parts import block_basis, block_projection
 from tinylora_kernels.ops.reference import contract
 
 from .places import everywhere, on_a_card
@@ -271,16 +272,8 @@ def test_nothing_waits_for_the_device(shape, in_cpp, device, backend, monkeypatc
         agree(result, exact(layer, x, g), torch.bfloat16)
 
 
-@on_a_card
-@everywhere
-@nodes
-@pytest.mark.parametrize("out, width, rows", [(3584, 512, 65), (3584, 512, 700), (512, 512, 300), (512, 512, 1)])
-def test_a_captured_graph(out, width, rows, in_cpp, device, backend, monkeypatch):
-    """Forward and backward of a layer, replayed on other inputs, another v and another weight."""
-    choose_node(monkeypatch, in_cpp)
-    layer = make(out, width, torch.bfloat16, True, device, backend)
-    x, g = inputs(layer, (1, rows))
-    step = functools.partial(results, layer, x, g)
+def capture(step):
+    """A graph of a step that has run before, and the tensors that it fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -290,10 +283,171 @@ def test_a_captured_graph(out, width, rows, in_cpp, device, backend, monkeypatch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step()
+    return graph, found
+
+
+def draw_anew(*tensors: Tensor) -> None:
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(torch.randn_like(tensor))
+
+
+@on_a_card
+@everywhere
+@nodes
+@pytest.mark.parametrize("out, width, rows", [(3584, 512, 65), (3584, 512, 700), (512, 512, 300), (512, 512, 1)])
+def test_a_captured_graph(out, width, rows, in_cpp, device, backend, monkeypatch):
+    """Forward and backward of a layer, replayed on other inputs, another v and another weight."""
+    choose_node(monkeypatch, in_cpp)
+    layer = make(out, width, torch.bfloat16, True, device, backend)
+    x, g = inputs(layer, (1, rows))
+    graph, found = capture(functools.partial(results, layer, x, g))
     for _ in range(3):
-        with torch.no_grad():
-            for tensor in (x, g, layer.v):
-                tensor.copy_(torch.randn_like(tensor))
+        draw_anew(x, g, layer.v)
         layer.base.weight.data.mul_(-1)
         graph.replay()
         agree(found, exact(layer, x, g), torch.bfloat16)
+
+
+def make_fused(sizes: tuple[int, ...], width: int, device: str, backend: str) -> TinyLoRALayer:
+    """A layer that is adapted part by part."""
+    plain = make(sum(sizes), width, torch.bfloat16, True, device, backend)
+    basis, _ = other_factors(plain, sizes)
+    own = [10 * torch.randn(NUMBERS, 2, 2) for _ in sizes]
+    layer = TinyLoRALayer(
+        plain.base.cpu(), block_basis(basis.cpu(), sizes), torch.ones(len(sizes), 2), block_projection(own),
+        nn.Parameter(plain.v.detach().cpu()), parts=sizes,
+    ).to(device)  # fmt: skip
+    layer.backend = backend
+    return layer
+
+
+def other_factors(layer: TinyLoRALayer, sizes: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    bases = [torch.linalg.qr(torch.randn(size, 2))[0].T for size in sizes or (layer.base.out_features,)]
+    sigma = torch.ones(2) if sizes is None else torch.ones(len(sizes), 2)
+    return torch.cat(bases, 1).contiguous().to(layer.basis.device), sigma
+
+
+def write(layer: TinyLoRALayer, what: str) -> None:
+    weight = layer.base.weight
+    if what == "copy_":
+        with torch.no_grad():
+            weight.copy_(-weight)
+    elif what == "state dict":
+        layer.load_state_dict(layer.state_dict())
+    elif what == "factors":
+        layer.set_factors(*other_factors(layer, layer.parts))
+    else:
+        put_back = layer.keep()
+        layer.set_factors(*other_factors(layer, layer.parts))
+        put_back()
+
+
+@on_a_card
+@everywhere
+@nodes
+@pytest.mark.parametrize("called", [True, False], ids=["called since", ""])
+@pytest.mark.parametrize("what", ["copy_", "state dict", "factors", "factors and back"])
+@pytest.mark.parametrize("shape, rows", [((144, 64), 516), ((80, 64), 7), ((80, 24, 40), 9)], ids=str)
+def test_a_captured_graph_follows_what_was_written(shape, rows, what, called, in_cpp, device, backend, monkeypatch):
+    """In place, and whether the layer was called since or not; it writes into no memory but its own."""
+    choose_node(monkeypatch, in_cpp)
+    if len(shape) == 2:
+        layer = make(*shape, torch.bfloat16, True, device, backend)
+    else:
+        layer = make_fused(shape, 64, device, backend)
+    layer.config = TinyLoRAConfig(trainable_dim=NUMBERS, alpha=3.0)
+    x, g = inputs(layer, (rows,))
+    graph, found = capture(functools.partial(results, layer, x, g))
+    for _ in range(2):
+        write(layer, what)
+        if called:
+            agree(results(layer, x, g), exact(layer, x, g), torch.bfloat16, "called")
+        others = [torch.full((n,), 7.0, device=device) for n in (128, 256, 512)]  # where B^T lay, if it left
+        draw_anew(x, g)
+        graph.replay()
+        agree(found, exact(layer, x, g), torch.bfloat16, "replayed")
+        assert all(bool((one == 7).all()) for one in others)
+
+
+def read_one_x(device: str, backend: str, rows: int):
+    """q, k and v on one x: what a step gives, in float64 too, and what may be written between steps."""
+    layers = [make(out, 256, torch.bfloat16, out != 96, device, backend) for out in (256, 96, 600)]
+    x = torch.randn(1, rows, 256, dtype=torch.bfloat16, device=device).requires_grad_()
+    gs = [torch.randn(1, rows, layer.base.out_features, dtype=x.dtype, device=device) for layer in layers]
+    vectors = [layer.v for layer in layers]
+
+    def step():
+        h = x * 1  # as from a norm
+        ys = [layer(h) for layer in layers]
+        joined = {y.grad_fn.next_functions[0][0] for y in ys}
+        assert len(joined) == 1 and ("Siblings" in joined.pop().name()) is ("C++" in ys[0].grad_fn.name())
+        return [y.detach() for y in ys], *torch.autograd.grad(ys, (x, *vectors), gs)
+
+    def truth():
+        one_by_one = [exact(layer, x, g) for layer, g in zip(layers, gs, strict=True)]
+        ys, dxs, dvs = zip(*one_by_one, strict=True)
+        return list(ys), sum(dxs), *dvs
+
+    return step, truth, (x, *gs, *vectors)
+
+
+def agree_on_one_x(found, truth) -> None:
+    (ys, *gradients), (true_ys, *true_gradients) = found, truth
+    for n, (one, other) in enumerate(zip([*ys, *gradients], [*true_ys, *true_gradients], strict=True)):
+        assert (off := error(one.detach().cpu(), other)) < LIMIT[torch.bfloat16], f"{n}: error {off:.2e}"
+
+
+@on_a_card
+@everywhere
+@nodes
+@pytest.mark.parametrize("rows", [3, 530])
+def test_layers_that_read_one_x_in_a_captured_graph(rows, in_cpp, device, backend, monkeypatch):
+    choose_node(monkeypatch, in_cpp)
+    step, truth, written = read_one_x(device, backend, rows)
+    graph, found = capture(step)
+    for _ in range(3):
+        draw_anew(*written)
+        graph.replay()
+        agree_on_one_x(found, truth())
+
+
+@on_a_card
+@everywhere
+@nodes
+@pytest.mark.parametrize("rows", [3, 530])
+def test_layers_that_read_one_x_on_a_side_stream(rows, in_cpp, device, backend, monkeypatch):
+    """All of them; and a last step of the main stream, behind it, by the plans that were made there."""
+    choose_node(monkeypatch, in_cpp)
+    step, truth, written = read_one_x(device, backend, rows)
+    side = torch.cuda.Stream()
+    for _ in range(3):
+        draw_anew(*written)
+        expected = truth()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = step()
+        torch.cuda.current_stream().wait_stream(side)
+        agree_on_one_x(found, expected)
+    agree_on_one_x(step(), expected)
+
+
+@on_a_card
+@everywhere
+def test_a_sibling_on_another_stream_hands_its_own_dx_on(device, backend):
+    """One that adds to a sum before it is there would be wrong: torch orders what streams hand on."""
+    layers = [make(512, 256, torch.bfloat16, False, device, backend) for _ in range(2)]
+    x, g = inputs(layers[0], (700,))
+    side = torch.cuda.Stream()
+    for _ in range(3):
+        h = x * 1
+        first = layers[0](h)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            second = layers[1](h)
+        torch.cuda.current_stream().wait_stream(side)
+        edges = [y.grad_fn.next_functions[0][0] for y in (first, second)]
+        assert edges[0] is not edges[1] or node.twin is None or backend not in node.TWIN_BACKENDS
+        (dx,) = torch.autograd.grad((first, second), x, (g, g))
+        truth = sum(exact(layer, x, g)[1] for layer in layers)
+        assert error(dx.cpu(), truth) < LIMIT[torch.bfloat16]

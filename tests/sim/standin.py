@@ -8,10 +8,12 @@ on the emulator, or is refused as a driver would refuse it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,51 @@ def start(folder: str) -> None:
     torch.cuda.device_count = lambda: len(cards)
     torch.cuda.get_device_capability = lambda device=0: cards[device]
     torch._C._cuda_hasPrimaryContext = lambda device: device == 0
+    torch.cuda.Stream, torch.cuda.CUDAGraph = Stream, Graph
+    torch.cuda.stream, torch.cuda.graph = on_stream, captured
+    torch.cuda.current_stream = lambda *_: _streams[-1]
+    torch.cuda.synchronize = lambda *_: None
+
+
+class Stream:
+    """Of device 0; the default one has no pointer."""
+
+    def __init__(self, pointer: int | None = 0):
+        self.pointer = ctypes.c_void_p(pointer if pointer is None else driver.standin_stream(0))
+
+    def wait_stream(self, other: Stream) -> None:
+        """Whatever was asked for is done."""
+
+
+_streams = [Stream(None)]  # of the main thread
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    _streams.append(stream)
+    glue.standin_use_stream(0, stream.pointer)
+    try:
+        yield
+    finally:
+        _streams.pop()
+        glue.standin_use_stream(0, _streams[-1].pointer)
+
+
+class Graph(Stream):
+    """A stream that has been captured. What torch does in it is done at once as well."""
+
+    def replay(self) -> None:
+        driver.standin_replay(self.pointer)
+
+
+@contextlib.contextmanager
+def captured(graph: Graph) -> Iterator[None]:
+    with on_stream(graph):
+        driver.standin_capture(graph.pointer, 1)
+        try:
+            yield
+        finally:
+            driver.standin_capture(graph.pointer, 0)
 
 
 def report() -> str:

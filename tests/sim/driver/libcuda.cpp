@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -80,6 +81,7 @@ struct StreamState {
 struct Memory {
   size_t bytes;
   int device;
+  bool of_graph = false;  // a graph will use it: torch keeps it too
 };
 
 struct Driver {
@@ -91,11 +93,14 @@ struct Driver {
   std::vector<std::unique_ptr<FunctionState>> functions;
   std::vector<std::unique_ptr<StreamState>> streams;
   std::map<const char*, Memory> memory;
+  std::deque<std::pair<void*, size_t>> freed;
+  size_t bytes_freed = 0;
   std::map<std::string, int> calls;
   std::map<const uint32_t*, std::pair<unsigned long long, bool>> ticket_owners;  // a stream, or a launch that was captured
   std::vector<std::string> launched;
   std::string report;
-} d;
+};
+Driver& d = *new Driver;  // as long as the process: what graphs hold of torch's is not freed behind torch
 
 thread_local std::vector<ContextState*> stack;
 thread_local int capture_mode = 0;  // global
@@ -490,14 +495,21 @@ EXPORT void* standin_allocate(int device, size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 256, bytes ? bytes : 1)) std::abort();
   std::memset(memory, 0xff, bytes);  // NaN
-  standin::d.memory[static_cast<char*>(memory)] = {bytes, device};
+  standin::d.memory[static_cast<char*>(memory)] = {bytes, device, standin::capturing_somewhere()};
   return memory;
 }
 EXPORT void standin_free(void* memory) {
   const std::lock_guard<std::recursive_mutex> lock(standin::d.mutex);
-  if (standin::capturing_somewhere()) return;  // a graph will use it: torch keeps it too
-  standin::d.memory.erase(static_cast<char*>(memory));
-  std::free(memory);
+  const auto found = standin::d.memory.find(static_cast<char*>(memory));
+  if (found == standin::d.memory.end() || found->second.of_graph) return;
+  // Not given to others yet: a launch of a graph that still has it is seen.
+  auto& freed = standin::d.freed;
+  freed.emplace_back(memory, found->second.bytes);
+  standin::d.memory.erase(found);
+  for (standin::d.bytes_freed += freed.back().second; standin::d.bytes_freed > (size_t(1) << 28); freed.pop_front()) {
+    std::free(freed.front().first);
+    standin::d.bytes_freed -= freed.front().second;
+  }
 }
 EXPORT int standin_devices() { return standin::cuInit(0) ? 0 : static_cast<int>(standin::d.cards.size()); }
 EXPORT void standin_set_device(int device) {  // as cudaSetDevice: its primary context is the thread's
@@ -512,6 +524,11 @@ EXPORT void* standin_stream(int device) {
   return all.back().get();
 }
 EXPORT void standin_capture(void* stream, int on) { static_cast<standin::StreamState*>(stream)->capturing = on; }
+EXPORT int standin_record(void* stream, const std::function<void()>* work) {  // of torch's; whether it is captured
+  if (!stream || !static_cast<standin::StreamState*>(stream)->capturing) return 0;
+  static_cast<standin::StreamState*>(stream)->recorded.push_back(*work);
+  return 1;
+}
 EXPORT int standin_replay(void* stream) {  // how many nodes the graph has
   auto& recorded = static_cast<standin::StreamState*>(stream)->recorded;
   for (const auto& work : recorded) work();

@@ -1,6 +1,6 @@
 // A torch without CUDA, given "cuda" devices: those of the stand-in driver, whose memory is host memory. Its current
 // device is the driver's current context, as with the CUDA runtime. To be loaded before torch, which asks for its hooks
-// once; unknown operations run on the CPU, on the same memory.
+// once; unknown operations run on the CPU, on the same memory, and are recorded where their stream is captured.
 #include <ATen/ATen.h>
 #include <ATen/NativeFunctions.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <functional>
 
 extern "C" {
 void* standin_allocate(int device, size_t bytes);
@@ -15,6 +16,7 @@ void standin_free(void* memory);
 int standin_devices();
 void standin_set_device(int device);
 void* standin_stream(int device);
+int standin_record(void* stream, const std::function<void()>* work);
 }
 
 namespace {
@@ -43,9 +45,20 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Device getDevice() const override { return {kCUDA, static_cast<c10::DeviceIndex>(device_now)}; }
   void setDevice(c10::Device device) const override { set_device(device.index()); }
   void uncheckedSetDevice(c10::Device device) const noexcept override { set_device(device.index()); }
-  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
-  c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
-  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::Stream getStream(c10::Device device) const override {
+    return c10::Stream(c10::Stream::UNSAFE, device, reinterpret_cast<c10::StreamId>(stream_now[device.index()]));
+  }
+  c10::Stream getDefaultStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override {
+    const c10::Stream before = getStream(stream.device());
+    stream_now[stream.device_index()] = reinterpret_cast<void*>(stream.id());
+    return before;
+  }
+  // Everything is done when it is asked for, or all of it in a replay's order.
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
   c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(standin_devices()); }
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
@@ -77,9 +90,9 @@ Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::option
   return new_tensor(sizes, strides, dtype.value_or(at::kFloat), where);
 }
 
-// The same memory as a tensor of the CPU.
+// The same memory as a tensor of the CPU; without the history that the tensor has, or gets.
 Tensor on_cpu(const Tensor& tensor) {
-  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [keep = tensor](void*) {},
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), [keep = tensor.storage()](void*) {},
                        tensor.options().device(at::kCPU), at::kCPU);
 }
 
@@ -99,17 +112,20 @@ Tensor empty(at::IntArrayRef sizes, std::optional<c10::ScalarType> dtype, std::o
 
 Tensor as_cpu(const Tensor& tensor) { return tensor.defined() && tensor.is_cuda() ? on_cpu(tensor) : tensor; }
 
+// What was just done is done again whenever the graph is run that this device's stream is captured into, if it is.
+void record(int64_t device, const std::function<void()>& work) { standin_record(stream_now[device], &work); }
+
 Tensor& copy(Tensor& self, const Tensor& source, bool) {
-  as_cpu(self).copy_(as_cpu(source));
+  const auto work = [to = as_cpu(self), from = as_cpu(source)] { to.copy_(from); };
+  work();
+  if (self.is_cuda() && source.is_cuda()) record(self.get_device(), work);
   return self;
 }
 
 // An operation that has no kernel here: on the CPU, on the same memory. What it writes is the argument again; what is new
 // is copied to the device of its arguments.
-void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto& schema = op.schema();
-  const size_t count = schema.arguments().size(), begin = stack->size() - count;
-  const std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
+int64_t move_to_cpu(torch::jit::Stack* stack, size_t count) {
+  const size_t begin = stack->size() - count;
   int64_t device = device_now;
   const auto moved = [&](const Tensor& tensor) {
     if (!tensor.defined() || !tensor.is_cuda()) return tensor;
@@ -131,7 +147,17 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = std::move(list);
     }
   }
+  return device;
+}
+
+void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const size_t count = schema.arguments().size(), begin = stack->size() - count;
+  const std::vector<c10::IValue> given(stack->begin() + begin, stack->end());
+  const int64_t device = move_to_cpu(stack, count);
+  const std::vector<c10::IValue> moved(stack->begin() + begin, stack->end());
   op.callBoxed(stack);
+  std::vector<Tensor> made(schema.returns().size());
   for (size_t i = 0; i < schema.returns().size(); ++i) {
     c10::IValue& value = (*stack)[begin + i];
     const auto* const alias = schema.returns()[i].alias_info();
@@ -145,8 +171,14 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = written;
     }
     if (value.isTensor() && value.toTensor().defined() && value.toTensor().is_cpu())
-      value = to_gpu(value.toTensor(), device);
+      value = to_gpu(value.toTensor(), device), made[i] = on_cpu(value.toTensor());
   }
+  record(device, [op, moved, made] {
+    torch::jit::Stack again = moved;
+    op.callBoxed(&again);
+    for (size_t i = 0; i < made.size(); ++i)
+      if (made[i].defined()) made[i].copy_(again[i].toTensor());
+  });
 }
 
 }  // namespace
