@@ -1,6 +1,9 @@
 """GRPO against values worked out by hand, against autograd in float64, and on a bandit that must learn."""
+import copy
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,7 +11,8 @@ from torch import nn
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.model.merging import merge, unmerge
-from tinylora_kernels.rl import GRPOTrainer, group_advantages, log_probs, token_log_probs
+from tinylora_kernels.rl import GRPOTrainer, SFTTrainer, group_advantages, log_probs, token_log_probs
+from tinylora_kernels.rl.grpo import reward_numbers
 
 
 class Free(nn.Module):
@@ -42,6 +46,42 @@ def test_group_advantages_by_hand():
     expected = [1.5, -0.5, -0.5, -0.5] + [sign * math.sqrt(3) / 2 for sign in (-1, 1, -1, 1)]
     torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64))
     assert flat.tolist() == [False, False]
+
+
+LARGE = {
+    "integers": [2**24, 2**24 + 1] * 2, "floats": [16777216.0, 16777217.0] * 2, "one float": [2**24, 2**24 + 1.0] * 2,
+    "an array": np.array([2**24, 2**24 + 1] * 2), "int32": torch.tensor([2**24, 2**24 + 1] * 2, dtype=torch.int32),
+    "float64": torch.tensor([2**24, 2**24 + 1] * 2, dtype=torch.float64), "beyond float64": [2**60, 2**60 + 1] * 2,
+    "digits": [1e6 + 0.001, 1e6 + 0.002] * 2, "near the ends": [-(2**63), 2**63 - 1] * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float16])
+@pytest.mark.parametrize("population", [False, True])
+@pytest.mark.parametrize("kind", LARGE)
+def test_advantages_are_of_the_rewards_as_they_are_given(kind, population, default):
+    given, ambient = LARGE[kind], torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        numbers = reward_numbers(given)
+        loss, metrics = GRPOTrainer(Free([-1.0] * 4), optimizer=sgd).loss(
+            torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True), None, numbers if population else given
+        )
+    finally:
+        torch.set_default_dtype(ambient)
+    assert metrics["zero_variance_groups"] == 0
+    advantages, _ = group_advantages(numbers, 4, eps=0.0)
+    exact = [Fraction(number) for number in (given.tolist() if hasattr(given, "tolist") else given)]
+    mean = sum(exact) / 4
+    deviation = math.sqrt(sum((number - mean) ** 2 for number in exact) / 3)
+    assert advantages.tolist() == pytest.approx([float(number - mean) / deviation for number in exact], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32])
+def test_advantages_have_the_dtype_of_floating_rewards(dtype):
+    advantages, _ = group_advantages(torch.tensor([1, 0, 0, 2], dtype=dtype), 2)
+    assert advantages.dtype == (dtype if dtype.is_floating_point else torch.float64)
+    assert advantages.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)] * 1 + [-(0.5**0.5), 0.5**0.5], rel=1e-2)
 
 
 def test_unscaled_advantages_are_centred_rewards():
@@ -229,6 +269,9 @@ BAD_STEPS = {
     "rewards: 1 of 4 are not finite": lambda s: s | {"rewards": [1.0, 0.0, 1.0, float("nan")]},
     "mask: expected the shape": lambda s: s | {"mask": torch.ones(4)},
     "mask: expected booleans": lambda s: s | {"mask": torch.full((4, 2), 0.5)},
+    "mask: expected booleans or zeros and ones [B, T], found a list": lambda s: s | {"mask": [[1, 1], [1]] * 2},
+    "mask: expected booleans or zeros and ones [B, T], found a str": lambda s: s | {"mask": "all"},
+    "mask: expected the shape of": lambda s: s | {"mask": [1, 1, 1, 1]},
     "rewards: expected one number per completion, found None at 1": lambda s: s | {"rewards": [1.0, None, 0.0, 1.0]},
     "mask: log_probs are sums": lambda s: {
         "log_probs": s["log_probs"].sum(1), "old_log_probs": None, "rewards": s["rewards"], "mask": torch.ones(4)
@@ -296,6 +339,59 @@ def test_bad_options(options, message):
         GRPOTrainer(Free([0.0]), **options)
 
 
+NO_COUNTS = [1.5, 2.0, True, "2", None, torch.tensor(2.0), -1, 0, float("nan"), float("inf"), [2], 2 + 0j]
+
+
+@pytest.mark.parametrize("found", NO_COUNTS, ids=repr)
+@pytest.mark.parametrize("name", ["group_size", "max_tokens", "accumulation_steps", "steps of a state"])
+def test_counts_are_integers(name, found):
+    model = Free([-1.0, -2.0])
+    if name == "steps of a state":
+        found = -1 if found == 0 else found
+        trainer = GRPOTrainer(model)
+        with pytest.raises(ValueError, match="^trainer state: steps: expected an integer >= 0, found ") as error:
+            trainer.load_state_dict(trainer.state_dict() | {"steps": found})
+    else:
+        options = {"loss_type": "dr_grpo"} if name == "max_tokens" else {}
+        with pytest.raises(ValueError, match=f"^{name}: ") as error:
+            GRPOTrainer(model, **options, **{name: found})
+        if name == "group_size":
+            with pytest.raises(ValueError, match="^group_size: expected an integer >= 1, found"):
+                group_advantages(torch.zeros(4), found)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["group_size", "max_tokens", "accumulation_steps"])
+def test_integers_of_any_kind_are_counts(name):
+    options = {"loss_type": "dr_grpo", "max_tokens": 2, "group_size": 2}
+    trainers = [GRPOTrainer(Free([-1.0, -2.0]), **options | {name: two}) for two in (2, np.int64(2), torch.tensor(2))]
+    for trainer in trainers:
+        for _ in range(2):
+            trainer.training_step(trainer.model().view(2, 1), None, [1, 0])
+    assert len({tuple(trainer.model.values.tolist()) for trainer in trainers}) == 1 and trainers[0].steps
+    with pytest.raises(ValueError, match=r"^rewards: expected \[B\], B divisible by group_size 4, found \[6\]"):
+        group_advantages(torch.zeros(6), 4)
+
+
+@pytest.mark.parametrize("found", [True, "0.5", None, float("nan"), 0, -0.1, [0.5]], ids=repr)
+@pytest.mark.parametrize("name", ["clip_eps", "clip_eps_high", "tis_cap", "max_grad_norm"])
+def test_bounds_are_positive_numbers(name, found):
+    if found is None and name in ("clip_eps_high", "max_grad_norm"):
+        return
+    with pytest.raises(ValueError, match=f"^{name}: expected a (positive|finite) number"):
+        GRPOTrainer(Free([0.0]), **{name: "inf" if found == "0.5" else found})
+
+
+def test_a_mask_may_be_a_list_or_an_array():
+    mask = [[1, 1, 1], [1, 0, 0]]
+    values, step = torch.full((2, 3), -1.0), {"old_log_probs": None, "rewards": [2.0, 0.0]}
+    wanted, _ = gradient_of_step(values, {"group_size": 2}, mask=torch.tensor(mask), **step)
+    for given in (mask, np.array(mask), np.array(mask, dtype=bool), tuple(map(tuple, mask))):
+        assert torch.equal(gradient_of_step(values, {"group_size": 2}, mask=given, **step)[0], wanted)
+        SFTTrainer(model := Free(values)).training_step(model(), given)
+    assert wanted.any()
+
+
 def test_model_without_trainable_parameters():
     with pytest.raises(ValueError, match="^model: no parameter requires grad; call apply_tiny_lora"):
         GRPOTrainer(nn.Linear(2, 2).requires_grad_(False))
@@ -348,6 +444,118 @@ def test_state_of_another_model_is_refused():
     with pytest.raises(ValueError, match="expected the keys"):
         trainer.load_state_dict({})
     assert other.steps == 0 and not other.optimizer.state
+
+
+KINDS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1), "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1), "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "RMSprop": lambda p: torch.optim.RMSprop(p), "Adagrad": lambda p: torch.optim.Adagrad(p),
+    "Adamax": lambda p: torch.optim.Adamax(p), "NAdam": lambda p: torch.optim.NAdam(p),
+    "RAdam": lambda p: torch.optim.RAdam(p), "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Rprop": lambda p: torch.optim.Rprop(p), "ASGD": lambda p: torch.optim.ASGD(p),
+    "Adafactor": lambda p: torch.optim.Adafactor(p),
+}  # fmt: skip
+CLASSES = dict.fromkeys(("amsgrad", "AdamW"), "AdamW") | dict.fromkeys(("momentum", "SGD"), "SGD")
+CLASSES = {kind: CLASSES.get(kind, kind) for kind in KINDS}
+FIT = {(saved, into) for saved in KINDS for into in KINDS if CLASSES[saved] == CLASSES[into]}
+FIT |= {("RAdam", "AdamW"), ("RAdam", "amsgrad")}  # laid out as AdamW's of earlier versions of torch are
+
+
+def stepped(kind, steps):
+    trainer = GRPOTrainer(Free([-1.0, -2.0]), group_size=2, optimizer=KINDS[kind])
+    for _ in range(steps):
+        trainer.training_step(trainer.model(), None, [1.0, 0.0])
+    return trainer
+
+
+def contents(trainer):
+    state = copy.deepcopy(trainer.optimizer.state_dict())
+    slots = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state["state"].get(0, {}).items()}
+    return trainer.model.values.tolist(), slots, state["param_groups"], trainer.steps
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("into", KINDS)
+@pytest.mark.parametrize("saved", KINDS)
+def test_a_state_is_of_the_same_kind_of_optimizer_or_changes_nothing(saved, into, steps):
+    state = copy.deepcopy(stepped(saved, 2).state_dict())
+    trainer, untouched = stepped(into, steps), stepped(into, steps)
+    if (saved, into) in FIT:  # with other settings, which come with the state
+        trainer.load_state_dict(state)
+        assert trainer.steps == 2
+    else:
+        with pytest.raises(ValueError, match=f"^trainer state: .*({CLASSES[into]}|another kind)") as error:
+            trainer.load_state_dict(state)
+        assert "\n" not in str(error.value) and contents(trainer) == contents(untouched)
+    for each in (trainer, untouched):
+        each.training_step(each.model(), None, [1.0, 0.0])
+    assert (saved, into) in FIT or contents(trainer) == contents(untouched)
+
+
+def without(state, *names):
+    for name in names:
+        del state["optimizer"]["state"][0][name]
+
+
+BROKEN = {
+    "a slot is gone": lambda s: without(s, "exp_avg_sq"), "two are gone": lambda s: without(s, "exp_avg", "step"),
+    "a slot too many": lambda s: s["optimizer"]["state"][0].update(more=torch.zeros(2)),
+    "a setting is gone": lambda s: s["optimizer"]["param_groups"][0].pop("betas"),
+    "a setting too many": lambda s: s["optimizer"]["param_groups"][0].update(momentum=0.9),
+    "a rate that is none": lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.9, float("nan"))),
+    "groups in a tuple": lambda s: s["optimizer"].update(param_groups=tuple(s["optimizer"]["param_groups"])),
+    "no parameters": lambda s: s["optimizer"]["param_groups"][0].pop("params"),
+    "slots in a list": lambda s: s["optimizer"]["state"].update({0: [1, 2]}),
+    "no slots": lambda s: s["optimizer"].update(state=None), "steps": lambda s: s.update(steps=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_broken_state_changes_nothing(how, steps):
+    state = copy.deepcopy(stepped("AdamW", 2).state_dict())
+    BROKEN[how](state)
+    trainer, untouched = stepped("AdamW", steps), stepped("AdamW", steps)
+    with pytest.raises(ValueError, match="^trainer state: ") as error:
+        trainer.load_state_dict(state)
+    assert "\n" not in str(error.value) and contents(trainer) == contents(untouched)
+    trainer.training_step(trainer.model(), None, [1.0, 0.0])
+
+
+class Doubled(torch.optim.AdamW):
+    """One whose way of loading fails half way, and whose arguments are its own."""
+
+    def __init__(self, everything):
+        super().__init__(everything, lr=0.1)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.param_groups[0]["half"] = True
+        if state_dict["param_groups"][0]["lr"] == 0.5:
+            raise KeyError("half\nloaded")
+
+
+def test_an_optimizer_that_fails_to_load_is_put_back():
+    trainers = [GRPOTrainer(Free([-1.0, -2.0]), group_size=2, optimizer=Doubled) for _ in range(2)]
+    for trainer in trainers:
+        trainer.training_step(trainer.model(), None, [1.0, 0.0])
+    state = copy.deepcopy(trainers[0].state_dict())
+    trainers[0].load_state_dict(state)
+    del trainers[0].optimizer.param_groups[0]["half"]
+    state["optimizer"]["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(ValueError, match="^trainer state: Doubled does not take it: 'half.*loaded'$"):
+        trainers[0].load_state_dict(state)
+    assert contents(trainers[0]) == contents(trainers[1])
+
+
+def test_a_state_with_a_scheduler_s_settings_fits_without_one_and_the_other_way_round():
+    for scheduled in ((True, False), (False, True)):
+        trainers = [stepped("AdamW", 1) for _ in scheduled]
+        for trainer, wanted in zip(trainers, scheduled, strict=True):
+            if wanted:
+                torch.optim.lr_scheduler.OneCycleLR(trainer.optimizer, 0.1, total_steps=9)
+        trainers[1].load_state_dict(copy.deepcopy(trainers[0].state_dict()))
+        trainers[1].training_step(trainers[1].model(), None, [1.0, 0.0])
 
 
 class Bandit(nn.Module):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -23,6 +24,35 @@ def as_finite(what: str, numbers: Tensor, dtype: torch.dtype | None = None) -> T
         found = numbers[~finite].flatten()[0].item()
         raise ValueError(f"{what}: expected finite numbers in {dtype_name(stored.dtype)}, found {found:g}")
     return stored
+
+
+def whole_number(name: str, value: object, at_least: int = 1) -> int:
+    """An integer of at least so much, as an int; no boolean, and no float that merely could be one.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    try:
+        number = at_least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = at_least - 1
+    if number < at_least:
+        raise ValueError(f"{name}: expected an integer >= {at_least}, found {repr(value)[:60]}")
+    return number
+
+
+def positive_number(name: str, value: object, below: float = math.inf) -> float:
+    """A real number in (0, below), as a float; infinity is one where nothing is said.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    if below == math.inf and isinstance(value, float) and value == math.inf:
+        return value
+    number = finite_number(name, value, below=below)
+    if number <= 0:
+        raise ValueError(f"{name}: expected a positive number, found {value!r}")
+    return number
 
 
 def finite_number(name: str, value: object, at_least: float = -math.inf, below: float = math.inf) -> float:

@@ -12,14 +12,14 @@ Sources:
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import nn
 
-from ..common.finite import finite_number
+from ..common.finite import finite_number, positive_number, whole_number
 from ..common.words import one_line
 from ..model.adapted import adapted_layers, adapter_disabled
 from .trainer import VectorTrainer, check_log_probs, check_mask
@@ -37,19 +37,28 @@ def group_advantages(
         A_i = (reward_i - mean) / (std + eps)      std with the divisor G - 1, as in TRL and verl
 
     Args:
-        rewards: [B], B divisible by ``group_size``; completions of one prompt are consecutive.
+        rewards: [B] numbers, B divisible by ``group_size``; completions of one prompt are consecutive.
         scale: divide by the deviation; False is Dr. GRPO.
 
     Returns:
-        advantages [B], and a [B / group_size] mask of groups whose rewards are all equal: their advantages are exactly
-        zero, so they carry no gradient.
+        advantages [B], computed in float64 and then rounded to the dtype of the rewards (float64 for integers), and a
+        [B / group_size] mask of groups whose rewards are all equal: their advantages are exactly zero, so they carry
+        no gradient.
     """
-    grouped = rewards.view(-1, group_size)  # [groups, G]
+    size = whole_number("group_size", group_size)
+    if rewards.numel() % size:
+        raise ValueError(f"rewards: expected [B], B divisible by group_size {size}, found {list(rewards.shape)}")
+    given = rewards.reshape(-1, size)  # [groups, G]
+    flat = (given == given[:, :1]).all(dim=1)  # [groups]; rounding in the mean must not become an advantage
+    grouped = given.double()
+    if given.dtype == torch.int64:  # from the group's first one, which beyond 2^53 float64 may not tell from the next
+        apart, room = given - given[:, :1], 2.0**62
+        grouped = apart.double() if bool((grouped.abs() < room).all()) else grouped
     centered = grouped - grouped.mean(dim=1, keepdim=True)
     if scale:
         centered = centered / (grouped.std(dim=1, keepdim=True) + eps)
-    flat = grouped.amax(dim=1) == grouped.amin(dim=1)  # [groups]; rounding in the mean must not become an advantage
-    return centered.masked_fill(flat.unsqueeze(1), 0.0).view(-1), flat
+    advantages = centered.masked_fill(flat.unsqueeze(1), 0.0).view(-1)
+    return advantages.to(rewards.dtype) if rewards.is_floating_point() else advantages, flat
 
 
 class GRPOTrainer(VectorTrainer):
@@ -87,19 +96,17 @@ class GRPOTrainer(VectorTrainer):
         tis_cap: float = 2.0,
         **optimizer_options,
     ):
-        if group_size < 2:
-            raise ValueError(f"group_size: expected at least 2 completions per prompt, found {group_size}")
+        group_size = whole_number("group_size", group_size, at_least=2)
         finite_number("kl_coeff", kl_coeff, at_least=0.0)
-        if not 0 < clip_eps < 1:
-            raise ValueError(f"clip_eps: expected a number between 0 and 1, found {clip_eps}")
-        if clip_eps_high is not None and not clip_eps_high > 0:
-            raise ValueError(f"clip_eps_high: expected a positive number or None, found {clip_eps_high}")
+        positive_number("clip_eps", clip_eps, below=1.0)
+        if clip_eps_high is not None:
+            positive_number("clip_eps_high", clip_eps_high)
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type: expected one of {', '.join(LOSS_TYPES)}, found {loss_type!r}")
-        if loss_type == "dr_grpo" and (max_tokens is None or max_tokens < 1):
-            raise ValueError(f"max_tokens: loss_type 'dr_grpo' divides by the generation budget, found {max_tokens}")
-        if not tis_cap > 0:
-            raise ValueError(f"tis_cap: expected a positive number, found {tis_cap}")
+        if loss_type == "dr_grpo" and max_tokens is None:
+            raise ValueError("max_tokens: loss_type 'dr_grpo' divides by the generation budget, found None")
+        max_tokens = None if max_tokens is None else whole_number("max_tokens", max_tokens)
+        positive_number("tis_cap", tis_cap)
         super().__init__(model, lr=lr, **optimizer_options)
         self.group_size = group_size
         self.kl_coeff = kl_coeff
@@ -129,9 +136,9 @@ class GRPOTrainer(VectorTrainer):
         self,
         log_probs: torch.Tensor,
         old_log_probs: torch.Tensor | None,
-        rewards: torch.Tensor,
+        rewards: torch.Tensor | Sequence[float],
         *,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Sequence | None = None,
         ref_log_probs: torch.Tensor | None = None,
         rollout_log_probs: torch.Tensor | None = None,
     ) -> dict[str, float]:
@@ -140,8 +147,10 @@ class GRPOTrainer(VectorTrainer):
         Args:
             log_probs: [B, T] per token, or [B] sums over each sequence (the ratio is then the sequence's); with grad.
             old_log_probs: same shape, of the policy at the start of the batch; None means on-policy (ratio 1).
-            rewards: [B], any number type or a list; B divisible by ``group_size``. None is not a reward.
-            mask: [B, T] booleans or 0/1, 1 for completion tokens; default all.  Values outside it are never read.
+            rewards: [B], any number type or a list; B divisible by ``group_size``. None is not a reward. Advantages
+                are of the numbers as they are given, in float64, and rounded then.
+            mask: [B, T] booleans or 0/1, or a list of them, 1 for completion tokens; default all.  Values outside it
+                are never read.
             ref_log_probs: same shape, of the reference model (see ``reference``); needed when ``kl_coeff`` > 0.
             rollout_log_probs: same shape, as the sampler reported them, when it ran other weights than the trainer
                 (merged, rounded); the loss is then weighted by min(exp(old - rollout), tis_cap).
@@ -163,9 +172,9 @@ class GRPOTrainer(VectorTrainer):
         self,
         log_probs: torch.Tensor,
         old_log_probs: torch.Tensor | None,
-        rewards: torch.Tensor,
+        rewards: torch.Tensor | Sequence[float],
         *,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Sequence | None = None,
         ref_log_probs: torch.Tensor | None = None,
         rollout_log_probs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -177,8 +186,8 @@ class GRPOTrainer(VectorTrainer):
         self,
         log_probs: torch.Tensor,
         old_log_probs: torch.Tensor | None,
-        rewards: torch.Tensor,
-        mask: torch.Tensor | None,
+        rewards: torch.Tensor | Sequence[float],
+        mask: torch.Tensor | Sequence | None,
         ref_log_probs: torch.Tensor | None,
         rollout_log_probs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, float], float]:
@@ -198,8 +207,8 @@ class GRPOTrainer(VectorTrainer):
         if self.loss_type == "dr_grpo" and selected is None:
             raise ValueError("log_probs: loss_type 'dr_grpo' counts tokens; pass log_probs of [B, T]")
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
-        rewards = self._check_rewards(rewards, log_probs, dtype)
-        advantages, flat = group_advantages(rewards, self.group_size, scale=self.scale_rewards)  # [B], [groups]
+        given = self._check_rewards(rewards, log_probs, dtype)
+        advantages, flat = group_advantages(given, self.group_size, scale=self.scale_rewards)  # [B], [groups]
 
         def tokens(value: torch.Tensor) -> torch.Tensor:  # [B, T]; [B, 1] for whole sequences; zero outside the mask
             value = value.to(log_probs.device, dtype)
@@ -210,7 +219,7 @@ class GRPOTrainer(VectorTrainer):
         old = tokens(log_probs if old_log_probs is None else old_log_probs).detach()
         # ratio = p / p_old ;  surrogate = min(ratio A, clip(ratio, 1 - eps, 1 + eps_high) A)
         ratio = torch.exp((new - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-        advantage = advantages.unsqueeze(1)  # [B, 1]
+        advantage = advantages.to(log_probs.device, dtype).unsqueeze(1)  # [B, 1]
         clipped = ratio.clamp(1.0 - self.clip_eps, 1.0 + self.clip_eps_high)
         per_token = -torch.minimum(ratio * advantage, clipped * advantage)
         weight = torch.ones_like(old)
@@ -236,8 +245,8 @@ class GRPOTrainer(VectorTrainer):
                 "loss": loss,
                 "policy_loss": policy_loss,
                 "kl": kl,
-                "reward_mean": rewards.mean(),
-                "reward_std": rewards.std(),
+                "reward_mean": given.double().mean(),
+                "reward_std": given.double().std(),
                 "zero_variance_groups": flat.sum(),
                 "ratio_mean": (ratio * keep).sum() / count,
                 "clip_fraction": (bound_hit * keep).sum() / count,
@@ -245,19 +254,21 @@ class GRPOTrainer(VectorTrainer):
                 "tis_capped_fraction": ((weight > self.tis_cap) * keep).sum() / count,
             }
             scalars = [*metrics.values(), tokens_kept]
-            values = torch.stack([value.detach().to(dtype) for value in scalars]).tolist()  # one transfer
+            values = torch.stack([value.detach().to(new) for value in scalars]).tolist()  # one transfer
         return loss, dict(zip(metrics, values[:-1], strict=True)), values[-1]
 
-    def _check_rewards(self, rewards, log_probs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rewards = reward_numbers(rewards, log_probs.device).to(dtype)
+    def _check_rewards(self, rewards: object, log_probs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rewards [B] on the CPU, in float64 or int64, finite in ``dtype`` too."""
+        numbers = reward_numbers(rewards)
         batch = log_probs.shape[0]
-        if rewards.shape != (batch,):
-            raise ValueError(f"rewards: expected one per completion [{batch}], found {list(rewards.shape)}")
+        if numbers.shape != (batch,):
+            raise ValueError(f"rewards: expected one per completion [{batch}], found {list(numbers.shape)}")
         if batch % self.group_size:
             raise ValueError(f"rewards: {batch} completions are not divisible by group_size {self.group_size}")
-        if not bool(torch.isfinite(rewards).all()):
-            raise ValueError(f"rewards: {int((~torch.isfinite(rewards)).sum())} of {batch} are not finite")
-        return rewards
+        finite = torch.isfinite(numbers.to(dtype))
+        if not bool(finite.all()):
+            raise ValueError(f"rewards: {int((~finite).sum())} of {batch} are not finite")
+        return numbers
 
     def _average(self, per_token: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """[B, T] -> scalar, see ``loss_type``; a sequence without tokens counts as zero."""
@@ -268,10 +279,16 @@ class GRPOTrainer(VectorTrainer):
         return (per_token * keep).sum() / divisor
 
 
-def reward_numbers(rewards: object, device: torch.device) -> torch.Tensor:
-    """Rewards as a tensor; ValueError where one of them is no number, as of a reward function that has none to give."""
+def reward_numbers(rewards: object) -> torch.Tensor:
+    """Rewards as they are given, on the CPU: integers in int64, others in float64, lists of Python's floats as well.
+
+    Raises:
+        ValueError: one of them is no number, as of a reward function that has none to give.
+    """
     try:
-        numbers = torch.as_tensor(rewards, device=device).detach()
+        numbers = torch.as_tensor(rewards, device="cpu").detach()
+        if isinstance(rewards, (list, tuple)) and numbers.is_floating_point():  # torch's default dtype rounded them
+            numbers = torch.as_tensor(rewards, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         listed = rewards if isinstance(rewards, (list, tuple)) else []
         if empty := [index for index, reward in enumerate(listed) if reward is None]:
@@ -281,4 +298,4 @@ def reward_numbers(rewards: object, device: torch.device) -> torch.Tensor:
         raise ValueError(f"rewards: expected one number per completion, found {found}") from None
     if numbers.is_complex():
         raise ValueError("rewards: expected one number per completion, found complex numbers")
-    return numbers
+    return numbers.double() if numbers.is_floating_point() or numbers.dtype == torch.uint64 else numbers.long()

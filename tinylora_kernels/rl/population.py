@@ -220,7 +220,7 @@ class PopulationGRPO(PopulationTrainer):
         Raises:
             ValueError: an argument does not fit or a gradient is not finite; nothing has changed then.
         """
-        rewards = reward_numbers(rewards, log_probs.device)
+        rewards = reward_numbers(rewards)
         if rewards.shape != (len(log_probs),):
             raise ValueError(f"rewards: expected one per completion [{len(log_probs)}], found {list(rewards.shape)}")
 

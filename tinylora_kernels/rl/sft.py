@@ -1,6 +1,8 @@
 """One step of supervised fine-tuning: the negative log-likelihood of given tokens."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ class SFTTrainer(VectorTrainer):
     def training_step(
         self,
         log_probs: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | Sequence | None = None,
         *,
         logits: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -36,7 +38,8 @@ class SFTTrainer(VectorTrainer):
         Args:
             log_probs: [B, T] per token, averaged over the tokens of the batch that ``mask`` selects, or [B] sums over
                 each sequence, averaged over sequences.
-            mask: [B, T] booleans or 0/1, 1 for tokens to learn; default all.  Values outside it are never read.
+            mask: [B, T] booleans or 0/1, or a list of them, 1 for tokens to learn; default all.  Values outside it are
+                never read.
             logits: [B, T, V] of a causal model.
             labels: [B, T] as transformers takes them: ``labels[b, t]`` is the token *at* position t (predicted by
                 ``logits[b, t - 1]``; the shift happens here), -100 where nothing is to be learned.
@@ -61,7 +64,7 @@ class SFTTrainer(VectorTrainer):
 
 
 def negative_log_likelihood(
-    log_probs: torch.Tensor, mask: torch.Tensor | None
+    log_probs: torch.Tensor, mask: torch.Tensor | Sequence | None
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """What ``SFTTrainer`` minimises, a scalar with a graph, and its metrics; arguments as in ``training_step``."""
     selected = check_mask(mask, log_probs)

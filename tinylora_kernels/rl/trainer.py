@@ -2,13 +2,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..common.finite import finite_number
+from ..common.finite import finite_number, positive_number, whole_number
 from ..common.interrupts import undone_by
+from ..common.words import listed, one_line
+
+# What torch's schedulers add to an optimizer's groups, there or not as one was made.
+OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 
 
 def check_adam(
@@ -21,8 +27,8 @@ def check_adam(
         finite_number("betas", beta, at_least=0.0, below=1.0)
     finite_number("eps", eps, at_least=0.0)
     finite_number("weight_decay", weight_decay, at_least=0.0)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: expected a positive number or None, found {max_grad_norm}")
+    if max_grad_norm is not None:
+        positive_number("max_grad_norm", max_grad_norm)
 
 
 class VectorTrainer:
@@ -58,10 +64,8 @@ class VectorTrainer:
         if not self.parameters:
             raise ValueError("model: no parameter requires grad; call apply_tiny_lora(model, config) first")
         check_adam(betas, eps, weight_decay, max_grad_norm, lr)
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps: expected at least 1, found {accumulation_steps}")
         self.max_grad_norm = max_grad_norm
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps = whole_number("accumulation_steps", accumulation_steps)
         if optimizer is None:
             optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         elif not isinstance(optimizer, torch.optim.Optimizer):
@@ -93,10 +97,8 @@ class VectorTrainer:
             raise ValueError("trainer state: expected the keys version, steps and optimizer")
         if state["version"] != 1:
             raise ValueError(f"trainer state: expected version 1, found {state['version']!r}")
-        if not isinstance(state["steps"], int) or state["steps"] < 0:
-            raise ValueError(f"trainer state: steps must be a count, found {state['steps']!r}")
-        inner = state["optimizer"]
-        if not isinstance(inner, dict) or set(inner) != {"state", "param_groups"}:
+        steps, inner = whole_number("trainer state: steps", state["steps"], at_least=0), state["optimizer"]
+        if not _is_of_an_optimizer(inner):
             raise ValueError("trainer state: its optimizer entry is not the state of a torch optimizer")
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         sizes = [len(group["params"]) for group in inner["param_groups"]]
@@ -106,8 +108,9 @@ class VectorTrainer:
                 "it belongs to another model"
             )
         for name, value in ((name, value) for group in inner["param_groups"] for name, value in group.items()):
-            if isinstance(value, float):
-                finite_number(f"trainer state: {name}", value)
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(number, float):
+                    finite_number(f"trainer state: {name}", number)
         for index, slots in inner["state"].items():
             if index not in range(len(held)):
                 raise ValueError(f"trainer state: it knows a parameter {index!r}, this optimizer holds {len(held)}")
@@ -119,9 +122,39 @@ class VectorTrainer:
                     )
                 if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
                     raise ValueError(f"trainer state: {slot} of parameter {index} holds NaN or infinity")
-        self.optimizer.load_state_dict(inner)
-        self.steps = state["steps"]
-        self._pending, self._weight = 0, 0.0
+        put_back, before = _keep(self.optimizer), (self.steps, self._pending, self._weight)
+
+        def undo() -> None:
+            put_back()
+            self.steps, self._pending, self._weight = before
+
+        with undone_by(undo):
+            self._take(inner)
+            self.steps = steps
+            self._pending, self._weight = 0, 0.0
+
+    def _take(self, inner: dict) -> None:
+        """Load the optimizer's state; ValueError, with the optimizer half changed, where it is of another kind."""
+        kind, settings = type(self.optimizer).__name__, [set(group) for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(inner)
+        except Exception as error:
+            raise ValueError(f"trainer state: {kind} does not take it: {one_line(error)}") from error
+        for was, group, saved in zip(settings, self.optimizer.param_groups, inner["param_groups"], strict=True):
+            # after loading: torch adds what states of earlier versions lack
+            lacks = was - set(group) - OF_SCHEDULERS
+            beyond = set(saved) - was - OF_SCHEDULERS - {"param_names"}
+            if lacks or beyond:
+                found = f"lacks {listed(sorted(lacks))}" if lacks else f"has {listed(sorted(map(str, beyond)))}"
+                raise ValueError(f"trainer state: expected the settings of {kind}, found one that {found}; "
+                                 "it belongs to another kind of optimizer")
+            for p in group["params"]:
+                slots = {name for name, value in self.optimizer.state.get(p, {}).items() if value is not None}
+                wanted = _slots_of(self.optimizer, group, p.dim()) if slots else None
+                if wanted is not None and slots != wanted:
+                    raise ValueError(f"trainer state: expected {listed(sorted(wanted)) or 'nothing'} for a parameter "
+                                     f"of {kind}, found {listed(sorted(map(str, slots)))}; it belongs to another kind "
+                                     "of optimizer")
 
     def _require_trainable(self, log_probs: torch.Tensor) -> None:
         """The log-probabilities must carry a graph; a merged model is the usual reason why they do not."""
@@ -178,8 +211,35 @@ class VectorTrainer:
         return float(norm)
 
 
+def _is_of_an_optimizer(state: object) -> bool:
+    """Whether it is laid out as torch's optimizers lay out their states."""
+    if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
+        return False
+    slots, groups = state["state"], state["param_groups"]
+    return (
+        isinstance(slots, dict) and all(isinstance(value, dict) for value in slots.values())
+        and isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+        and all(isinstance(group.get("params"), list) for group in groups)
+    )  # fmt: skip
+
+
+def _slots_of(optimizer: torch.optim.Optimizer, settings: dict[str, Any], dimensions: int) -> set[str] | None:
+    """What an optimizer of this kind keeps of a parameter: seen on one of its own. None: that cannot be seen."""
+    kind = type(optimizer)
+    try:
+        known = set(inspect.signature(kind).parameters) - {"params", "capturable", "fused"}
+        one = torch.zeros((1,) * dimensions, requires_grad=True, device="cpu")
+        tried = kind([one], **{name: value for name, value in settings.items() if name in known})
+        one.grad = torch.zeros_like(one)
+        tried.step()
+    except Exception:  # of a class with arguments, or a step, of its own
+        return None
+    return {name for name, value in tried.state[one].items() if value is not None}
+
+
 def _keep(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """What puts an optimizer's parameters, state and settings back as they are now."""
+    held = optimizer.state, optimizer.param_groups
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [p.detach().clone() for p in parameters]
     state = {p: _copied(slots) for p, slots in optimizer.state.items()}
@@ -187,6 +247,7 @@ def _keep(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
     @torch.no_grad()
     def put_back() -> None:
+        optimizer.state, optimizer.param_groups = held
         for p, was in zip(parameters, numbers, strict=True):
             p.copy_(was)
         for p in list(optimizer.state):
@@ -195,6 +256,8 @@ def _keep(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         for p, slots in state.items():
             optimizer.state[p] = _copied(slots)
         for group, was in zip(optimizer.param_groups, settings, strict=True):
+            for setting in set(group) - set(was) - {"params"}:
+                del group[setting]
             group.update(_copied(was))
 
     return put_back
@@ -223,7 +286,18 @@ def check_log_probs(name: str, value: torch.Tensor, shape: torch.Size, mask: tor
         raise ValueError(f"{name}: {int((~finite).sum())} of {value.numel()} values are not finite")
 
 
-def check_mask(mask: torch.Tensor | None, log_probs: torch.Tensor) -> torch.Tensor | None:
+def as_mask(mask: object) -> torch.Tensor | None:
+    """The mask as a tensor: a list or an array will do."""
+    if mask is None or isinstance(mask, torch.Tensor):
+        return mask
+    try:
+        return torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        found = f"a {type(mask).__name__}: {one_line(error)}"
+        raise ValueError(f"mask: expected booleans or zeros and ones [B, T], found {found}") from None
+
+
+def check_mask(mask: object, log_probs: torch.Tensor) -> torch.Tensor | None:
     """The mask as booleans on the device of ``log_probs`` ([B, T]; True or 1: a completion token), or None for [B].
 
     It may select no token: there is nothing to learn then.
@@ -234,6 +308,7 @@ def check_mask(mask: torch.Tensor | None, log_probs: torch.Tensor) -> torch.Tens
         if mask is not None:
             raise ValueError("mask: log_probs are sums over whole sequences [B]; a mask needs log_probs of [B, T]")
         return None
+    mask = as_mask(mask)
     if mask is None:
         return torch.ones(log_probs.shape, dtype=torch.bool, device=log_probs.device)
     if mask.shape != log_probs.shape:
