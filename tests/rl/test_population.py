@@ -131,6 +131,147 @@ def test_a_frozen_bank_cannot_be_trained():
         PopulationAdam(AdapterBank(adapted(), 2))
 
 
+# What is named is what ran
+
+NAMED = ["a", "a", "b", "b"]
+RAN = {  # entries of the block, rows of what ran in it
+    "others in its place": ["c"] * 4, "turned over": ["b", "b", "a", "a"], "one row": ["a", "b", "b", "b"],
+    "one for all": ["b"] * 4, "bare": [None, None, "b", "b"], "nested": [["b"], ["b"], ["a"], ["a"]],
+    "an adapter beside": ["a", "a", "b", "c"], "bare, one row": [None, "a", "b", "b"],
+}  # fmt: skip
+UNSEEN = {*RAN} - {"others in its place", "an adapter beside"}  # after the block: only adapters named have a gradient
+
+
+def of_three(kind, **options):
+    bank = AdapterBank(adapted(), 3, trainable=True, names=["a", "b", "c"])
+    trainer = PopulationGRPO(bank, 0.1, group_size=2, **options) if kind == "grpo" else PopulationSFT(bank, 0.1)
+
+    def step(log_probs, names=NAMED, **others):
+        if kind == "grpo":
+            return trainer.training_step(names, log_probs, None, [1.0, 0.0, 0.0, 1.0], **others)
+        return trainer.training_step(names, log_probs, **others)
+
+    return bank, trainer, step
+
+
+def log_probs_of(bank, tokens=None):
+    tokens = batch(0)[0][:4] if tokens is None else tokens
+    return token_log_probs(bank.model(tokens[:, :-1]), tokens[:, 1:])
+
+
+def everything(bank, trainer):
+    state = trainer.optimizer.state
+    kept = [{k: v.tolist() for k, v in state[table].items()} for table in bank.parameters() if state.get(table)]
+    gradients = [None if p.grad is None else p.grad.tolist() for p in [*bank.parameters(), *bank.model.parameters()]]
+    return [table.tolist() for table in bank.parameters()], kept, gradients
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("ran", RAN)
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_adapters_that_did_not_run_are_not_stepped(kind, ran, inside, steps):
+    bank, trainer, step = of_three(kind)
+    for _ in range(steps):
+        with bank.use(NAMED):
+            step(log_probs_of(bank))
+    before, lines = everything(bank, trainer), []
+    with bank.use(torch.tensor([[bank.slot(n) for n in e] for e in RAN[ran]]) if ran == "nested" else RAN[ran]):
+        log_probs = log_probs_of(bank)
+        if inside:
+            with pytest.raises(ValueError, match="^adapters: expected .* at row .*, as in this block") as error:
+                step(log_probs)
+            lines.append(str(error.value))
+    if not inside and ran not in UNSEEN:
+        with pytest.raises(ValueError, match="^log_probs: they depend on adapter 'c', expected") as error:
+            step(log_probs)
+        lines.append(str(error.value))
+    assert len(lines) == (inside or ran not in UNSEEN) and not any("\n" in line for line in lines)
+    assert everything(bank, trainer) == before
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_log_probs_of_no_adapter_are_one_line_and_change_nothing(kind):
+    bank, trainer, step = of_three(kind)
+    for p in bank.model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    before = everything(bank, trainer)
+    with pytest.raises(ValueError, match="^log_probs: they do not depend on this bank's adapters; compute them under"):
+        step(log_probs_of(bank))  # the model's own
+    with pytest.raises(ValueError, match="^log_probs: no gradient flows through them"), bank.use(NAMED):
+        step(log_probs_of(bank).detach())
+    with pytest.raises(KeyError, match="adapter 'x': it is not in the bank"), bank.use(NAMED):
+        step(log_probs_of(bank), ["a", "a", "x", "x"])
+    with pytest.raises(ValueError, match="^gradient: expected one of the bank's tables, found none"):
+        PopulationAdam(bank).step(["a"])
+    assert everything(bank, trainer) == before
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_ways_to_call_it_that_are_right(kind):
+    results, ways = [], ["inside", "after", "in another block", "in a block of more", "by ids", "[n, 1]", "permuted"]
+    for way in [*ways, "of equal rows"]:
+        bank, _, step = of_three(kind)
+        names, tokens = NAMED, None
+        entries = {"by ids": [0, 0, 1, 1], "[n, 1]": torch.tensor([[0], [0], [1], [1]]), "of equal rows": ["a", "b"]}
+        if way == "of equal rows":  # taken for beams; in GRPO their advantages cancel out
+            tokens = batch(0)[0][[0, 0, 1, 1]]
+        with bank.use(entries.get(way, NAMED)):
+            log_probs = log_probs_of(bank, tokens)
+            if way in ("inside", *entries):
+                step(log_probs)
+        if way == "after":
+            step(log_probs)
+        if way == "permuted":
+            with bank.use(["a"]):  # of another batch
+                step(log_probs[[2, 3, 0, 1]][[2, 3, 0, 1]], names)
+        if way == "in another block":
+            with bank.use(["a", "b", "c"]):
+                step(log_probs)
+        if way == "in a block of more":
+            with bank.use([*NAMED, "c", "c"]):
+                step(log_probs)
+        if way == "of equal rows":
+            with bank.use(["a", "b"]), pytest.raises(ValueError, match="^adapters: expected adapter 'a' at row 1"):
+                step(log_probs_of(bank, tokens), ["a", "b", "a", "b"])
+            continue
+        results.append(torch.stack([bank.vectors(name) for name in "abc"]))
+    assert results[0][:2].abs().amin(-1).all() and not results[0][2].any()
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_adapters_with_nothing_to_learn_are_stepped():
+    bank, trainer, step = of_three("grpo")
+    with bank.use(NAMED):
+        metrics = trainer.training_step(NAMED, log_probs_of(bank), None, [1.0, 1.0, 0.0, 1.0])  # a flat group
+    assert metrics["a"]["grad_norm"] == 0 < metrics["b"]["grad_norm"]
+    bank, _, step = of_three("sft")
+    with bank.use(NAMED):
+        step((log_probs_of(bank) - 1e-9).clamp(max=-1e-9) * torch.tensor([[0.0], [0.0], [1.0], [1.0]]))  # certain
+    assert not bank.vectors("a").any() and bank.vectors("b").any()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_rows_of_a_population_in_any_form_or_one_line(kind):
+    mask = (torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.7).long()
+    results = []
+    for given in (mask, mask.tolist(), mask.numpy(), mask.bool()):
+        bank, trainer, step = of_three(kind)
+        with bank.use(NAMED):
+            step(log_probs_of(bank), mask=given)
+        results.append(bank.vectors("a"))
+    assert results[0].any() and all(torch.equal(results[0], result) for result in results)
+    for bad in ([[1, 0], [1]] * 2, mask[:3], mask[0], "mask", object()):
+        with bank.use(NAMED), pytest.raises(ValueError, match="mask: expected") as error:
+            step(log_probs_of(bank), mask=bad)
+        assert "\n" not in str(error.value)
+    if kind == "grpo":
+        for name in ("ref_log_probs", "rollout_log_probs"):
+            for bad in ([[0.0] * 5] * 4, torch.zeros(3, 5), torch.zeros(4, 4)):
+                with bank.use(NAMED), pytest.raises(ValueError, match=f"{name}: expected the shape of log_probs"):
+                    step(log_probs_of(bank), **{name: bad})
+
+
 def test_optimizer_state_survives_a_copy():
     bank, _ = population(adapted())
     optimizer = PopulationAdam(bank, RATES)

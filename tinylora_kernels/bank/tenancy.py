@@ -1,7 +1,9 @@
 """A slot of a trainable bank that changes hands: what an optimizer remembers of one adapter is not for the next.
 
 Optimizers keep their moments by the table, and know nothing of slots. So each is asked before its next step, by a hook
-that torch calls before every step of any optimizer, once a slot has changed hands at all.
+that torch calls before every step of any optimizer, once a slot has changed hands at all. What one has that never was
+asked may be of any time before, a state that was loaded too: only who knows the names (rl.PopulationAdam) can say that
+its rows are those of the present adapters (`is_of_now`).
 """
 from __future__ import annotations
 
@@ -30,12 +32,22 @@ def hand_on(tables: Iterable[Tensor], slot: int) -> None:
         _handed_on.setdefault(table, {})[slot] = now
 
 
+def is_of_now(optimizer: torch.optim.Optimizer) -> None:
+    """What the optimizer keeps is of the adapters that are in the slots now."""
+    _seen[optimizer] = next(_counter)
+
+
 @functools.cache
 def _install() -> None:
-    register_optimizer_step_pre_hook(_forget)
+    register_optimizer_step_pre_hook(forget)
 
 
-def _forget(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+def forget(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    """Have the optimizer keep nothing of adapters whose slots others have now.
+
+    Raises:
+        RuntimeError: it keeps something of all slots together, which cannot be forgotten for one.
+    """
     seen, now = _seen.get(optimizer, 0), next(_counter)
     rows: list[tuple[Tensor, list[int]]] = []
     for table in (table for group in optimizer.param_groups for table in group["params"]):
@@ -58,6 +70,7 @@ def _kept_by_row(optimizer: torch.optim.Optimizer, table: Tensor, state: dict, s
     if shared is not None and any(bool(value[slots].any()) for value in by_row.values()):
         raise RuntimeError(
             f"{type(optimizer).__name__}: slot {slots[0]} of the bank has another adapter than it had, and {shared!r} "
-            "is one for all slots there; use rl.PopulationAdam, or make the optimizer again after bank.add"
+            "is one for all slots there; use rl.PopulationAdam, whose state has the adapters' names, or make the "
+            "optimizer again after bank.add and load no state"
         )
     return list(by_row.values())

@@ -22,7 +22,7 @@ from torch import nn
 from ..common.finite import finite_number, positive_number, whole_number
 from ..common.words import one_line
 from ..model.adapted import adapted_layers, adapter_disabled
-from .trainer import VectorTrainer, check_log_probs, check_mask
+from .trainer import VectorTrainer, check_log_probs, check_mask, require_trainable
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 # exp(20) = 4.9e8: a log-ratio beyond this is a broken rollout, and exp of it must not become inf * 0.
@@ -192,7 +192,7 @@ class GRPOTrainer(VectorTrainer):
         rollout_log_probs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, float], float]:
         """The loss, its metrics, and the tokens it is of; sequences where log_probs are sums."""
-        self._require_trainable(log_probs)
+        require_trainable(log_probs)
         selected = check_mask(mask, log_probs)
         check_log_probs("log_probs", log_probs, log_probs.shape, selected)
         for name, value in (

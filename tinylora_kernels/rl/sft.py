@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .log_probs import token_log_probs
-from .trainer import VectorTrainer, check_log_probs, check_mask
+from .trainer import VectorTrainer, check_log_probs, check_mask, require_trainable
 
 IGNORE_INDEX = -100  # as in transformers: labels that are not trained on
 
@@ -57,7 +57,7 @@ class SFTTrainer(VectorTrainer):
             log_probs, mask = _shifted(logits, labels)
         elif log_probs is None or logits is not None or labels is not None:
             raise ValueError("training_step: expected either log_probs, or logits together with labels")
-        self._require_trainable(log_probs)
+        require_trainable(log_probs)
         loss, metrics = negative_log_likelihood(log_probs, mask)
         norm = self._apply(loss, metrics["tokens"])
         return {**metrics, "grad_norm": norm, "steps": self.steps}

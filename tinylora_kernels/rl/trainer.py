@@ -98,7 +98,7 @@ class VectorTrainer:
         if state["version"] != 1:
             raise ValueError(f"trainer state: expected version 1, found {state['version']!r}")
         steps, inner = whole_number("trainer state: steps", state["steps"], at_least=0), state["optimizer"]
-        if not _is_of_an_optimizer(inner):
+        if not is_of_an_optimizer(inner):
             raise ValueError("trainer state: its optimizer entry is not the state of a torch optimizer")
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         sizes = [len(group["params"]) for group in inner["param_groups"]]
@@ -156,14 +156,6 @@ class VectorTrainer:
                                      f"of {kind}, found {listed(sorted(map(str, slots)))}; it belongs to another kind "
                                      "of optimizer")
 
-    def _require_trainable(self, log_probs: torch.Tensor) -> None:
-        """The log-probabilities must carry a graph; a merged model is the usual reason why they do not."""
-        if not isinstance(log_probs, torch.Tensor) or not log_probs.requires_grad:
-            raise ValueError(
-                "log_probs: no gradient flows through them; compute them with autograd on, from the adapted model "
-                "(not merged, adapters enabled)"
-            )
-
     def _apply(self, loss: torch.Tensor, weight: float) -> float:
         """Backward and, when the accumulation window is full, the optimizer step.  Returns the gradient norm.
 
@@ -211,7 +203,7 @@ class VectorTrainer:
         return float(norm)
 
 
-def _is_of_an_optimizer(state: object) -> bool:
+def is_of_an_optimizer(state: object) -> bool:
     """Whether it is laid out as torch's optimizers lay out their states."""
     if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
         return False
@@ -270,6 +262,15 @@ def _copied(values: dict) -> dict:
 def _mixed(a: torch.Tensor | None, b: torch.Tensor | None, of_a: float, of_b: float) -> torch.Tensor | None:
     parts = [gradient * share for gradient, share in ((a, of_a), (b, of_b)) if gradient is not None]
     return sum(parts[1:], parts[0]) if parts else None
+
+
+def require_trainable(log_probs: torch.Tensor) -> None:
+    """The log-probabilities must carry a graph; a merged model is the usual reason why they do not."""
+    if not isinstance(log_probs, torch.Tensor) or not log_probs.requires_grad:
+        raise ValueError(
+            "log_probs: no gradient flows through them; compute them with autograd on, from the adapted model "
+            "(not merged, adapters enabled)"
+        )
 
 
 def check_log_probs(name: str, value: torch.Tensor, shape: torch.Size, mask: torch.Tensor | None) -> None:
