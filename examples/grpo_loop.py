@@ -12,7 +12,7 @@ import random
 import re
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, count_trainable_params, save_adapter
 from tinylora_kernels.rl import GRPOTrainer, token_log_probs
@@ -43,16 +43,29 @@ def reward(reply: str, answer: str) -> float:
 
 
 def sample(model, tokenizer, questions: list[str], length: int, temperature: float = 0.0, **options):
-    """One reply to each question: tokens and attention mask [B, S + T], the replies' mask [B, T], and their texts."""
+    """One reply to each question: tokens and attention mask [B, S + T], the replies' mask [B, T], and their texts.
+
+    What is sampled from is the model's own softmax, which is what token_log_probs trains. generate() fills in what it
+    is not told from the model's generation_config, where many have a repetition penalty or more: nothing of that but
+    the end tokens is kept.
+    """
     chats = [[{"role": "user", "content": question}] for question in questions]
     prompts = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
-    if temperature:
-        options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    tokens = model.generate(**prompts, **{"do_sample": False, "max_new_tokens": length, **options})
+    theirs = model.generation_config
+    ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    ends = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})  # chat models have several
+    drawn = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else {}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=length, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **drawn
+    )
+    try:
+        tokens = model.generate(**prompts, **options)
+    finally:
+        model.generation_config = theirs
     replies = tokens[:, prompts.input_ids.shape[1] :]
-    ends = (replies == tokenizer.eos_token_id).int()
+    ends = torch.isin(replies, torch.tensor(ends, device=replies.device)).int()
     mask = ends.cumsum(1) - ends == 0  # up to the end token and with it
     texts = [tokenizer.decode(reply[kept], skip_special_tokens=True) for reply, kept in zip(replies, mask, strict=True)]
     return tokens, torch.cat([prompts.attention_mask, mask.long()], 1), mask, texts

@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, file in files.items():
         bank.load(name, file)  # refused where it was trained on another base
     for batch in batches(sys.stdin, args.batch):
-        with bank.use([request.get("adapter") for request in batch]):
+        # [n, 1]: of the first dimension, though the first batch have as many requests as tokens
+        with bank.use([[request.get("adapter")] for request in batch]):
             replies = sample(model, tokenizer, [request["prompt"] for request in batch], args.length)[-1]
         for request, reply in zip(batch, replies, strict=True):
             print(json.dumps({**request, "reply": reply}), flush=True)

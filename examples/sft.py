@@ -59,6 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, model = load(args.model)
     training, held_out = additions(args.largest)
     pairs = read_pairs(args.data) if args.data else own_answers(model, tokenizer, training)
+    if not pairs:
+        raise SystemExit(
+            f"pairs: expected at least one to learn from, found none in {args.data}" if args.data else
+            f"pairs: expected at least one right answer to learn from, found none in {len(training)} tries; give "
+            "smaller numbers (--largest) or pairs of your own (--data)"
+        )
     print(f"{len(pairs)} pairs; greedy accuracy on {len(held_out)} sums: {accuracy(model, tokenizer, held_out):.0%}")
 
     apply_tiny_lora(model, TinyLoRAConfig(trainable_dim=4, target_modules=PROJECTIONS))

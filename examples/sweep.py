@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> None:
         problems = rng.choices(training, k=args.questions)  # the same for every run
         asked = [problem for _ in runs for problem in problems for _ in range(samples)]
         adapters = [run for run in runs for _ in range(args.questions * samples)]  # one a row
-        with bank.use(adapters):  # all sample in one batch
+        with bank.use([[run] for run in adapters]):  # all sample in one batch; [B, 1]: an entry a row, even if B = T
             tokens, seen, mask, texts = sample(model, tokenizer, [question for question, _ in asked], 12, temperature)
         rewards = torch.tensor([reward(text, answer) for text, (_, answer) in zip(texts, asked, strict=True)])
         length, right = mask.shape[1], []
         for rows in torch.arange(len(asked)).split(args.questions * samples):  # and learn in turns, for less memory
             own = [adapters[row] for row in rows]
-            with bank.use(own):
+            with bank.use([[run] for run in own]):
                 logits = model(tokens[rows], attention_mask=seen[rows], logits_to_keep=length + 1).logits[:, :-1]
                 log_probs = token_log_probs(logits, tokens[rows, -length:], temperature)  # [B, T]
                 (metrics,) = trainer.training_step(own, log_probs, None, rewards[rows], mask=mask[rows]).values()

@@ -93,6 +93,85 @@ def test_the_end_of_a_reply_is_learned_and_nothing_behind_it(run, adder):
         assert words.decode(row[kept]) == text + words.eos_token and not kept[len(text) + 1 :].any()
 
 
+OF_AUTHORS = {  # what a generation_config.json may hold
+    "nothing": {}, "a penalty": {"repetition_penalty": 1.3}, "min_p": {"min_p": 0.2}, "typical_p": {"typical_p": 0.5},
+    "bad words": {"bad_words_ids": [[20], [21], [22]]}, "suppressed": {"suppress_tokens": [20, 21, 22, 23]},
+    "n-grams": {"no_repeat_ngram_size": 2}, "cutoffs": {"epsilon_cutoff": 0.05, "eta_cutoff": 0.05},
+    "a bias": {"sequence_bias": [[[20], 5.0]]},
+    "top": {"top_k": 3, "top_p": 0.5, "temperature": 0.3, "do_sample": True},
+    "lengths": {"min_new_tokens": 5, "max_length": 7, "exponential_decay_length_penalty": (2, 2.0)},
+    "a last token": {"forced_eos_token_id": 2}, "beams": {"num_beams": 2},
+    "several": {"num_beams": 2, "num_return_sequences": 2},
+    "first tokens": {"begin_suppress_tokens": [20, 21, 22]}, "guidance": {"guidance_scale": 2.0},
+}  # fmt: skip
+
+
+def restless(directory):
+    """The adder with scores near even, so that whatever changes them shows, and replies end anywhere."""
+    model = bare(directory)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.05)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [*((name, [2, 5]) for name in OF_AUTHORS), *(("nothing", ends) for ends in (2, [5, 30, 40], None))],
+)
+def test_what_is_sampled_from_is_what_is_trained(run, adder, monkeypatch, name, ends):
+    from tinylora_kernels import token_log_probs
+
+    grpo = importlib.import_module("grpo_loop")
+    (words, _), model, scores = grpo.load(adder), restless(adder), []
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=0, **OF_AUTHORS[name])
+    generate, before = model.generate, model.generation_config.to_dict()
+
+    def recorded(*args, **kwargs):
+        out = generate(*args, **kwargs, output_scores=True, return_dict_in_generate=True)
+        scores.extend(out.scores)
+        return out.sequences
+
+    monkeypatch.setattr(model, "generate", recorded)
+    torch.manual_seed(0)
+    tokens, seen, mask, texts = grpo.sample(model, words, ["What is 1 + 1?"] * 96, 16, 0.7)
+    assert model.generation_config.to_dict() == before and len(tokens) == len(texts) == 96
+    length = mask.shape[1]
+    logits = model(tokens, attention_mask=seen, logits_to_keep=length + 1).logits[:, :-1]
+    trained = token_log_probs(logits, tokens[:, -length:], 0.7).detach()
+    sampled = torch.stack(scores, 1).float().log_softmax(-1).gather(2, tokens[:, -length:].unsqueeze(2)).squeeze(2)
+    assert torch.allclose(trained[mask], sampled[mask], atol=1e-4)
+    own = {2, *(ends if isinstance(ends, list) else [])}  # and the tokenizer's, which sft.py teaches
+    for row, kept in zip(tokens[:, -length:].tolist(), mask.tolist(), strict=True):
+        end = next((place for place, token in enumerate(row) if token in own), length - 1)
+        assert kept == [place <= end for place in range(length)]
+    assert not mask.all() and mask[:, -1].any()  # some end, some do not
+    greedy = grpo.sample(model, words, ["What is 1 + 1?"], 6)
+    place = greedy[0].shape[1] - greedy[2].shape[1]
+    with torch.no_grad():
+        assert torch.equal(model(greedy[0]).logits[:, place - 1 : -1].argmax(-1), greedy[0][:, place:])
+
+
+def test_a_failed_sample_leaves_the_model_s_own_config(run, adder, monkeypatch):
+    grpo = importlib.import_module("grpo_loop")
+    words, model = grpo.load(adder)
+    theirs = model.generation_config
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grpo.sample(model, words, ["What is 1 + 1?"], 3)
+    assert model.generation_config is theirs
+
+
+@pytest.mark.parametrize("source", ["own answers", "a file"])
+def test_sft_without_a_pair_says_so(run, tmp_path, monkeypatch, source):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(importlib.import_module("sft"), "reward", lambda reply, answer: 0.0)
+    (data := tmp_path / "pairs.jsonl").write_text("")
+    options = ["--data", data] if source == "a file" else []
+    with pytest.raises(SystemExit, match="^pairs: expected at least one .*found none in ") as error:
+        run("sft", "--largest", LARGEST, "--out", tmp_path / "sft.safetensors", *options)
+    assert "\n" not in str(error.value) and not (tmp_path / "sft.safetensors").exists()
+
+
 @pytest.mark.parametrize("source", ["own answers", "a file"])
 def test_sft_makes_its_pairs_likelier(run, adder, tmp_path, source):
     options, out = ["--steps", 10, "--largest", LARGEST, "--out", tmp_path / "sft.safetensors"], ()
@@ -166,6 +245,21 @@ def test_serve_bank_answers_each_request_by_its_adapter(run, adder, adapters, mo
     }
     assert {name: [r["reply"] for r in replies if r.get("adapter") == name] for name in wanted} == wanted
     assert wanted["alice"] != wanted[None] != wanted["bob"] != wanted["alice"]
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_serve_bank_takes_as_many_requests_as_a_prompt_has_tokens(run, adder, adapters, monkeypatch, off):
+    grpo = importlib.import_module("grpo_loop")
+    words, _ = grpo.load(adder)
+    chat = [{"role": "user", "content": QUESTION.format(1, 2)}]
+    size = off + len(words.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
+    names = (["alice", "bob"] * size)[:size]
+    requests = [{"adapter": name, "prompt": chat[0]["content"]} for name in names]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(request) + "\n" for request in requests)))
+    files = [f"{name}={file}" for name, file in adapters.items()]
+    printed = run("serve_bank", *files, "--batch", size, "--length", 3)
+    replies = [json.loads(line)["reply"] for line in printed.splitlines()]
+    assert replies == (replies[:2] * size)[:size] and replies[0] != replies[1]
 
 
 def test_export_and_merge_compares_what_it_writes(run, adder, adapters, tmp_path):
