@@ -5,10 +5,13 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import warnings
 
 import torch
 
 from ._version import __version__
+from .common.finite import whole_number
+from .common.words import one_line
 from .linear import compiled, node
 from .ops import dispatch
 from .ops.native import cuda_driver
@@ -24,6 +27,7 @@ def collect(rank: int = 2) -> dict:
     Args:
         rank: the frozen rank r that backends are asked about.
     """
+    rank = whole_number("rank", rank)
     status = native.load()
     return {
         "package": __version__,
@@ -44,6 +48,7 @@ def collect(rank: int = 2) -> dict:
         },
         "requested": dispatch.requested_backend(),
         "backends": {device: backends(device, rank) for device in ("cpu", "cuda")},
+        "chosen": {device: chosen(device, rank) for device in ("cpu", "cuda")},
     }
 
 
@@ -57,6 +62,24 @@ def backends(device_type: str, rank: int) -> dict[str, str | None]:
         missing = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
         reasons = {name: reason or missing for name, reason in reasons.items()}
     return reasons
+
+
+def chosen(device_type: str, rank: int) -> dict[str, str | None]:
+    """The backend that a call on this device would take, "float32 or bfloat16 one" where they differ, or its refusal.
+
+    Both are None for the GPU where there is none.
+    """
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return {"backend": None, "refusal": None}
+    # past the cache: a backend that is passed over is told of once, and that is for the call itself
+    choose = dispatch._choose.__wrapped__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            names = dict.fromkeys(choose(device_type, dtype, rank, dispatch.requested_backend()) for dtype in DTYPES)
+        except (RuntimeError, ValueError) as error:
+            return {"backend": None, "refusal": one_line(error)}
+    return {"backend": " or ".join(names), "refusal": None}
 
 
 def version_of(package: str) -> str | None:
@@ -104,10 +127,12 @@ def report(facts: dict) -> str:
     lines.append(f"backend asked    {facts['requested'] or 'none: the first available is taken'}")
     for device, table in facts["backends"].items():
         lines.append(f"backends for {device} tensors")
-        chosen = next((name for name, reason in table.items() if reason is None), None)
+        taken, refusal = facts["chosen"][device]["backend"] or "", facts["chosen"][device]["refusal"]
         for name, reason in table.items():
-            mark = "*" if name == chosen else " "
+            mark = "*" if name in taken.split(" or ") else " "
             lines.append(f" {mark} {name:<14} {'available' if reason is None else f'no: {reason}'}")
+        if refusal:
+            lines.append(f" ! every call is refused: {refusal}")
     return "\n".join(lines)
 
 
@@ -117,6 +142,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     parser.add_argument("--rank", type=int, default=2, help="frozen rank that backends are asked about (default 2)")
     options = parser.parse_args(argv)
-    facts = collect(options.rank)
+    try:
+        facts = collect(whole_number("--rank", options.rank))
+    except ValueError as error:
+        parser.error(str(error))
     print(json.dumps(facts, indent=1) if options.json else report(facts))
     return 0

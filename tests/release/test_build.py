@@ -18,6 +18,7 @@ from tinylora_kernels import __main__ as command_line
 from tinylora_kernels import _version, diagnostics
 from tinylora_kernels.linear import build as node_build
 from tinylora_kernels.linear import compiled
+from tinylora_kernels.ops import dispatch
 from tinylora_kernels.ops.native import library as native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,6 +296,47 @@ def test_info_reports_backends_and_reasons(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["cpu"]["reference"] is None
     assert facts["backends"]["cpu"]["cuda"] == "it runs on NVIDIA GPUs, the tensors are on cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("asked", [None, *dispatch.BACKENDS, "bogus"])
+def test_info_stars_what_a_call_takes_or_tells_its_refusal(asked, device, monkeypatch):
+    monkeypatch.setattr(dispatch, "requested", asked)
+    facts = diagnostics.collect()
+    _, _, page = diagnostics.report(facts).partition(f"backends for {device} tensors\n")
+    page = page.split("backends for")[0].splitlines()
+    stars = [line.split()[1] for line in page if line.startswith(" * ")]
+    told = [line.removeprefix(" ! every call is refused: ") for line in page if line.startswith(" ! ")]
+    if device == "cuda" and not torch.cuda.is_available():
+        assert not stars and not told
+        return
+    try:
+        wanted = [dispatch.choose(device, torch.float32, 2)]
+    except (RuntimeError, ValueError) as error:
+        assert told == [str(error)] and not stars
+    else:
+        assert stars == wanted and not told
+    assert asked is None or (stars or told[0]).count(asked) == 1 or asked in told[0]
+
+
+@pytest.mark.parametrize("rank", ["0", "-3", "1.5", "x"])
+def test_info_of_no_rank(rank, capsys):
+    with pytest.raises(SystemExit) as error:
+        command_line.main(["info", "--rank", rank])
+    assert error.value.code == 2 and "--rank: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="^rank: expected an integer >= 1, found"):
+        diagnostics.collect(float(rank) if rank == "1.5" else rank if rank == "x" else int(rank))
+
+
+def test_asking_what_would_be_chosen_takes_no_warning_away(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: native.Status(native.LIBRARY, "not built"))
+    dispatch._choose.cache_clear()
+    try:
+        assert diagnostics.collect()["chosen"]["cpu"] == {"backend": "reference", "refusal": None}
+        with pytest.warns(UserWarning, match="backend 'cpu' is not used: not built"):
+            assert dispatch.choose("cpu", torch.float32, 2) == "reference"
+    finally:
+        dispatch._choose.cache_clear()
 
 
 def test_info_shows_why_there_is_no_library(monkeypatch):
