@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+import torch
 from grpo_loop import MODEL, load, sample
 
 from tinylora_kernels import AdapterBank, load_adapter
@@ -38,9 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     bank = AdapterBank(model, capacity=len(files), own_seeds=True)
     for name, file in files.items():
         bank.load(name, file)  # refused where it was trained on another base
+    with torch.no_grad(), bank.use([next(iter(files)), None]):
+        # shows the bank which dimension is the requests': a first batch of 16 of 16 tokens would not
+        model(torch.zeros(2, 3, dtype=torch.int64, device=model.device))
     for batch in batches(sys.stdin, args.batch):
-        # [n, 1]: of the first dimension, though the first batch have as many requests as tokens
-        with bank.use([[request.get("adapter")] for request in batch]):
+        with bank.use([request.get("adapter") for request in batch]):
             replies = sample(model, tokenizer, [request["prompt"] for request in batch], args.length)[-1]
         for request, reply in zip(batch, replies, strict=True):
             print(json.dumps({**request, "reply": reply}), flush=True)

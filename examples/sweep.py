@@ -41,19 +41,22 @@ def main(argv: list[str] | None = None) -> None:
         bank, lr={run: run[0] for run in runs}, group_size=samples, betas=(0.9, 0.95), max_grad_norm=1.0
     )
 
+    with torch.no_grad(), bank.use([runs[0], None]):
+        # shows the bank which dimension is the rows': a first batch of as many rows as tokens would not
+        model(torch.zeros(2, 3, dtype=torch.int64, device=model.device))
     rng = random.Random(0)
     torch.manual_seed(0)
     for step in range(1, args.steps + 1):
         problems = rng.choices(training, k=args.questions)  # the same for every run
         asked = [problem for _ in runs for problem in problems for _ in range(samples)]
         adapters = [run for run in runs for _ in range(args.questions * samples)]  # one a row
-        with bank.use([[run] for run in adapters]):  # all sample in one batch; [B, 1]: an entry a row, even if B = T
+        with bank.use(adapters):  # all sample in one batch
             tokens, seen, mask, texts = sample(model, tokenizer, [question for question, _ in asked], 12, temperature)
         rewards = torch.tensor([reward(text, answer) for text, (_, answer) in zip(texts, asked, strict=True)])
         length, right = mask.shape[1], []
         for rows in torch.arange(len(asked)).split(args.questions * samples):  # and learn in turns, for less memory
             own = [adapters[row] for row in rows]
-            with bank.use([[run] for run in own]):
+            with bank.use(own):
                 logits = model(tokens[rows], attention_mask=seen[rows], logits_to_keep=length + 1).logits[:, :-1]
                 log_probs = token_log_probs(logits, tokens[rows, -length:], temperature)  # [B, T]
                 (metrics,) = trainer.training_step(own, log_probs, None, rewards[rows], mask=mask[rows]).values()
