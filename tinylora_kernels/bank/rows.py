@@ -110,7 +110,7 @@ class Rows:
         self._layouts = layouts
         self._calls: dict[Shape, Call] = {}
         self._known_beams = beams
-        self._beams = 0  # rows of a call that was shown to have beams
+        self.beams = 0  # rows of a call that was shown to have beams
         self._prompts: Tensor | None = None  # what it was called with, [beams, ...]
 
     def see_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -174,11 +174,11 @@ class Rows:
         )
 
     def _are_beams(self, count: int, contents: Sequence[Tensor], goes_on: bool) -> bool:
-        if count == self._known_beams or (count == self._beams and (goes_on or self._begins_as_before(contents))):
+        if count == self._known_beams or (count == self.beams and (goes_on or self._begins_as_before(contents))):
             return True
         if not contents or not _is_same_in_each(contents, len(contents[0]), self.shape[0]):
             return False
-        self._beams, self._prompts = count, contents[0].detach()
+        self.beams, self._prompts = count, contents[0].detach()
         return True
 
     def _begins_as_before(self, contents: Sequence[Tensor]) -> bool:

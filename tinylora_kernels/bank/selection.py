@@ -61,6 +61,13 @@ class Selection(Block):
         numbers = () if self.live else tuple(table._version for table in self._tables.values())
         return Trace(hash((self.ids.numpy().tobytes(), self.rows.shape, *self._tenancies_then.tolist(), *numbers)) or 1)
 
+    def entries_of(self, count: int) -> list[int] | None:
+        """The id of each of so many rows of the model's calls; None where an entry is a token, or a row of others."""
+        entries, *others = self.rows.shape
+        if set(others) - {1} or (count != entries and (count != self.rows.beams or count % entries)):
+            return None
+        return self.ids.flatten().repeat_interleave(count // entries).tolist()
+
     def of(self, layer: TinyLoRALayer, device: torch.device, rows: Shape, flattened: bool = False) -> Chosen:
         """The vectors, their projection and the ids of a layer's rows; M in the vectors' place where it is given.
 

@@ -259,13 +259,8 @@ class PopulationTrainer:
         block = self.bank.selected.get()
         if not isinstance(block, Selection) or block.ended or self.bank.blocks.by_generators:
             return  # log_probs of a block that has ended: nothing says any more what ran in it
-        entries, *others = block.rows.shape
-        if set(others) - {1} or (entries != len(slots) and (block.rows._beams != len(slots) or len(slots) % entries)):
-            return  # an entry a token, or of another batch
-        ids = block._ids[True].flatten()
-        ids = ids.expand(entries) if block.rows.uniform else ids
-        ran = ids.repeat_interleave(len(slots) // entries).tolist()
-        for row, (here, named) in enumerate(zip(ran, slots, strict=True)):
+        ran = block.entries_of(len(slots))
+        for row, (here, named) in enumerate(zip(ran or slots, slots, strict=True)):
             if here != named:
                 raise ValueError(
                     f"adapters: expected {self._shown(here)} at row {row}, as in this block of bank.use, found "
