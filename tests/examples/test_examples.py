@@ -94,7 +94,7 @@ def test_the_end_of_a_reply_is_learned_and_nothing_behind_it(run, adder):
 
 
 OF_AUTHORS = {  # what a generation_config.json may hold
-    "nothing": {}, "a penalty": {"repetition_penalty": 1.3}, "min_p": {"min_p": 0.2}, "typical_p": {"typical_p": 0.5},
+    "nothing": {}, "a penalty": {"repetition_penalty": 1.3}, "min_p": {"min_p": 0.9}, "typical_p": {"typical_p": 0.5},
     "bad words": {"bad_words_ids": [[20], [21], [22]]}, "suppressed": {"suppress_tokens": [20, 21, 22, 23]},
     "n-grams": {"no_repeat_ngram_size": 2}, "cutoffs": {"epsilon_cutoff": 0.05, "eta_cutoff": 0.05},
     "a bias": {"sequence_bias": [[[20], 5.0]]},
