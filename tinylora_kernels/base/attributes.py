@@ -16,6 +16,11 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return getattr(module, "bias", None)
 
 
+def computes_weight(module: nn.Module) -> bool:
+    """Whether the layer's weight is computed from other tensors (weight_norm, pruning), and not one that it holds."""
+    return "weight" in vars(module) or "weight" in getattr(module, "parametrizations", ())
+
+
 def features_of(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) as the layer says."""
     return cast(int, module.out_features), cast(int, module.in_features)

@@ -39,6 +39,13 @@ class Witness(NamedTuple):
         there = self.cast(weight.dtype)
         return torch.equal(there.cast(self.dtype).bits, self.bits) and there.knows(weight)
 
+    def is_nearly(self, weight: Tensor) -> bool:
+        """Whether the weight holds the same numbers to some roundings: one that was computed, of this dtype or that."""
+        expected = self.bits.to(weight.device).view(self.dtype).double()
+        found = _bits_at(weight, self.offsets, self.bits.shape[1]).view(weight.dtype).double()
+        rounding = max(torch.finfo(dtype).eps for dtype in (self.dtype, weight.dtype))
+        return bool((found - expected).norm() <= 8 * rounding * expected.norm())
+
     def cast(self, dtype: torch.dtype) -> Witness:
         """The witness of the same numbers in another dtype."""
         if dtype is self.dtype:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.attributes import bias_of, weight_of
+from ..base.attributes import bias_of, computes_weight, weight_of
 from ..base.kinds import FORWARDED, as_stored, has_fresh_output, kind_of, weight_matrix
 from ..base.quantised import without_bias
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
@@ -314,8 +314,10 @@ class TinyLoRALayer(nn.Module):
         elif weight.is_meta:
             return False
         with modes.out_of_sight():
-            if known is not None and not known.cast(weight.dtype).knows(weight.contiguous()):
-                return False
+            there = weight.contiguous()
+            if known is not None and not known.cast(weight.dtype).knows(there):
+                if not computes_weight(self.base) or not known.is_nearly(there):  # of casts, it is no cast itself
+                    return False
             self.take_witness()
         return True
 

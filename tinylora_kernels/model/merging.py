@@ -38,8 +38,8 @@ def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tup
         other tensors, and all those of a merged model, are the model's own: do not write to them.
 
     Raises:
-        ValueError: no adapter, a base that is quantised, or a weight shared with another module; raised by the call,
-            not at the first tensor. At its tensor: a merged weight that is not finite in its dtype.
+        ValueError: no adapter, a base that is quantised, or a weight that is computed or shared with another module;
+            raised by the call, not at the first tensor. At its tensor: a merged weight that is not finite in its dtype.
         RuntimeError: a weight that is not the one adapted to; by the call.
     """
     mergeable_layers(model)
@@ -60,8 +60,8 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
         save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
 
     Raises:
-        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, a weight shared with another
-            module, or a merged weight that is not finite in its dtype.  Nothing has changed then.
+        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, a weight that is computed or
+            shared with another module, or a merged weight that is not finite in its dtype.  Nothing has changed then.
         RuntimeError: a weight that is not the one adapted to.  Nothing has changed then.
     """
     layers = mergeable_layers(model)
@@ -203,7 +203,9 @@ def mergeable_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
 
 
 def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -> None:
-    """Merging writes one module's update into memory that another reads: tied lm_head and embeddings, for instance."""
+    """Merging writes one module's update into memory that another reads (tied lm_head and embeddings, for instance), or
+    into a weight that is computed anew at the next call.
+    """
     original_name = original_names(model)
     storages: dict[int, list[tuple[str, Tensor]]] = {}
     for module_name, module in named_modules(model):
@@ -214,7 +216,14 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -
     for name, layer in layers.items():
         weight, own_name = weight_of(layer.base), _parameter_name(name, layer)
         first, last = _extent(weight)
-        for other_name, other in storages[weight.untyped_storage().data_ptr()]:
+        beside = storages.get(weight.untyped_storage().data_ptr())
+        if beside is None:
+            raise ValueError(
+                f"{name}: expected a weight that is a tensor of {type(layer.base).__name__} to merge into, found one "
+                "that it computes from others (weight_norm, pruning); make it one by torch.nn.utils' "
+                "parametrize.remove_parametrizations or prune.remove, or keep the update beside it with export_lora(model, directory)"
+            )
+        for other_name, other in beside:
             start, end = _extent(other)
             if other_name != own_name and start < last and first < end:
                 other_name = original_name(other_name) or other_name
