@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(kRightThreads) refresh_right_kernel(const Righ
     if (column < p.columns)
       p.right[int64_t(i / kRightColumns) * p.columns + column] = column_sum(sums + i, kWarps, R * kRightColumns);
   }
+  __threadfence();  // B^T is visible everywhere before samples say so: another stream may take it at their word
+  __syncthreads();
   *kept = sample;
 }
 

@@ -18,7 +18,7 @@
 namespace tinylora {
 
 // Adapter ids: warp w of a team writes the M of its rows w, w + warps, ... into `mixing` [ROWS, R, R], unless `held` says
-// it is there already from two tiles ago. An id out of range ends the launch.
+// it is there already from two tiles ago. An id out of range ends the launch: update.h.
 template <int R, int ROWS, class PLACE>
 __device__ __forceinline__ void mix_rows(const RowsArguments& p, const PLACE& place, int row, int rows, float* mixing,
                                          int* held) {

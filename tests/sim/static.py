@@ -112,14 +112,19 @@ def _plain(opcode: str) -> str:
     return ".".join(p for p in opcode.split(".") if p not in ("E", "SYS", "STRONG", "GPU", "U"))
 
 
+def ptx_kernels(element: str, rank: int, capability: int = 90) -> dict[str, str]:
+    """Kernel name -> its PTX."""
+    text = compile_module(element, rank, Target(capability, ptx=True)).read_text()
+    parts = re.split(r"\.entry\s+", text)[1:]
+    return {kernel_name(re.match(r"\w+", part)[0]): part for part in parts}
+
+
 def ptx_counts(element: str, ranks: tuple[int, ...], capability: int = 90) -> dict[str, Counter]:
     """Kernel name -> how often each global, local or shared memory instruction occurs in the PTX."""
     counts = {}
     for rank in ranks:
-        text = compile_module(element, rank, Target(capability, ptx=True)).read_text()
-        for part in re.split(r"\.entry\s+", text)[1:]:
-            name = re.match(r"\w+", part)[0]
-            counts[kernel_name(name)] = Counter(re.findall(r"\b(?:ld|st|red|atom)\.(?:global|local)[.\w]*", part))
+        for name, part in ptx_kernels(element, rank, capability).items():
+            counts[name] = Counter(re.findall(r"\b(?:ld|st|red|atom)\.(?:global|local)[.\w]*", part))
     return counts
 
 

@@ -2,6 +2,8 @@
 
 Here bfloat16 with r = 2 and 8 for every architecture, and the PTX of every type; bench/gpu_evidence.py tabulates all.
 """
+import re
+
 import pytest
 
 from . import static
@@ -92,6 +94,20 @@ def test_accesses_in_the_ptx(element):
             assert loads >= expected["row loads"]  # and those of the coefficients over what is finite, one at a time
             assert not [op for op in counts if ".v4" in op or ".v2" in op], f"{name}: {counts}"
         assert not [op for op in counts if op.startswith("red")], f"{name}: {counts}"
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("element", static.ELEMENTS)
+def test_samples_of_a_weight_are_stored_behind_the_factor_that_they_vouch_for(element, capability):
+    """Of every thread of the block, for launches on other streams, which no emulator runs beside this one."""
+    for rank in (1, 2):
+        body = static.ptx_kernels(element, rank, capability)[f"r{rank} right"]
+        order = re.findall(r"\b(st\.global|fence|membar|bar\.sync|barrier\.sync)\b[.\w]*", body)
+        stores = [i for i, op in enumerate(order) if op == "st.global"]
+        *of_right, of_samples = stores
+        between = order[of_right[-1] + 1 : of_samples]
+        assert of_right and len(between) == 2, order
+        assert between[0] in ("fence", "membar") and between[1].endswith("sync"), order
 
 
 def test_shapes_reach_the_lengths_they_are_named_for():
