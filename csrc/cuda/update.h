@@ -5,9 +5,9 @@
 
 namespace tinylora::cuda {
 
-// As cpu/update.h has them, but for an id outside [-1, K): nobody waits for the GPU to look at ids, and one ends the launch
-// that meets it (rows.cuh). The call has returned by then; CUDA's error comes from a later one, and the process has lost
-// the GPU.
+// As cpu/update.h has them, but for an id outside [-1, K): nobody waits for the GPU to look at ids, and one ends the
+// launch that meets it (rows.cuh). The call has returned by then; CUDA's error comes from a later one, and the process
+// has lost the GPU.
 void update(const Arguments& call, void* t);
 void update_backward(const Arguments& call, void* g0, void* dv, const Scratch& scratch);
 void update_parts(const std::vector<Part>& parts, void* t);
