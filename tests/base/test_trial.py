@@ -172,6 +172,32 @@ def test_autocast_and_default_devices_do_not_matter():
         assert {name: why_not_linear(layer) for name, layer in layers.items()} == expected
 
 
+def _with_weight(change) -> nn.Module:
+    layer = nn.Linear(24, 16)
+    layer.weight = nn.Parameter(change(layer.weight.detach()), requires_grad=False)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: nn.LazyLinear(16), "LazyLinear has no shape yet"),
+        (lambda: nn.LazyConv2d(16, 3), "LazyConv2d has no shape yet"),
+        (lambda: _with_weight(torch.Tensor.to_sparse_csr), "found torch.sparse_csr"),
+        (lambda: _with_weight(torch.Tensor.to_sparse), "found torch.sparse_coo"),
+        (lambda: nn.Linear(24, 16, dtype=torch.complex64), "found torch.complex64"),
+        (lambda: nn.Embedding(24, 16, dtype=torch.complex64), "found torch.complex64"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_weights_without_a_matrix_are_refused_by_name(make, says):
+    """What torch said of them was many lines, of an op that nobody had called."""
+    with pytest.raises(ValueError, match=f"^layer: it cannot be adapted: .*{says}") as raised:
+        adapt(make())
+    assert "\n" not in str(raised.value)
+
+
 def test_classes_of_transformers():
     transformers = pytest.importorskip("transformers", minversion="5.0")
     from transformers.integrations.bitnet import AutoBitLinear

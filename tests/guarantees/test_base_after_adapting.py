@@ -605,6 +605,40 @@ def test_a_weight_that_the_base_computes(kind, tmp_path):
     assert relative(loaded["layer"](x.half()), layer(x.half())) < 1e-3
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n_tie", [1, 4])
+def test_what_is_offloaded_is_brought_for_the_forward_pass_alone(n_tie, bias, tmp_path):
+    """Biases and the vectors of other layers were read where they are not."""
+    accelerate = pytest.importorskip("accelerate")
+    config = TinyLoRAConfig(trainable_dim=3, n_tie=n_tie, target_modules=TARGETS, init="uniform", cache=False)
+    model = apply_tiny_lora(tiny_decoder(bias=bias), config, progress=False)
+    expected = model(TOKENS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for _ in range(2):
+        assert relative(model(TOKENS), expected) < 1e-6
+    writers = [READERS[name] for name in ("merge", "merged_weights", "merge_fidelity", "export_lora", "save_adapter")]
+    for write in (*writers, lambda model, path: refresh_factors(model, progress=False)):
+        with pytest.raises((ValueError, RuntimeError), match=r"^layers\.0\.q_proj: .*meta device") as raised:
+            write(model, tmp_path / "out")
+        assert "\n" not in str(raised.value) and type(raised.value) is not NotImplementedError
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert relative(model(TOKENS), expected) < 1e-6
+    save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("twin", [True, False])
+def test_a_vector_that_is_computed_is_refused_by_name(twin, calls, monkeypatch):
+    if not twin:
+        monkeypatch.setattr("tinylora_kernels.linear.plan.twin", None)
+    model = adapt(tiny_decoder())
+    for _ in range(calls):
+        model(TOKENS)
+    nn.utils.parametrize.register_parametrization(model.layers[0].q_proj, "v", nn.Tanh())
+    with pytest.raises(RuntimeError, match=r"^layers\.0\.q_proj\.v: expected a parameter, .*remove_parametrizations"):
+        model(TOKENS)
+
+
 @pytest.mark.parametrize("twin", [True, False])
 def test_a_weight_that_is_computed_from_now_on(twin, monkeypatch):
     """The plan in Python looked for it among the parameters."""

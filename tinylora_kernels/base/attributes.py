@@ -13,7 +13,16 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The layer's own bias; None of a layer without one, or of a kind that has none."""
-    return getattr(module, "bias", None)
+    return brought(module, "bias", getattr(module, "bias", None))
+
+
+def brought(module: nn.Module, name: str, tensor: Tensor | None) -> Tensor | None:
+    """The module's tensor of this name; where accelerate has offloaded it, what its hook brings for a forward pass."""
+    if tensor is None or not tensor.is_meta:
+        return tensor
+    hook = getattr(module, "_hf_hook", None)
+    maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", (hook,))]
+    return next((numbers[name] for numbers in maps if numbers is not None), tensor)
 
 
 def computes_weight(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .attributes import weight_of
 from .experts import ExpertSlice, why_not_experts
 from .trial import why_not_linear
-from .weights import dense_weight, stored_shape
+from .weights import PLAIN, dense_weight, stored_shape
 
 # Read through an adapted layer to its base, as the code of models expects of the layer that stood there.
 FORWARDED = frozenset((
@@ -160,6 +160,17 @@ OTHER = Kind("other modules", lambda module: True, lambda weight: weight, _as_is
 def kind_of(module: nn.Module) -> Kind:
     """The row of KINDS that a module belongs to; OTHER where it belongs to none."""
     return next((kind for kind in KINDS if kind.matches(module)), OTHER)
+
+
+def why_not_weight(module: nn.Module) -> str | None:
+    """Why no matrix can be read from the module's weight, one line; None where its form is one that is known."""
+    weight = weight_of(module)
+    if isinstance(weight, nn.UninitializedParameter):
+        return f"the weight of {type(module).__name__} has no shape yet; call the model once, then adapt it"
+    if type(weight) in PLAIN and (weight.layout is not torch.strided or weight.is_complex()):
+        found = weight.dtype if weight.is_complex() else weight.layout
+        return f"expected a dense weight of real numbers, found {found}; leave it out by exclude_modules"
+    return None
 
 
 def is_linear_like(module: nn.Module) -> bool:

@@ -123,6 +123,8 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)
+        if weight.is_meta:
+            raise AdapterError(f"{name}: its weight is on the meta device (offloaded?); bring it back, then save")
         in_doubt = not layer.weight_determines_factors()  # then U is of the weight as it was, before a cast perhaps
         store = include_basis or layer.degenerate or in_doubt
         basis = layer.singular_basis()

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..base.attributes import bias_of, computes_weight, weight_of
+from ..base.attributes import bias_of, brought, computes_weight, weight_of
 from ..base.kinds import FORWARDED, as_stored, has_fresh_output, kind_of, weight_matrix
 from ..base.quantised import without_bias
 from ..base.weights import PLAIN, bias_offset, is_sharded, right_factor
@@ -48,6 +48,10 @@ PROJECTION_TOLERANCE = 1e-4  # of a sketch of P' that another machine has fitted
 _OTHER_WEIGHT = (
     "it is not the one that the layer was adapted to, and U and sigma are not of it; load the weights first and adapt "
     "the model then, or call refresh_factors(model)"
+)
+_ELSEWHERE = (
+    "its weight is on the meta device, and its numbers, if any, are where an offloading hook keeps them; bring them "
+    "back (accelerate.hooks.remove_hook_from_submodules), or do this before the model is offloaded"
 )
 _NOT_THE_MERGED_WEIGHT = (
     "it is not the one that merge(model) left there, and the update may be missing; call unmerge(model), which puts "
@@ -188,12 +192,18 @@ class TinyLoRALayer(nn.Module):
         if type(base) is not self._base_type:
             self._look_at_base(base)
         basis, projection = buffers["basis"], buffers["projection"]
-        v, adapter_ids, chosen = cast(Tensor, self._owner[0]._parameters["v"]), None, None
+        v, adapter_ids, chosen = cast(Tensor, self._owner[0]._parameters.get("v")), None, None
+        if v is None:
+            raise RuntimeError(
+                f"{self._owner[0].name}.v: expected a parameter, found that it is computed (parametrized) or removed; "
+                "train v itself, after torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if self.bank is not None and (selection := self.bank.selection()) is not None:
             chosen = selection.of(self, basis.device, self._rows_of(*args, **kwargs))
             _, v, projection, adapter_ids, _ = chosen
         if v.device != basis.device:
-            v = v.to(basis.device)  # a tie group that spans devices
+            # a tie group that spans devices, or is offloaded
+            v = cast(Tensor, brought(self._owner[0], "v", v)).to(basis.device)
         weight, bias = base._parameters.get("weight"), cast("Tensor | None", base._parameters.get("bias"))
         fresh = self._fresh_output and not has_hooks(base)
         update = functools.partial(self._update, backend=self.backend)
@@ -326,8 +336,10 @@ class TinyLoRALayer(nn.Module):
 
         Raises:
             RuntimeError: another weight came than the one that U and sigma are of, or that was merged, or none since
-                the layer was emptied.
+                the layer was emptied; or it is elsewhere (offloaded).
         """
+        if weight_of(self.base).is_meta:
+            raise RuntimeError(f"{self.name}: {_ELSEWHERE}")
         if not self._in_doubt:
             return
         if torch.compiler.is_compiling():

@@ -221,7 +221,8 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -
             raise ValueError(
                 f"{name}: expected a weight that is a tensor of {type(layer.base).__name__} to merge into, found one "
                 "that it computes from others (weight_norm, pruning); make it one by torch.nn.utils' "
-                "parametrize.remove_parametrizations or prune.remove, or keep the update beside it with export_lora(model, directory)"
+                "parametrize.remove_parametrizations or prune.remove, or keep the update beside it with "
+                "export_lora(model, directory)"
             )
         for other_name, other in beside:
             start, end = _extent(other)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, expert_slices, is_experts
-from ..base.kinds import OTHER, kind_of, matrix_shape
+from ..base.kinds import OTHER, kind_of, matrix_shape, why_not_weight
 from ..base.names import ENGINES, inside, is_of, named_modules, submodule
 from ..common.words import listed
 from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig
@@ -77,6 +77,8 @@ def selected_names(model: nn.Module, config: Selecting) -> tuple[list[str], list
     if config.layers_to_transform is not None:
         chosen = _of_layers(chosen, asked_numbers(config.layers_to_transform), config.layers_pattern)
     for name, base, _ in chosen:
+        if reason := why_not_weight(base):
+            raise ValueError(f"{name}: it cannot be adapted: {reason}")
         if weight_of(base).numel() == 0:
             raise ValueError(
                 f"{name}: its weight is empty on this rank, shape {list(weight_of(base).shape)}, as DeepSpeed's ZeRO-3 "
