@@ -94,6 +94,18 @@ def test_backward_in_another_block(kind, within, trainable, reentrant):
     work.expect(work.forward(kind), kind, kind, refused=False)
 
 
+@pytest.mark.parametrize("within", ["ab", "off"])
+def test_the_first_block_of_a_process(within, reentrant, monkeypatch):
+    monkeypatch.setattr(scope, "nodes_in_blocks", False)
+    work = Work(False, reentrant)
+    loss = work.forward("own")
+    with torch.no_grad():
+        for _ in range(3):
+            with work.block("ab"):
+                work.layers(work.x)
+    work.expect(loss, "own", within, refused=True)
+
+
 def test_losses_of_several_blocks_in_one_backward_pass(reentrant):
     work = Work(True, reentrant)
     loss = work.forward("ab") + work.forward("ba")

@@ -72,26 +72,25 @@ class Trail:
     KEPT = 1024
 
     def __init__(self) -> None:
-        self._begins, self._traces = [0], [NO_BLOCK]  # the nodes from this one on, in blocks of this trace
+        self._changes = [(0, NO_BLOCK)]  # the nodes from this one on, in blocks of this trace
 
     def enter(self, block: Block | None) -> None:
-        """The thread's next nodes are made in this block."""
+        """The thread's next nodes are made in this block. Done or not wherever it is interrupted."""
         global nodes_in_blocks
         trace, begin = NO_BLOCK if block is None else block.trace, torch._C._autograd._get_sequence_nr()
-        if self._begins[-1] == begin:  # no node was made in the last one
-            del self._begins[-1], self._traces[-1]
-        else:
-            nodes_in_blocks = nodes_in_blocks or self._traces[-1] != NO_BLOCK
-        if not self._traces or self._traces[-1] != trace:
-            self._begins.append(begin)
-            self._traces.append(trace)
-        if len(self._begins) > 2 * self.KEPT:
-            del self._begins[: self.KEPT], self._traces[: self.KEPT]
+        last, before = self._changes[-1]
+        if last == begin:  # no node was made since
+            self._changes[-1] = begin, trace
+        elif before != trace:
+            nodes_in_blocks = nodes_in_blocks or before != NO_BLOCK
+            self._changes.append((begin, trace))
+        if len(self._changes) > 2 * self.KEPT:
+            del self._changes[: self.KEPT]
 
     def of(self, node: int) -> Trace | None:
         """Of the block in which the node of this number was made; None: it was long ago."""
-        place = bisect.bisect_right(self._begins, node) - 1
-        return None if place < 0 else self._traces[place]
+        place = bisect.bisect_right(self._changes, node, key=lambda change: change[0]) - 1
+        return None if place < 0 else self._changes[place][1]
 
 
 class _Here(NamedTuple):
@@ -171,7 +170,7 @@ class Scope:
             block = self._of_backward_pass()
         if self.by_generators:
             self._expect_order(block)
-        if recomputed and nodes_in_blocks:
+        if recomputed and (block is not None or nodes_in_blocks):
             self._expect_made_in(block, layer)
         if block is not None and block.ended:
             raise RuntimeError(

@@ -64,8 +64,8 @@ PyObject* look_up(PyObject* dict, PyObject* name) { return PyDict_GetItemWithErr
 bool is_empty(PyObject* dict) { return dict && PyDict_GET_SIZE(dict) == 0; }
 
 bool selection_is_as_it_was(const Questions& q, const Tensor& table, const Tensor& x) {
-  // recomputed perhaps outside its block
-  if (torch::autograd::get_current_graph_task_id() != -1 && look_up(q.scope, names->nodes_in_blocks) == Py_True) return false;
+  const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;  // recomputed, in another block?
+  if (in_backward && (q.selected != Py_None || look_up(q.scope, names->nodes_in_blocks) == Py_True)) return false;
   if (q.selected == Py_None) return true;
   if (q.dimensions && (x.dim() != q.dimensions || x.size(0) != q.first_size)) return false;
   if (table.defined() && (at::GradMode::is_enabled() || table._version() != q.computed_at)) return false;

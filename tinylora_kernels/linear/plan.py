@@ -220,7 +220,7 @@ class Plan(NamedTuple):
                 or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
                 or (lacks_right and x.requires_grad and torch.is_grad_enabled())
                 or (self.selected is not None and not self._selects(x))
-                or (scope.nodes_in_blocks and scope.in_backward())  # recomputed perhaps outside its block
+                or ((scope.nodes_in_blocks or self.selected is not None) and scope.in_backward())  # in another block?
             ):  # fmt: skip
                 return None
         except KeyError:  # a tensor that was a parameter is computed from others now: weight_norm, pruning
