@@ -1,5 +1,6 @@
 """Activations that are recomputed run what the forward pass ran, or it is an error, whatever block that happens in."""
 import contextlib
+import contextvars
 import functools
 
 import pytest
@@ -158,6 +159,21 @@ def test_a_thread_of_its_own_for_each_loss(reentrant):
     for kind in ("ab", "aa"):
         found, right = in_thread(lambda kind=kind: train(kind)), work.gradient(work.forward(kind, recomputed=False))
         assert all(f is r is None or torch.equal(f, r) for f, r in zip(found, right, strict=True))
+
+
+def test_a_backward_pass_of_another_thread(reentrant):
+    """Numbers of nodes are a thread's own: of a bank that trains, what nobody can place is refused."""
+    for trainable in (False, True):
+        work = Work(trainable, reentrant)
+        loss = work.forward("ab")
+        if trainable:
+            with pytest.raises(RuntimeError, match=REFUSED):
+                in_thread(loss.backward)
+    with work.block("ab"):
+        loss, context = work.forward("ab"), contextvars.copy_context()
+        found = in_thread(lambda: context.run(work.gradient, loss))
+    right = work.gradient(work.forward("ab", recomputed=False))
+    assert all(f is r is None or torch.equal(f, r) for f, r in zip(found, right, strict=True))
 
 
 def test_a_second_derivative_through_recomputed_layers():

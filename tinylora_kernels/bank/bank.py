@@ -20,7 +20,7 @@ from ..common import modes
 from ..common.atomic import write_atomically
 from ..common.finite import as_finite
 from ..common.interrupts import finish, undone_by
-from ..common.scope import NO_BLOCK, Block, Scope
+from ..common.scope import NO_BLOCK, Block, Scope, in_backward
 from ..files.adapter import check_fits, describe_model, warn_of_what_is_left_out
 from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
@@ -406,6 +406,8 @@ class AdapterBank:
             RuntimeError: it cannot be said which one that is, or what is recomputed here was computed in another one.
         """
         block = self.blocks.now()
+        if block is None and in_backward() and self.parameters() and self.blocks.origin() is None:
+            self.blocks.refuse_recomputing()
         if block is None and self.blocks.is_open:
             raise RuntimeError(
                 "bank.use: a block is open in another thread or task, and this one has none; open one here, carry it "

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -198,19 +198,29 @@ class Scope:
 
     def _expect_made_in(self, block: Block | None, layer: object) -> None:
         """Raises where what is recomputed here was computed in a block that asked for something else of the layer."""
+        here, origin, now = self._here(), self.origin(), NO_BLOCK if block is None else block.trace
+        if here is None or origin is None:
+            return
+        if origin.means(layer) != now.means(layer):
+            self.refuse_recomputing()
+        if here.recomputed_in is None:
+            task = torch._C._current_graph_task_id()
+            _stash(self._key, here._replace(recomputed_in=task))  # until this node is done: autograd puts back what was
+
+    def refuse_recomputing(self) -> NoReturn:
+        raise RuntimeError(
+            f"{self.name}: activations are being recomputed outside the block that made them; {self.way_out}"
+        )
+
+    def origin(self) -> Trace | None:
+        """Of the block in which that was computed which is recomputed here; None: nobody can tell."""
         node, here = torch._C._current_autograd_node(), self._here()
         if node is None or here is None:
-            return
-        task = torch._C._current_graph_task_id()
-        if here.recomputed_in not in (None, task):
-            return  # of nodes that were made a moment ago, in whichever thread of autograd's
-        trace, now = here.trail.of(node._sequence_nr()), NO_BLOCK if block is None else block.trace
-        if trace is not None and trace.means(layer) != now.means(layer):
-            raise RuntimeError(
-                f"{self.name}: activations are being recomputed outside the block that made them; {self.way_out}"
-            )
-        if here.recomputed_in is None:
-            _stash(self._key, here._replace(recomputed_in=task))  # until this node is done: autograd puts back what was
+            return None
+        if here.recomputed_in not in (None, torch._C._current_graph_task_id()):
+            # in the same block, a moment ago, in whichever thread of autograd's
+            return NO_BLOCK if here.block is None else here.block.trace
+        return here.trail.of(node._sequence_nr())
 
     def _of_backward_pass(self) -> Block | None:
         here = self._here()
