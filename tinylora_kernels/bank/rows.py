@@ -159,8 +159,9 @@ class Rows:
         if rows[0] == n:
             if rows[1:2] == (n,) and not self._layouts.entries_first:
                 raise ValueError(
-                    f"{found}: the {n} entries may be of its first dimension or, time first, of its second; give ids "
-                    f"of shape [{n}, 1] or [1, {n}], or call the model with another length first"
+                    f"{found}: the {n} entries may be of its first dimension or, time first, of its second; "
+                    f"call the model with another length first, which tells of its layers too, or give ids of shape "
+                    f"[{n}, 1] or [1, {n}]"
                 )
             self._layouts.entries_first = True
             return True

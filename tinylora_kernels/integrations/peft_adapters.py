@@ -131,6 +131,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: no adapter, a merged model, layers of different u or rank, or numbers that are not finite. Nothing
             was written.
+        RuntimeError: a weight that is not the one adapted to. Nor then.
     """
     from peft import TinyLoraConfig
 
