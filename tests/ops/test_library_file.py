@@ -107,7 +107,8 @@ print("warned:", *[warning.message for warning in caught])
     assert done.returncode == 0, done.stderr
     why = "not built: the package was copied here without being built. To change that: pip install "
     assert f"native library   not in use: {why}" in done.stdout
-    assert f"   cpu            no: {why}" in done.stdout and " * reference      available" in done.stdout
+    assert f"   cpu            no: {why}" in done.stdout and "   reference      available" in done.stdout
+    assert f" ! every call is refused: backend 'cpu' was asked for but cannot run: {why}" in done.stdout
     assert f"error: backend 'cpu' was asked for but cannot run: {why}" in done.stdout
     assert "[3.0, 3.0, 1.0]" in done.stdout  # y U = (1, 1), M of ones: both columns gain 2
     assert f"warned: tinylora_kernels: backend 'cpu' is not used: {why}" in done.stdout
