@@ -7,23 +7,26 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from tinylora_kernels.files.adapter import save_adapter
 from tinylora_kernels.model.targets import target_names
 from tinylora_kernels.ops import choose
 from tinylora_kernels.ops.native import library as native
 
 from . import report, workers
-from .experiment import Experiment, score_in_fresh_process
+from .evaluation import Evaluation
+from .experiment import Trained, announced, score_in_fresh_process
 from .models import PROJECTIONS, load_model
-from .profiling import profile_step
+from .processes import Jobs, open_jobs
 from .recipes import rates, recipe
+from .report import RandomControl, Row
 from .tasks import task
-from .training import Run, Settings
+from .training import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,42 +75,67 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     modules = len(target_names(model.module, PROJECTIONS))
     wanted = rates(defaults, options.params.split(",") if options.params else None, options.lr, modules)
-    first, *others = wanted
+    first = next(iter(wanted))
     out = options.out / Path(options.model).name
     out.mkdir(parents=True, exist_ok=True)
     print(introduction(model.name, problems.description, settings, wanted, modules, model.dtype))
     print(f"model loaded in {time.perf_counter() - begin:.0f} s")
 
-    experiment = Experiment(model, problems, settings)
-    base = experiment.base_row()
-    trained = experiment.trained_row(first, modules, wanted[first])
-    breakdown = profile_step(Run(model, problems, replace(settings, lr=0.0)))
-    adapter = out / f"adapter-{first}.safetensors"
-    if not workers.rank():
-        save_adapter(model.module, adapter)
-    control = experiment.random_control(first, options.draws)
-    frozen = experiment.lr_zero_row(first, modules, defaults.control_steps)
-    smaller = []
-    for count in others:
-        smaller.append(experiment.trained_row(count, modules, wanted[count]))
-        if not workers.rank():
-            save_adapter(model.module, out / f"adapter-{count}.safetensors")
+    files = {numbers: out / f"adapter-{numbers}.safetensors" for numbers in wanted}
+    with open_jobs(model, problems, settings, options.model, len(wanted)) as jobs:
+        base, frozen, trained, control = rows(jobs, wanted, modules, files, defaults.control_steps, options.draws)
     if workers.rank():
         return
-    fresh = score_in_fresh_process(options.model, problems.name, settings.temperature, adapter)
+    fresh = score_in_fresh_process(options.model, problems.name, settings.temperature, files[first])
 
-    rows = [base, frozen, trained, *smaller]
-    print("\n" + report.table(rows, control, settings.temperature))
+    table = [base, frozen, *(each.row for each in trained)]
+    row, breakdown = trained[0].row, trained[0].breakdown
+    print("\n" + report.table(table, control, settings.temperature))
     print(f"{len(problems.held_out)} problems never trained on; bytes as float32; time: of training, else of scoring")
-    print(f"\n{trained.label} beside its controls, exact McNemar test on the same problems:")
-    print(report.verdict(trained.evaluation, frozen.evaluation, "lr 0"))
-    print(report.verdict(trained.evaluation, control.best(), f"the best of {options.draws} random v"))
+    print(f"\n{row.label} beside its controls, exact McNemar test on the same problems:")
+    print(report.verdict(row.evaluation, frozen.evaluation, "lr 0"))
+    print(report.verdict(row.evaluation, control.best(), f"the best of {options.draws} random v"))
     print(f"\n{breakdown.describe()}")
-    print(f"\n{report.fresh_process(adapter, trained.evaluation, fresh)}")
-    report.plot([trained, *smaller], control, f"GRPO on {problems.name}, {model.name}", out / "reward.png")
-    report.write_json(out / "results.json", rows, control, facts(options, settings, breakdown))
+    print(f"\n{report.fresh_process(files[first], row.evaluation, fresh)}")
+    report.plot([each.row for each in trained], control, f"GRPO on {problems.name}, {model.name}", out / "reward.png")
+    report.write_json(out / "results.json", table, control, facts(options, settings, breakdown))
     print(f"Reward curve: {out / 'reward.png'}; everything above and more: {out / 'results.json'}")
     print(f"The demo took {time.perf_counter() - begin:.0f} s.")
+
+
+def rows(
+    jobs: Jobs, wanted: dict[int, float], modules: int, files: dict[int, Path], control_steps: int, draws: int
+) -> tuple[Row, Row, list[Trained], RandomControl]:
+    """The base model, lr 0, every training, and the random control, in the order in which they are done."""
+    first = next(iter(wanted))
+    base = jobs.submit("base_row")
+    trainings = [
+        jobs.submit("trained_row", numbers, modules, lr, files[numbers], numbers == first)
+        for numbers, lr in wanted.items()
+    ]
+    controls: list[Future] = []
+    drawn: list[tuple[Evaluation, float]] = []
+    label = f"control: random v, {first} numbers, same norm"
+
+    def done(job: Future) -> list[Future]:
+        found = job.result()
+        if job in controls[1:]:
+            drawn.append(found)
+            best = max(each.greedy.accuracy for each, _ in drawn)
+            tqdm.write(f"  {label}, draw {len(drawn)} of {draws}: best greedy so far {100 * best:.1f}%")
+            return []
+        announced(found.row if isinstance(found, Trained) else found)
+        if job is not trainings[0]:
+            return []
+        controls.append(jobs.submit("lr_zero_row", first, modules, control_steps))
+        controls.extend(jobs.submit("random_draw", first, modules, found.norm, seed) for seed in range(draws))
+        return controls
+
+    jobs.watch([base, *trainings], done)
+    trained = [job.result() for job in trainings]
+    evaluations, seconds = zip(*(job.result() for job in controls[1:]), strict=True)
+    control = RandomControl(first, trained[0].norm, list(evaluations), sum(seconds))
+    return base.result(), controls[0].result(), trained, control
 
 
 def with_options(settings: Settings, options: argparse.Namespace) -> Settings:

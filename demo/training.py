@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,11 +120,11 @@ def mixed_prompts(rewards: Tensor, samples: int) -> Tensor:
     return (grouped.amax(dim=1) > grouped.amin(dim=1)).nonzero().squeeze(1)
 
 
-def train(run: Run, label: str) -> History:
+def train(run: Run, label: str, bar: Callable[..., Any] = tqdm) -> History:
     """All steps of a run, with a progress bar."""
-    bar = tqdm(range(run.settings.steps), desc=label, unit="step")
-    for _ in bar:
+    steps = bar(range(run.settings.steps), desc=label, unit="step")
+    for _ in steps:
         reward = run.step()
         recent = run.history.rewards[-5:]
-        bar.set_postfix(reward=f"{reward:.2f}", last5=f"{sum(recent) / len(recent):.2f}")
+        steps.set_postfix(reward=f"{reward:.2f}", last5=f"{sum(recent) / len(recent):.2f}")
     return run.history

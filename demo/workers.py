@@ -48,10 +48,10 @@ def total(value: float) -> float:
     return summed.item()
 
 
-def adapt(model: nn.Module, config: TinyLoRAConfig) -> None:
+def adapt(model: nn.Module, config: TinyLoRAConfig, progress: bool = True) -> None:
     """Adapt the same model in every process: each matrix is factorised in one, gradients are averaged over all."""
     if count() == 1:
-        apply_tiny_lora(model, config)
+        apply_tiny_lora(model, config, progress=progress)
         return
     from tinylora_kernels.distributed import factorize_shared, replicate_adapter
 

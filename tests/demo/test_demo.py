@@ -4,28 +4,33 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from demo import main
 from demo.experiment import random_direction
 from demo.models import load_model
+from demo.processes import SideBySide, open_jobs
 from demo.recipes import REAL, adapter_config, rates, resolve_numbers
 from demo.tasks import task
 from demo.training import Run, Settings
 from tinylora_kernels import apply_tiny_lora
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def run_demo(out, threads):
     """Six steps with 13 numbers, then 4 beside it: about 20 s."""
-    out = tmp_path_factory.mktemp("demo")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPS", "6")
         patch.setenv("TASK", "")  # make passes empty variables for what was not asked
         assert main(["--model", "tiny", "--params", "13,4", "--draws", "1", "--out", str(out)]) == 0
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
     return out / "tiny"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("demo"), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,31 @@ def test_files_and_breakdown(demo, results):
     assert (demo / "adapter-13.safetensors").stat().st_size < 64 * 1024 and (demo / "adapter-4.safetensors").is_file()
     facts = results["facts"]
     assert 0 < facts["kernel_milliseconds"] < facts["step_milliseconds"]
+
+
+def test_side_by_side_finds_what_one_after_the_other_does(demo, tmp_path, capfd):
+    """Two threads: a process of one for each training."""
+    found = run_demo(tmp_path, threads=2)
+    assert "2 trainings, 2 at a time" in capfd.readouterr().out
+    for file in ("adapter-13.safetensors", "adapter-4.safetensors"):
+        assert torch.equal(load_file(found / file)["v"], load_file(demo / file)["v"])
+    one, two = (json.loads((each / "results.json").read_text()) for each in (demo, found))
+    for row in (*one["rows"], *two["rows"], one["random_control"], two["random_control"]):
+        del row["seconds"]
+    assert two["rows"] == one["rows"] and two["random_control"] == one["random_control"]
+
+
+def test_a_job_that_fails_in_its_process_is_told_here():
+    model, before = load_model("tiny"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with open_jobs(model, task("digit-sums"), Settings(1, 2, 2, 0.1, 1.0), "tiny", trainings=2) as jobs:
+            assert isinstance(jobs, SideBySide)
+            job = jobs.submit("random_draw", 0, 21, 1.0, 0)
+            with pytest.raises(ValueError, match="trainable_dim"):
+                jobs.watch([job], lambda job: job.result())
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):
