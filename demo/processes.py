@@ -131,7 +131,7 @@ def open_jobs(model: LanguageModel, problems: Task, settings: Settings, name: st
     count = 1 if alone else min(trainings, torch.get_num_threads())
     if count == 1:
         return Here(Experiment(model, problems, settings))
-    print(f"{trainings} trainings, {count} at a time", flush=True)
+    print(f"{trainings} trainings, {count} at a time, each in a process that loads the model first", flush=True)
     return SideBySide(count, name, problems.name, settings)
 
 

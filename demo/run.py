@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(parse(argv))
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        way = "OMP_NUM_THREADS=1 trains one after the other, in one process"
+        print(f"demo: one of its processes was killed, most likely for want of memory: {way}", file=sys.stderr)
         return 2
     return 0
 
@@ -106,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
 def rows(
     jobs: Jobs, wanted: dict[int, float], modules: int, files: dict[int, Path], control_steps: int, draws: int
 ) -> tuple[Row, Row, list[Trained], RandomControl]:
-    """The base model, lr 0, every training, and the random control, in the order in which they are done."""
+    """The base model, lr 0, every training, and the random control; what each scored is printed when it is done."""
     first = next(iter(wanted))
     base = jobs.submit("base_row")
     trainings = [

@@ -1,12 +1,14 @@
 """The demo itself on the tiny decoder, a few steps of it: it learns, and it prints and writes what it promises."""
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo import main
+from demo import main, run
 from demo.experiment import random_direction
 from demo.models import load_model
 from demo.processes import SideBySide, open_jobs
@@ -101,6 +103,24 @@ def test_a_job_that_fails_in_its_process_is_told_here():
                 jobs.watch([job], lambda job: job.result())
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_process_that_is_killed_is_one_line(monkeypatch, capsys, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def killed(jobs, *_):
+        job = jobs.submit("base_row")  # which starts a process
+        os.kill(next(iter(jobs._pool._processes)), signal.SIGKILL)
+        job.result()
+
+    monkeypatch.setattr(run, "rows", killed)
+    try:
+        assert main(["--model", "tiny", "--params", "13,4", "--out", str(tmp_path)]) == 2
+    finally:
+        torch.set_num_threads(before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was killed" in line and "OMP_NUM_THREADS=1" in line
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):
