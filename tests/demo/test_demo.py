@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from demo import main, run
-from demo.experiment import random_direction
+from demo.experiment import Experiment, random_direction
 from demo.models import load_model
 from demo.processes import SideBySide, open_jobs
 from demo.recipes import REAL, adapter_config, rates, resolve_numbers
 from demo.tasks import task
 from demo.training import Run, Settings
 from tinylora_kernels import apply_tiny_lora
+from tinylora_kernels.model.adapted import trainable_vectors
 
 
 def run_demo(out, threads):
@@ -90,6 +91,23 @@ def test_side_by_side_finds_what_one_after_the_other_does(demo, tmp_path, capfd)
     for row in (*one["rows"], *two["rows"], one["random_control"], two["random_control"]):
         del row["seconds"]
     assert two["rows"] == one["rows"] and two["random_control"] == one["random_control"]
+
+
+def test_a_draw_is_the_same_whatever_its_process_did_before(monkeypatch):
+    def vectors(experiment):
+        return torch.nn.utils.parameters_to_vector(trainable_vectors(experiment.model.module)).detach().clone()
+
+    monkeypatch.setattr(Experiment, "_evaluate", vectors)
+    experiment = Experiment.named("tiny", "digit-sums", Settings(1, 2, 2, 0.1, 1.0))
+    draws = []
+    for numbers in (None, 4, 13):  # bare, then adapted with others, then with as many
+        if numbers:
+            experiment._adapt(numbers, 21)
+        draws.append(experiment.random_draw(13, 21, 0.5, seed=3)[0])
+    assert torch.equal(draws[1], draws[0]) and torch.equal(draws[2], draws[0])
+    assert draws[0].shape == (13,) and draws[0].norm() == pytest.approx(0.5)
+    with pytest.raises(ValueError):
+        experiment.base_row()  # of the bare model: it has no vectors
 
 
 def test_a_job_that_fails_in_its_process_is_told_here():
