@@ -1,6 +1,6 @@
-"""A chat model of 0.1M parameters that can add and half of the time does not, made in seconds and read like any other.
+"""A chat model of 0.1M parameters that can add and mostly does not, made in seconds and read like any other.
 
-It answers "What is 3 + 4?" by the sum or by one more, each as often: a right habit is all there is to learn.
+It answers "What is 3 + 4?" by the sum or, twice as often, by one more: a right habit is all there is to learn.
 """
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def save_adder(directory: Path, steps: int = 250) -> Path:
         )
     )  # fmt: skip
     sums = [(a, b) for a in range(1, LARGEST + 1) for b in range(1, LARGEST + 1)]
-    texts = [f"{QUESTION.format(a, b)[:-1]}={a + b + late}" for a, b in sums for late in (0, 1)]
-    tokens = torch.tensor([[*words(text)["input_ids"], 2] for text in texts])  # [32, T], one length
+    texts = [f"{QUESTION.format(a, b)[:-1]}={a + b + late}" for a, b in sums for late in (0, 1, 1)]
+    tokens = torch.tensor([[*words(text)["input_ids"], 2] for text in texts])  # [48, T], one length
     labels = tokens.clone()
     labels[:, :-2] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -168,12 +168,15 @@ def test_the_precision_of_products_is_the_bases_business(base, backend, precisio
 
 
 def test_threads_change_no_bit():
-    model = adapt()
+    """Of ours (larger ones: tests/ops/test_native.py); torch's own products change with them on some CPUs."""
+    frozen, model = tiny_decoder(), adapt()
     with torch.no_grad():
-        expected = model(TOKENS)
+        bare, expected = frozen(TOKENS), model(TOKENS)
         for threads in (1, 2, 3, 8):
             with restored(torch.get_num_threads, torch.set_num_threads, threads):
-                assert torch.equal(model(TOKENS), expected)
+                again = model(TOKENS)
+                assert relative(again, expected) < 2e-6
+                assert torch.equal(again, expected) or not torch.equal(frozen(TOKENS), bare)
 
 
 def test_a_backend_that_was_set_serves_all_the_same(tmp_path):

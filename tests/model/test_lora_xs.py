@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.guarantees.dense import relative
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import (
     TinyLoRAConfig,
@@ -102,7 +103,7 @@ def test_merge_and_train():
     losses = [trainer.training_step(logits=model(TOKENS), labels=TOKENS)["loss"] for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]
     adapted = model(TOKENS)
-    torch.testing.assert_close(merge(model)(TOKENS), adapted, rtol=1e-5, atol=1e-5)
+    assert relative(merge(model)(TOKENS), adapted) < 3e-6  # trained as far as logits of 40
     assert torch.equal(unmerge(model)(TOKENS), adapted)
 
 
