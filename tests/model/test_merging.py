@@ -11,8 +11,9 @@ from torch import nn
 
 from tests.models import TARGETS, tiny_decoder
 from tests.paper import delta_weight
-from tinylora_kernels import TinyLoRAConfig, TinyLoRALayer, adapted_layers, apply_tiny_lora
+from tinylora_kernels import TinyLoRAConfig, TinyLoRALayer, adapted_layers, apply_tiny_lora, refresh_factors
 from tinylora_kernels.bank.bank import AdapterBank
+from tinylora_kernels.model.adapted import adapter_disabled
 from tinylora_kernels.model.fidelity import merge_fidelity
 from tinylora_kernels.model.merging import merge, merged_weights, unmerge
 from tinylora_kernels.rl import GRPOTrainer, SFTTrainer
@@ -166,7 +167,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged():
         unmerge(model)
     merge(model)
     merged = bits(model)
-    with pytest.raises(ValueError, match=r"^merge: layers.0.q_proj and 13 more modules are merged already"):
+    with pytest.raises(ValueError, match=r"^merge: layers.0.q_proj and 13 more modules are merged; call"):
         merge(model)
     assert_same_bits(model, merged)
     unmerge(model)
@@ -223,7 +224,74 @@ def test_a_merge_that_fails_half_way_undoes_itself(monkeypatch):
     with pytest.raises(MemoryError):
         merge(model)
     assert_same_bits(model, before)
-    assert all(layer.enabled for layer in adapted_layers(model).values())
+    assert all(layer.is_on() for layer in adapted_layers(model).values())
+    with pytest.raises(ValueError, match="not merged"):
+        unmerge(model)
+
+
+@torch.no_grad()
+def test_nobody_takes_a_merged_base_for_the_bare_one():
+    model = merge(adapt(tiny_decoder()))
+    before = bits(model)
+    with pytest.raises(ValueError, match="^AdapterBank: layers.0.q_proj and 13 more modules are merged; call unmerge"):
+        AdapterBank(model, 2)
+    with pytest.raises(ValueError, match="^adapter_disabled: .* merged; call unmerge"), adapter_disabled(model):
+        pass
+    assert_same_bits(model, before)
+    bare = adapt(tiny_decoder(), size=0)(TOKENS)
+    with adapter_disabled(unmerge(model)):
+        assert torch.equal(model(TOKENS), bare)
+        merge(model)
+        with pytest.raises(RuntimeError, match=r"^layers.0.q_proj: expected the bare base in a block of adapter_disab"):
+            model(TOKENS)
+        unmerge(model)
+        assert torch.equal(model(TOKENS), bare)
+
+
+@torch.no_grad()
+def test_an_adapter_that_was_off_before_a_merge_is_off_after_it():
+    model = adapt(tiny_decoder())
+    layers = adapted_layers(model).values()
+    adapted, bare = model(TOKENS), adapt(tiny_decoder(), size=0)(TOKENS)
+    for layer in layers:
+        layer.enabled = False
+    assert torch.equal(model(TOKENS), bare)
+    torch.testing.assert_close(merge(model)(TOKENS), adapted)
+    assert torch.equal(unmerge(model)(TOKENS), bare)
+
+
+@torch.no_grad()
+def test_a_model_that_was_loaded_in_inference_mode_merges():
+    with torch.inference_mode():
+        base = tiny_decoder()
+    model = adapt(base)
+    before, adapted = bits(model), model(TOKENS)
+    torch.testing.assert_close(merge(model)(TOKENS), adapted, rtol=1e-5, atol=1e-5)
+    assert_same_bits(unmerge(model), before)
+
+
+def expand_a_weight(model):
+    model.layers[0].q_proj.base.weight = nn.Parameter(torch.randn(1, 24).expand(24, 24), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change, options, words",
+    [
+        (expand_a_weight, {}, r"layers.0.q_proj: expected a weight of its own numbers .* make it contiguous"),
+        (lambda model: None, {"save_to": "meta"}, "save_to: expected a device that keeps the bits .* found 'meta'"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_merge_that_could_not_be_undone_is_refused_before_anything_has_changed(change, options, words):
+    model = tiny_decoder()
+    model = adapt(model, frozen_rank=1)
+    change(model)
+    refresh_factors(model, progress=False)
+    before, adapted = bits(model), model(TOKENS)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        merge(model, **options)
+    assert_same_bits(model, before)
+    assert torch.equal(model(TOKENS), adapted)
     with pytest.raises(ValueError, match="not merged"):
         unmerge(model)
 

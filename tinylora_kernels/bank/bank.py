@@ -26,7 +26,7 @@ from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
 from ..method.config import V_DTYPES, check_choice, check_seed
-from ..model.adapted import adapted_layers, expect_one_adapter
+from ..model.adapted import adapted_layers, expect_one_adapter, expect_unmerged
 from .ids import BARE, check_name, ids_of
 from .rows import Layouts, watch
 from .seeds import OwnProjections
@@ -66,7 +66,7 @@ class AdapterBank:
             their shape [m, in] does not tell, such as OPT's fc1; True: all of them. Not experts that gather rows.
 
     Raises:
-        ValueError: the model has no adapter, or it has a bank already, or an argument does not fit.
+        ValueError: the model has no adapter, or it has a bank already, or it is merged, or an argument does not fit.
     """
 
     @modes.outside_inference_mode
@@ -86,6 +86,7 @@ class AdapterBank:
             raise ValueError("model: expected an adapted model, found none; call apply_tiny_lora(model, config) first")
         if any(layer.bank is not None for layer in layers.values()):
             raise ValueError("model: expected no adapter bank, found one; close it first")
+        expect_unmerged(layers, "AdapterBank")
         expect_one_adapter(layers, "AdapterBank")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity: expected an integer >= 1, found {capacity!r}")

@@ -202,4 +202,6 @@ def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
 @torch.no_grad()
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Copy a matrix [out, in] into the module's weight, whatever its layout in memory."""
-    weight_of(module).copy_(as_stored(module, matrix))
+    weight = weight_of(module)
+    with torch.inference_mode(weight.is_inference()):  # of a model that was loaded in that mode
+        weight.copy_(as_stored(module, matrix))

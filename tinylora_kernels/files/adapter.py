@@ -27,9 +27,9 @@ from ..layers.layer import TinyLoRALayer, kept_unless_done
 from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig, by_names, is_literal
 from ..method.parts import row_slices
 from ..method.tying import assign_groups
-from ..model.adapted import adapted_layers, trained_beside
+from ..model.adapted import adapted_layers, expect_unmerged, trained_beside
 from ..model.attach import attach
-from ..model.merging import is_merged, original_weight
+from ..model.merging import original_weight
 from ..model.targets import base_module, fused_parts, selected_names
 from .format import AdaptedModule, AdapterError, AdapterFile, encode, read
 
@@ -182,9 +182,7 @@ def _load_into_bare(
 
 def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
     """Raise AdapterError unless the file was trained on these layers: names, config, groups, weights and bases."""
-    merged = [name for name, layer in layers.items() if is_merged(layer)]
-    if merged:
-        raise AdapterError(f"the model is merged ({merged[0]}); call unmerge(model) first")
+    expect_unmerged(layers, "model", error=AdapterError)
     _check_names(list(layers), [module.name for module in adapter.modules])
     _check_config(_config_of(layers), adapter.config)
     for position, (layer, module) in enumerate(zip(layers.values(), adapter.modules, strict=True)):

@@ -29,9 +29,8 @@ from ..common.finite import as_finite
 from ..factors.svd import Factors, basis_sketch
 from ..files.adapter import warn_of_what_is_left_out
 from ..layers.layer import TinyLoRALayer, kept_unless_done
-from ..model.adapted import adapted_layers
+from ..model.adapted import adapted_layers, expect_unmerged
 from ..model.attach import attach
-from ..model.merging import is_merged
 from ..model.targets import shortest_targets
 from .peft_factors import FitError, output_side
 
@@ -138,8 +137,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
-    if any(is_merged(layer) for layer in layers.values()):
-        raise ValueError("model: it is merged; call unmerge(model) first")
+    expect_unmerged(layers, "model")
     for name, layer in layers.items():
         if layer.parts or not is_linear_like(layer.base):
             found = "a fused projection in parts" if layer.parts else kind_of(layer.base).name

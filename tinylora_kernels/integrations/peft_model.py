@@ -26,9 +26,9 @@ from ..common.words import listed
 from ..files.adapter import describe_model, load_adapter, warn_of_what_is_left_out
 from ..files.format import encode
 from ..layers.layer import TinyLoRALayer
-from ..model.adapted import adapted_layers, adapter_disabled, original_names
+from ..model.adapted import adapted_layers, adapter_disabled, expect_unmerged, is_merged, original_names
 from ..model.attach import remove_adapter, unwrap
-from ..model.merging import is_merged, merge, merged_weights
+from ..model.merging import merge, merged_weights
 from ..model.targets import shortest_targets
 from .peft_adapters import is_from_peft, load_peft_vectors, to_peft
 
@@ -158,8 +158,7 @@ class AdaptedTuner(nn.Module):
 
     def _switch(self, enabled: bool) -> None:
         layers = adapted_layers(self.model)
-        if any(map(is_merged, layers.values())):
-            raise ValueError("model: its update is merged into the weights; call unmerge(model) first")
+        expect_unmerged(layers, "model")
 
         def switch() -> None:
             for layer in layers.values():

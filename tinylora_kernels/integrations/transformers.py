@@ -18,8 +18,8 @@ from ..base.names import inside
 from ..common.atomic import write_atomically
 from ..files.adapter import describe_model, load_adapter
 from ..files.format import encode
-from ..model.adapted import adapted_layers, base_state_dict
-from ..model.merging import is_merged, merged_weights
+from ..model.adapted import adapted_layers, base_state_dict, expect_unmerged
+from ..model.merging import merged_weights
 
 ADAPTER_FILE = "tinylora_adapter.safetensors"
 
@@ -47,8 +47,7 @@ def save_pretrained(
     if merged:
         model.save_pretrained(directory, state_dict=dict(merged_weights(model)), **kwargs)
         return
-    if any(is_merged(layer) for layer in layers.values()):
-        raise ValueError("model: it is merged; call unmerge(model) first, or save it with merged=True")
+    expect_unmerged(layers, "model", "call unmerge(model) first, or save it with merged=True")
     model.save_pretrained(directory, state_dict=base_state_dict(model), **kwargs)
     # Not save_adapter: what trains beside the vectors is in the base's own files.
     write_atomically(Path(directory) / ADAPTER_FILE, encode(describe_model(model)))

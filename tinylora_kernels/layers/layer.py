@@ -145,7 +145,7 @@ class TinyLoRALayer(nn.Module):
         self.degenerate = degenerate
         self.parts = parts
         self.projection_index = index if projection_index is None else projection_index
-        self.enabled = True  # False: the bare base, while the update is merged into its weight
+        self.enabled = True  # False: the bare base
         self.saved_weight: Tensor | None = None  # the base weight's own bits while it is merged
         self.bank: Bank | None = None  # the AdapterBank that holds other vectors for rows of a batch
         self.backend = getattr(config, "backend", None)
@@ -184,8 +184,7 @@ class TinyLoRALayer(nn.Module):
         base, buffers = cast(nn.Module, self._modules["base"]), cast(Buffers, self._buffers)
         asked_at = 0 if torch.compiler.is_compiling() else changes()  # or a graph would be of this one count
         if not self.is_on():
-            if self._in_doubt and self.saved_weight is not None:
-                self.expect_its_weight()
+            self._expect_its_base()
             return base(*args, **kwargs)
         if self._in_doubt:
             self.expect_its_weight()
@@ -264,8 +263,23 @@ class TinyLoRALayer(nn.Module):
         return without_bias(base)
 
     def is_on(self) -> bool:
-        """Whether the update runs here: it is not merged into the weight, nor switched off in this context."""
-        return self.enabled and not (switched_off.matters() and is_off(self))
+        """Whether the update runs here: it is not merged into the weight, nor switched off, for good or in a block."""
+        return self.enabled and self.saved_weight is None and not self._is_off_in_a_block()
+
+    def _is_off_in_a_block(self) -> bool:
+        return switched_off.matters() and is_off(self)
+
+    def _expect_its_base(self) -> None:
+        """Of a layer that is not on: its base holds what is asked for, its own weight or the merged one."""
+        if self.saved_weight is None:
+            return
+        if self._is_off_in_a_block():
+            raise RuntimeError(
+                f"{self.name}: expected the bare base in a block of adapter_disabled, found the update merged into its "
+                "weight; call unmerge(model) first"
+            )
+        if self._in_doubt:
+            self.expect_its_weight()
 
     def _rows_of(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the rows of an input: all but its features, (1,) of a single one."""

@@ -35,6 +35,22 @@ def expect_one_adapter(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
             )
 
 
+def is_merged(layer: TinyLoRALayer) -> bool:
+    """Whether the layer's update sits in its base weight."""
+    return layer.saved_weight is not None
+
+
+def expect_unmerged(
+    layers: Mapping[str, TinyLoRALayer], who: str, way_out: str = "call unmerge(model) first",
+    error: type[ValueError] = ValueError,
+) -> None:  # fmt: skip
+    """Asked by whoever needs the base and the update apart: raises where the update of a layer sits in its weight."""
+    merged = [name for name, layer in layers.items() if is_merged(layer)]
+    if merged:
+        some = "is" if len(merged) == 1 else f"and {len(merged) - 1} more modules are"
+        raise error(f"{who}: {merged[0]} {some} merged; {way_out}")
+
+
 def trainable_vectors(model: nn.Module) -> list[nn.Parameter]:
     """The vectors v, one for each tie group, in order of first use."""
     return list({id(layer.v): layer.v for layer in adapted_layers(model).values()}.values())
@@ -111,6 +127,12 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The bare base model for the duration, in the context that asks: threads and tasks beside it keep their own."""
-    with switch_off(adapted_layers(model).values()):
+    """The bare base model for the duration, in the context that asks: threads and tasks beside it keep their own.
+
+    Raises:
+        ValueError: the model is merged; a layer that is merged inside the block is a RuntimeError when it is called.
+    """
+    layers = adapted_layers(model)
+    expect_unmerged(layers, "adapter_disabled")
+    with switch_off(layers.values()):
         yield

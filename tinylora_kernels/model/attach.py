@@ -24,7 +24,7 @@ from ..layers.layer import TinyLoRALayer, finite_projection, kept_unless_done
 from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, own_copy, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
-from .adapted import adapted_layers, wrappers
+from .adapted import adapted_layers, expect_unmerged, wrappers
 from .targets import base_module, fused_parts, is_default, selected_names
 
 
@@ -229,9 +229,7 @@ def refresh_factors(model: nn.Module, *, progress: bool = True) -> nn.Module:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
-    merged = [name for name, layer in layers.items() if layer.saved_weight is not None]
-    if merged:
-        raise ValueError(f"refresh_factors: {merged[0]} is merged; call unmerge(model) first")
+    expect_unmerged(layers, "refresh_factors")
     for layer in layers.values():
         layer.expect_a_rule_for_projections()
     factors: dict[str, Factors] = {}
@@ -253,12 +251,10 @@ def remove_adapter(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is merged, or has an AdapterBank.  Nothing has changed then.
     """
-    for name, layer in adapted_layers(model).items():
-        if layer.saved_weight is not None:
-            raise ValueError(
-                f"remove_adapter: {name} is merged, and the bits of its own weight would be lost; call unmerge(model) "
-                "first, or take the merged weights with merged_weights(model)"
-            )
+    layers = adapted_layers(model)
+    way_out = "call unmerge(model) first, or the bits of its own weights would be lost; merged_weights(model) has both"
+    expect_unmerged(layers, "remove_adapter", way_out)
+    for name, layer in layers.items():
         if layer.bank is not None:
             raise ValueError(f"remove_adapter: {name} has an AdapterBank, which would serve no layer; close it first")
     return unwrap(model)

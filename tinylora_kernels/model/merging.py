@@ -22,7 +22,7 @@ from ..common.words import described
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
 from ..ops.reference import contract, product
-from .adapted import adapted_layers, original_names, wrappers
+from .adapted import adapted_layers, expect_unmerged, is_merged, original_names, wrappers
 
 
 def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -60,22 +60,24 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
         save_to: device for the saved bits, e.g. "cpu" to spare accelerator memory; default the weight's own device.
 
     Raises:
-        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, a weight that is computed or
-            shared with another module, or a merged weight that is not finite in its dtype.  Nothing has changed then.
+        ValueError: merged already, no adapter, an open AdapterBank, a quantised base, a weight that is computed,
+            shared with another module or expanded, a save_to that keeps no bits, or a merged weight that is not finite
+            in its dtype.  Nothing has changed then.
         RuntimeError: a weight that is not the one adapted to.  Nothing has changed then.
     """
     layers = mergeable_layers(model)
     if any(layer.bank is not None for layer in layers.values()):
         raise ValueError("merge: the model has an AdapterBank, but merged weights serve all rows alike; close it first")
-    merged = [name for name, layer in layers.items() if is_merged(layer)]
-    if merged:
-        raise ValueError(f"merge: {_some(merged)} merged already; call unmerge(model) first")
+    expect_unmerged(layers, "merge")
+    if save_to is not None and torch.device(save_to).type == "meta":
+        raise ValueError(f"save_to: expected a device that keeps the bits of the weights, found {save_to!r}")
+    for name, layer in layers.items():
+        _expect_writable(name, layer.weight_matrix())
     with undone_by(lambda: _restore(layers)):
         for layer in layers.values():
             weight = layer.weight_matrix()
             layer.saved_weight = weight.to(save_to or weight.device, copy=True)
             write_weight(layer.base, merged_weight(layer))
-            layer.enabled = False
             layer.take_witness()
     return model
 
@@ -103,11 +105,6 @@ def unmerge(model: nn.Module) -> nn.Module:
 def is_dense(weight: Tensor) -> bool:
     """Whether the tensor holds the weight itself, not the packed integers or the shard of one."""
     return weight.is_floating_point() and type(weight) in (nn.Parameter, Tensor)
-
-
-def is_merged(layer: TinyLoRALayer) -> bool:
-    """Whether the layer's update sits in its base weight."""
-    return layer.saved_weight is not None
 
 
 def saved_weight(layer: TinyLoRALayer) -> Tensor:
@@ -152,7 +149,6 @@ def _restore(layers: Mapping[str, TinyLoRALayer]) -> None:
     """Put the original bits back where a layer has them, and forget them last."""
     for layer in filter(is_merged, layers.values()):
         write_weight(layer.base, saved_weight(layer))
-        layer.enabled = True
         layer.saved_weight = None
 
 
@@ -234,6 +230,14 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, TinyLoRALayer]) -
                 )
 
 
+def _expect_writable(name: str, weight: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected a weight of its own numbers to merge into, found one that is expanded: several of its "
+            "elements are one; make it contiguous, or keep the update beside it with export_lora(model, directory)"
+        )
+
+
 def _parameter_name(name: str, layer: TinyLoRALayer) -> str:
     """The parameter that holds the layer's weight, by its name in the adapted model."""
     if isinstance(layer.base, ExpertSlice):
@@ -246,9 +250,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + (last + 1) * tensor.element_size()
-
-
-def _some(names: list[str]) -> str:
-    if len(names) == 1:
-        return f"{names[0]} is"
-    return f"{names[0]} and {len(names) - 1} more modules are"
