@@ -101,18 +101,20 @@ def adapt(
     without_rank = [name for name in names if name not in factors]
     if without_rank and not is_default(config):
         raise ValueError(f"factors: expected those of every module to adapt, found none of {listed(without_rank)}")
-    skipped += without_rank
+    skipped |= dict.fromkeys(without_rank, f"cannot carry rank {config.rank}")
     if without_rank:
         names = [name for name in names if name in factors]
         if not names:
-            raise ValueError(f"target_modules: none of {listed(skipped)} can carry rank {config.rank}; use a lower one")
+            none = listed(list(skipped))
+            raise ValueError(f"target_modules: none of {none} can carry rank {config.rank}; use a lower one")
         config = by_names(config, names)  # shapes follow from the model that a file is loaded into, weights do not
         groups = assign_groups(names, config.n_tie, config.tying)
     attach(model, config, names, groups, factors, brought=brought)
-    if skipped:
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, own in skipped.items() if own == reason]
         warnings.warn(
-            f"target_modules: {listed(skipped)} cannot carry rank {config.rank} and stay as they are; name them in "
-            "exclude_modules to hear no more of it",
+            f"target_modules: {listed(names)} {reason} and stay as they are; name them in exclude_modules to hear no "
+            "more of it",
             stacklevel=4,
         )
     return model
