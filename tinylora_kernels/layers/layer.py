@@ -323,6 +323,11 @@ class TinyLoRALayer(nn.Module):
         """The attribute with the witness of what the base is to hold."""
         return "_adapted_to" if self.saved_weight is None else "_merged_to"
 
+    def holds_what_was_merged(self) -> bool:
+        """Whether the weight is still the merged one that take_witness saw; if nobody can tell, yes."""
+        weight, known = weight_of(self.base), self._merged_to
+        return known is None or weight.is_meta or known.knows(weight.contiguous())
+
     def _factors_are_of_this_weight(self) -> None:
         self.take_witness()
         self.__dict__["_factors_of"] = self._adapted_to
