@@ -3,6 +3,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import pickle
 import sys
 import threading
 import weakref
@@ -531,3 +532,37 @@ def test_seeds_of_their_own_follow_new_factors(trainable):
                 model(tokens)
             with pytest.raises(RuntimeError, match="close it first"), bank.use(["s7"]):
                 pass
+
+
+def test_a_model_that_was_put_into_another_one_goes_by_the_names_it_has_now(tmp_path):
+    class Policy(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    config = TinyLoRAConfig(target_modules=["q_proj"], cache=False)
+    policy = Policy(apply_tiny_lora(tiny_decoder(), config, progress=False))
+    bank = AdapterBank(policy, 4)
+    bank.add("a", torch.randn(2, 1))
+    bank.save("a", tmp_path / "a.safetensors")
+    bank.load("b", tmp_path / "a.safetensors")
+    save_adapter(policy, tmp_path / "own.safetensors")
+    bank.load("own", tmp_path / "own.safetensors")
+    assert torch.equal(bank.vectors("a"), bank.vectors("b")) and not bank.vectors("own").any()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_bank_is_not_copied_in_silence(copied):
+    bank = AdapterBank(apply_tiny_lora(tiny_decoder(), TinyLoRAConfig(cache=False), progress=False), 1)
+    with pytest.raises(TypeError, match="^AdapterBank: it serves the layers of one model in one process; copy"):
+        copied(bank)
+    copy.deepcopy(bank.model)  # without it
+
+
+def test_a_bank_that_nobody_holds_any_more_is_closed_by_what_the_error_says():
+    model = apply_tiny_lora(tiny_decoder(), TinyLoRAConfig(cache=False), progress=False)
+    AdapterBank(model, 1)
+    with pytest.raises(ValueError, match="found one; close it first") as said:
+        AdapterBank(model, 1)
+    eval(str(said.value).rpartition("of any layer, ")[2], {"adapted_layers": adapted_layers, "model": model})
+    AdapterBank(model, 1)

@@ -41,7 +41,8 @@ INTEGERS = [
     torch.tensor([1, -1]), np.array([1, -1]),
     torch.tensor([1, -1], dtype=torch.int8), torch.tensor([[1], [-1]], dtype=torch.int32), np.array([[1], [-1]]),
     np.array([1, -1], dtype=">i4"), np.array([9, 1, 9, -1])[1::2], torch.tensor([9, 1, 9, -1])[1::2], range(1, -2, -2),
-    ["b", -1], [1, None], torch.tensor([[1] * 5, [-1] * 5]), np.array([[1] * 5, [-1] * 5]),]  # fmt: skip
+    ["b", -1], [1, None], np.array(["b", None]), [np.str_("b"), None], np.array([["b"], [None]]), np.array([1, None]),
+    torch.tensor([[1] * 5, [-1] * 5]), np.array([[1] * 5, [-1] * 5]),]  # fmt: skip
 
 
 @pytest.mark.parametrize("ids", INTEGERS, ids=repr)
@@ -64,7 +65,7 @@ WRONG = [
     [0.5], [1.0], [np.float32(1)], [torch.tensor(1.0)], torch.tensor([0.5]), torch.tensor([1.0]), np.array([1.0]),
     torch.tensor([1.0], dtype=torch.bfloat16), [1j], [0j], torch.tensor([1j]), np.array([1j]), [float("nan")],
     [decimal.Decimal(1)], [fractions.Fraction(1)], [np.array(True)], [np.array([0, 1])], [torch.tensor([0, 1])],
-    np.array(["a"]), np.array(["a", None]), {"a"}, {"a": 1}, iter(["a"]), (n for n in "ab"), 1, None, True, 0.5,
+    np.array(["a", 0.5], dtype=object), np.array([b"a"]), np.array("a"), {"a"}, {"a": 1}, iter(["a"]), (n for n in "ab"), 1, None, True, 0.5,
     b"a", [{}], [([],)], torch.tensor([1], device="meta"), torch.tensor([[1]]).to_sparse(),
     [[0, 1], [0]], [[0], 0], [[0], ["a", "b"]],
 ]  # fmt: skip

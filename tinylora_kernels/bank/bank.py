@@ -26,7 +26,7 @@ from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
 from ..method.config import V_DTYPES, check_choice, check_seed
-from ..model.adapted import adapted_layers, expect_one_adapter, expect_unmerged
+from ..model.adapted import CLOSE_IT, adapted_layers, expect_one_adapter, expect_unmerged
 from .ids import BARE, check_name, ids_of
 from .rows import Layouts, watch
 from .seeds import OwnProjections
@@ -85,7 +85,7 @@ class AdapterBank:
         if not layers:
             raise ValueError("model: expected an adapted model, found none; call apply_tiny_lora(model, config) first")
         if any(layer.bank is not None for layer in layers.values()):
-            raise ValueError("model: expected no adapter bank, found one; close it first")
+            raise ValueError(f"model: expected no adapter bank, found one; {CLOSE_IT}")
         expect_unmerged(layers, "AdapterBank")
         expect_one_adapter(layers, "AdapterBank")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
@@ -121,6 +121,9 @@ class AdapterBank:
             watch(self, model, self._layers, self._unwatch)
             for name in names:
                 self.add(name)
+
+    def __reduce__(self):
+        raise TypeError("AdapterBank: it serves the layers of one model in one process; copy its adapters by save and load")
 
     def close(self) -> None:
         """Detach the bank: the model is as it was before, and ``use`` is an error."""

@@ -32,7 +32,7 @@ def ids_of(adapters: Any, slot: Callable[[Hashable], int]) -> Tensor:
     if isinstance(adapters, str):
         adapters = [adapters]
     if _is_array(adapters):
-        adapters = _integers(adapters)
+        adapters = _of_array(adapters)
     if isinstance(adapters, Tensor):
         ids = _of_tensor(adapters)
     elif isinstance(adapters, (list, tuple, range)):
@@ -89,7 +89,7 @@ def _is_name(value: object) -> bool:
         hash(value)
     except TypeError:
         return False
-    return not (isinstance(value, (numbers.Number, Tensor)) or _is_array(value))
+    return isinstance(value, str) or not (isinstance(value, (numbers.Number, Tensor)) or _is_array(value))  # NumPy's str
 
 
 def _is_array(value: object) -> bool:
@@ -97,12 +97,14 @@ def _is_array(value: object) -> bool:
     return hasattr(value, "__array__") and not isinstance(value, (Tensor, numbers.Number))
 
 
-def _integers(array: Any) -> Tensor:
+def _of_array(array: Any) -> Tensor | list[Any]:
     import numpy
 
     values = numpy.asarray(array)
+    if values.dtype.kind in "UO" and values.ndim:
+        return values.tolist()
     if values.dtype.kind not in "iu":
-        raise ValueError(f"adapters: expected an array of integers, found {values.dtype} {list(values.shape)}")
+        raise ValueError(f"adapters: expected an array of names or integers, found {values.dtype} {list(values.shape)}")
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=True))
 
 

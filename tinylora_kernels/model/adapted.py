@@ -13,6 +13,8 @@ from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
 from ..layers.switch import switch_off
 
+CLOSE_IT = "close it first: bank.close(), or that of any layer, next(iter(adapted_layers(model).values())).bank.close()"
+
 
 def adapted_layers(model: nn.Module) -> dict[str, TinyLoRALayer]:
     """Qualified name -> adapted layer, in named_modules order.

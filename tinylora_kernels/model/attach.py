@@ -26,7 +26,7 @@ from ..layers.layer import TinyLoRALayer, finite_projection, kept_unless_done
 from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, own_copy, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
-from .adapted import adapted_layers, expect_unmerged, wrappers
+from .adapted import CLOSE_IT, adapted_layers, expect_unmerged, wrappers
 from .targets import base_module, fused_parts, is_default, selected_names
 
 
@@ -292,7 +292,7 @@ def remove_adapter(model: nn.Module) -> nn.Module:
     expect_unmerged(layers, "remove_adapter", way_out)
     for name, layer in layers.items():
         if layer.bank is not None:
-            raise ValueError(f"remove_adapter: {name} has an AdapterBank, which would serve no layer; close it first")
+            raise ValueError(f"remove_adapter: {name} has an AdapterBank, which would serve no layer; {CLOSE_IT}")
     return unwrap(model)
 
 

@@ -22,7 +22,7 @@ from ..common.words import described
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer
 from ..ops.reference import contract, product
-from .adapted import adapted_layers, expect_unmerged, is_merged, original_names, wrappers
+from .adapted import CLOSE_IT, adapted_layers, expect_unmerged, is_merged, original_names, wrappers
 
 
 def merged_weights(model: nn.Module, only_adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -67,7 +67,7 @@ def merge(model: nn.Module, save_to: torch.device | str | None = None) -> nn.Mod
     """
     layers = mergeable_layers(model)
     if any(layer.bank is not None for layer in layers.values()):
-        raise ValueError("merge: the model has an AdapterBank, but merged weights serve all rows alike; close it first")
+        raise ValueError(f"merge: the model has an AdapterBank, but merged weights serve all rows alike; {CLOSE_IT}")
     expect_unmerged(layers, "merge")
     if save_to is not None and torch.device(save_to).type == "meta":
         raise ValueError(f"save_to: expected a device that keeps the bits of the weights, found {save_to!r}")
