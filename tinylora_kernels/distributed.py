@@ -24,7 +24,7 @@ from .factors.svd import Factors, RankError
 from .files.adapter import describe_model, warn_of_what_is_left_out
 from .files.format import encode
 from .method.config import LoRAXSConfig, TinyLoRAConfig
-from .model.adapted import trainable_vectors
+from .model.adapted import adapted_layers, expect_all_vectors, trainable_vectors
 from .model.targets import base_module, fused_parts, is_default, selected_names
 
 Group = dist.ProcessGroup | None
@@ -45,6 +45,7 @@ def replicate_adapter(model: nn.Module, group: Group = None) -> set[nn.Parameter
 
     Gradients accumulated over several backward passes come out right: the mean of what is already a mean is itself.
     """
+    expect_all_vectors(adapted_layers(model), "replicate_adapter")
     vectors = trainable_vectors(model)
     with torch.no_grad():
         flat = _flatten(vectors)

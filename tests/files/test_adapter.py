@@ -1,16 +1,19 @@
 """The adapter file: what it holds, that it comes back exactly, and that nothing wrong with it reaches a model."""
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import tinylora_kernels.factors.modules as fused_module
 import tinylora_kernels.files.format as format_module
@@ -712,3 +715,19 @@ def test_files_with_a_basis_and_without_load_one_after_the_other(tmp_path):
     with pytest.raises(AdapterError, match="has the weight's basis; the model's AdapterBank shares one that a file br"):
         load_adapter(loaded, paths[1])
     bank.close()
+
+
+def test_an_average_of_models_is_named_where_it_moved_the_frozen_weights(tmp_path):
+    model = adapt(tiny_decoder())
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.999))
+    for _ in range(3):
+        average.update_parameters(model)
+    with pytest.warns(UserWarning, match=r"a.safetensors: the frozen weights of layers.0.q_proj, .* other roundings"):
+        save_adapter(average, tmp_path / "a.safetensors")
+    for own, averaged in zip(trainable_vectors(model), trainable_vectors(average), strict=True):
+        own.data.copy_(averaged.data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path / "b.safetensors")
+        save_adapter(copy.deepcopy(model).bfloat16(), tmp_path / "c.safetensors")
+    load(tiny_decoder(), tmp_path / "b.safetensors")

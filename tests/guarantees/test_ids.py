@@ -65,7 +65,8 @@ WRONG = [
     [0.5], [1.0], [np.float32(1)], [torch.tensor(1.0)], torch.tensor([0.5]), torch.tensor([1.0]), np.array([1.0]),
     torch.tensor([1.0], dtype=torch.bfloat16), [1j], [0j], torch.tensor([1j]), np.array([1j]), [float("nan")],
     [decimal.Decimal(1)], [fractions.Fraction(1)], [np.array(True)], [np.array([0, 1])], [torch.tensor([0, 1])],
-    np.array(["a", 0.5], dtype=object), np.array([b"a"]), np.array("a"), {"a"}, {"a": 1}, iter(["a"]), (n for n in "ab"), 1, None, True, 0.5,
+    np.array(["a", 0.5], dtype=object), np.array([b"a"]), np.array("a"),
+    {"a"}, {"a": 1}, iter(["a"]), (n for n in "ab"), 1, None, True, 0.5,
     b"a", [{}], [([],)], torch.tensor([1], device="meta"), torch.tensor([[1]]).to_sparse(),
     [[0, 1], [0]], [[0], 0], [[0], ["a", "b"]],
 ]  # fmt: skip

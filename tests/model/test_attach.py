@@ -9,6 +9,8 @@ from torch import nn
 from tests.cases import error
 from tests.models import TARGETS, tiny_decoder
 from tinylora_kernels import (
+    AdapterBank,
+    SFTTrainer,
     TinyLoRAConfig,
     adapted_layers,
     apply_tiny_lora,
@@ -18,6 +20,7 @@ from tinylora_kernels import (
     trainable_vectors,
     unmerge,
 )
+from tinylora_kernels.distributed import replicate_adapter
 from tinylora_kernels.ops.reference import contract
 
 
@@ -242,3 +245,23 @@ def test_a_list_that_holds_itself_is_no_trap():
     model.held.append(model.held)
     apply_tiny_lora(model, TinyLoRAConfig(cache=False), progress=False)
     assert model.held[0] is model[0]
+
+
+TAKES = {
+    "count_trainable_params": count_trainable_params,
+    "AdapterBank": lambda model: AdapterBank(model, 1),
+    "model": lambda model: SFTTrainer(model),
+    "replicate_adapter": replicate_adapter,
+}
+
+
+@pytest.mark.parametrize("who", TAKES)
+@pytest.mark.parametrize("taken", ["the tail", "a block", "a copy of a block"])
+def test_a_vector_that_left_the_model_with_its_layer_is_missed(who, taken):
+    """It was in no parameters() and in no state dict: what was learned was lost without a word."""
+    model = apply_tiny_lora(tiny_decoder(), config(n_tie=14))
+    TAKES["count_trainable_params"](model)
+    model.layers = model.layers[1:]
+    part = {"the tail": model, "a block": model.layers[0], "a copy of a block": copy.deepcopy(model.layers[0])}[taken]
+    with pytest.raises(ValueError, match=rf"^{who}: the vector v of .* is held by layers.0.q_proj, which is not in th"):
+        TAKES[who](part)

@@ -26,7 +26,7 @@ from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
 from ..method.config import V_DTYPES, check_choice, check_seed
-from ..model.adapted import CLOSE_IT, adapted_layers, expect_one_adapter, expect_unmerged
+from ..model.adapted import CLOSE_IT, adapted_layers, expect_all_vectors, expect_one_adapter, expect_unmerged
 from .ids import BARE, check_name, ids_of
 from .rows import Layouts, watch
 from .seeds import OwnProjections
@@ -87,6 +87,7 @@ class AdapterBank:
         if any(layer.bank is not None for layer in layers.values()):
             raise ValueError(f"model: expected no adapter bank, found one; {CLOSE_IT}")
         expect_unmerged(layers, "AdapterBank")
+        expect_all_vectors(layers, "AdapterBank")
         expect_one_adapter(layers, "AdapterBank")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity: expected an integer >= 1, found {capacity!r}")
@@ -123,7 +124,7 @@ class AdapterBank:
                 self.add(name)
 
     def __reduce__(self):
-        raise TypeError("AdapterBank: it serves the layers of one model in one process; copy its adapters by save and load")
+        raise TypeError("AdapterBank: it serves the layers of one model in one process; copy adapters by save and load")
 
     def close(self) -> None:
         """Detach the bank: the model is as it was before, and ``use`` is an error."""

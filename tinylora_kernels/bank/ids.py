@@ -89,7 +89,9 @@ def _is_name(value: object) -> bool:
         hash(value)
     except TypeError:
         return False
-    return isinstance(value, str) or not (isinstance(value, (numbers.Number, Tensor)) or _is_array(value))  # NumPy's str
+    if isinstance(value, str):  # NumPy's is an array too
+        return True
+    return not (isinstance(value, (numbers.Number, Tensor)) or _is_array(value))
 
 
 def _is_array(value: object) -> bool:

@@ -57,6 +57,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: 
     """
     write_atomically(path, encode(describe_model(model, include_basis)))
     warn_of_what_is_left_out(model, os.fspath(path))
+    averaged = [name for name, layer in adapted_layers(model).items() if layer.has_another_rounding()]
+    if averaged:
+        warnings.warn(
+            f"{os.fspath(path)}: the frozen weights of {listed(averaged, 3)} are not those adapted to but other "
+            "roundings of them, as an average of models leaves them, and the file loads beside such weights alone; copy "
+            "the averaged vectors into the model that was trained, and save that",
+            stacklevel=2,
+        )
 
 
 @modes.outside_inference_mode

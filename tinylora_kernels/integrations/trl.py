@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..base.names import inside
 from ..layers.layer import TinyLoRALayer
-from ..model.adapted import adapted_layers
+from ..model.adapted import adapted_layers, expect_all_vectors
 from ..model.targets import output_head
 from .peft_model import AdaptedModel
 from .vllm.rollouts import use_native_rollouts
@@ -43,6 +43,7 @@ def as_peft_model(model: PreTrainedModel) -> PeftModel:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no adapter; call apply_tiny_lora(model, config) first")
+    expect_all_vectors(layers, "model")
     head = output_head(model)
     if isinstance(head, TinyLoRALayer):
         raise ValueError(

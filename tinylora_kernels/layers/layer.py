@@ -342,6 +342,16 @@ class TinyLoRALayer(nn.Module):
         own = weight if saved is None else as_stored(self.base, saved)
         return type(own) in PLAIN and own.is_floating_point() and known.is_exactly(own.contiguous())
 
+    def has_another_rounding(self) -> bool:
+        """Whether the weight is the one that U and sigma are of to some roundings of the same dtype, and not bit for
+        bit: an average of equal weights.
+        """
+        weight, known = weight_of(self.base), self._factors_of
+        if known is None or self.saved_weight is not None or type(weight) not in PLAIN:
+            return False
+        there = weight.contiguous()
+        return there.dtype is known.dtype and not known.knows(there) and known.is_nearly(there)
+
     def _holds_its_weight(self) -> bool:
         """Whether the weight, whatever its dtype now, is the one that U and sigma are of, or of a merged layer the
         merged one; if nobody can tell, yes.

@@ -37,6 +37,19 @@ def expect_one_adapter(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
             )
 
 
+def expect_all_vectors(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
+    """Raises ValueError where a tie group's vector is on a layer that is not in the model: blocks that were taken out, or
+    are used alone. It would be in no parameters() and in no state dict.
+    """
+    there = set(layers.values())
+    for name, layer in layers.items():
+        if layer.owner not in there:
+            raise ValueError(
+                f"{who}: the vector v of {name} is held by {layer.owner.name}, which is not in this model; take blocks "
+                "out of the bare model and adapt it then"
+            )
+
+
 def is_merged(layer: TinyLoRALayer) -> bool:
     """Whether the layer's update sits in its base weight."""
     return layer.saved_weight is not None
@@ -64,14 +77,19 @@ def count_trainable_params(model: nn.Module) -> dict[str, int]:
     Returns:
         trainable: numbers that require a gradient; total: all parameters; trainable_bytes_bf16, trainable_bytes_fp32:
         their size in bytes at 2 and 4 bytes a number; modules: adapted layers; groups: vectors v.
+
+    Raises:
+        ValueError: a vector is held by a layer that is not in the model.
     """
+    layers = adapted_layers(model)
+    expect_all_vectors(layers, "count_trainable_params")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "trainable": trainable,
         "total": sum(p.numel() for p in model.parameters()),
         "trainable_bytes_bf16": 2 * trainable,
         "trainable_bytes_fp32": 4 * trainable,
-        "modules": len(adapted_layers(model)),
+        "modules": len(layers),
         "groups": len(trainable_vectors(model)),
     }
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..common.finite import finite_number, positive_number, whole_number
 from ..common.interrupts import undone_by
 from ..common.words import listed, one_line
+from ..model.adapted import adapted_layers, expect_all_vectors
 
 # What torch's schedulers add to an optimizer's groups, there or not as one was made.
 OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
@@ -60,6 +61,7 @@ class VectorTrainer:
         optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ):
         self.model = model
+        expect_all_vectors(adapted_layers(model), "model")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model: no parameter requires grad; call apply_tiny_lora(model, config) first")
