@@ -1,4 +1,6 @@
 """Quantised bases: the update on their output, beside the same adapter on the dequantised weights."""
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel
@@ -22,6 +24,7 @@ from tinylora_kernels import (
 from tinylora_kernels.base.kinds import matrix_shape, weight_matrix
 from tinylora_kernels.base.quantised import dequantised_weight
 from tinylora_kernels.factors import modules as fused
+from tinylora_kernels.layers import layer as layer_module
 
 TOKENS = torch.arange(40).view(4, 10) % 17
 
@@ -172,3 +175,37 @@ def test_a_large_bias_in_bfloat16_is_not_in_the_gradient(name):
     layer.v.grad = None
     layer(x.clone().requires_grad_()).backward(g)
     assert error(layer.v.grad, dv) < 0.01
+
+
+class Detached(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x.detach(), self.weight, self.bias)
+
+
+def dynamic_int8(bias: bool) -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    layer = nn.Sequential(nn.Linear(64, 64, bias=bias))
+    torchao.quantize_(layer, torchao.Int8DynamicActivationInt8WeightConfig())
+    return layer[0]
+
+
+@pytest.mark.parametrize("last", [
+    lambda: dynamic_int8(True), lambda: dynamic_int8(False), lambda: Detached(64, 64).requires_grad_(False),
+], ids=["int8, bias", "int8", "detached"])  # fmt: skip
+def test_a_base_without_a_gradient_is_named_once_where_something_before_it_trains(last, monkeypatch):
+    monkeypatch.setattr(layer_module, "_without_gradient", set())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), last())
+    apply_tiny_lora(model, TinyLoRAConfig(cache=False), progress=False)
+    x = torch.randn(4, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[1](x)  # nothing before it
+        with torch.no_grad():
+            model(x)
+    with pytest.warns(UserWarning, match=r"^1: its base \(.* of .*\) gives its input no gradient: vectors"):
+        model(x).sum().backward()
+    assert model[1].v.grad is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)

@@ -61,8 +61,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], include_basis: 
     if averaged:
         warnings.warn(
             f"{os.fspath(path)}: the frozen weights of {listed(averaged, 3)} are not those adapted to but other "
-            "roundings of them, as an average of models leaves them, and the file loads beside such weights alone; copy "
-            "the averaged vectors into the model that was trained, and save that",
+            "roundings of them, as an average of models leaves them, and the file loads beside such weights alone; "
+            "copy the averaged vectors into the model that was trained, and save that",
             stacklevel=2,
         )
 

@@ -230,9 +230,11 @@ class TinyLoRALayer(nn.Module):
             return sharded_forward(base, self.name, factors, self._update_with_bias, self.backend, args, kwargs)
         if bias is not None and type(weight) not in PLAIN and (bare := self._without_bias(base)) is not None:
             y = bare(*args, **kwargs)
+            self._expect_gradient_of(y, *args)
             return update(y, basis, v, projection, None, adapter_ids, bias=bias.to(y.dtype))
         y = base(*args, **kwargs)
         self._expect_output(y, basis)
+        self._expect_gradient_of(y, *args)
         inplace = fresh and type(weight) in PLAIN
         return self._update_with_bias(y, basis, v, projection, adapter_ids, bias_of(base), inplace)
 
@@ -249,6 +251,13 @@ class TinyLoRALayer(nn.Module):
                 f"{self.name}: expected an output of {basis.shape[1]} features of {self._base_type.__name__}, as its "
                 f"weight has, found {found}; leave it out by exclude_modules"
             )
+
+    def _expect_gradient_of(self, y: Tensor, *inputs: object) -> None:
+        """What comes before a base whose product has no gradient (torchao's dynamic int8) learns nothing."""
+        if torch.compiler.is_compiling() or y.requires_grad or not torch.is_grad_enabled():
+            return
+        if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            _warn_of_a_lost_gradient(self.name, f"{self._base_type.__name__} of {type(weight_of(self.base)).__name__}")
 
     def _update_with_bias(
         self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, bias: Tensor | None,
@@ -583,6 +592,19 @@ def _difference(ours: dict, theirs: dict) -> str | None:
         elif theirs.get(name) != value:
             return f"{name} is {theirs.get(name)} there and {value} in this model"
     return None
+
+
+_without_gradient: set[str] = set()  # what was named already
+
+
+def _warn_of_a_lost_gradient(name: str, what: str) -> None:
+    if what not in _without_gradient:
+        _without_gradient.add(what)
+        warnings.warn(
+            f"{name}: its base ({what}) gives its input no gradient: vectors of layers before it learn nothing; train "
+            "on a base that does, and quantise then",
+            stacklevel=4,
+        )
 
 
 def _is_near(found: list[float], expected: list[float], tolerance: float) -> bool:
