@@ -366,6 +366,50 @@ def test_another_wording_of_the_same_config_is_not(saved):
     assert torch.equal(load(other, path)(TOKENS), model(TOKENS))
 
 
+NAMES = {  # modules, those of no rank, and the config's choice: "fc" is the end of "block.fc", "0" that of "2.0"
+    "excluded": (("block.fc", "fc", "out"), (), dict(target_modules=["fc", "out"], exclude_modules=["block.fc"])),
+    "an expression": (("block.fc", "fc", "out"), (), dict(target_modules="fc|out")),
+    "by layers": (("fc", "layers.0.fc", "layers.1.fc"), (), dict(target_modules=["fc"], layers_to_transform=1)),
+    "the outer one alone": (("fc", "fc2.fc"), (), dict(target_modules=["fc"], exclude_modules=["fc2.fc"])),
+    "by default, one without rank": (("0", "1", "2.0"), ("2.0",), dict(target_modules=None)),
+    "by rule": (("block.fc", "fc"), (), dict(target_modules=["fc"])),
+}
+
+
+def named(*names, without_rank=()):
+    """Linear layers under these names, called in their order."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            for name in names:
+                x = torch.tanh(self.get_submodule(name)(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    for name in names:
+        *above, own = name.split(".")
+        parent = model
+        for part in above:
+            parent._modules.setdefault(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(own, nn.Linear(12, 12))
+        if name in without_rank:
+            nn.init.zeros_(parent._modules[own].weight)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:target_modules")
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_name_that_is_the_end_of_another_ones(kind, tmp_path):
+    names, without_rank, choice = NAMES[kind]
+    model, x = adapt(named(*names, without_rank=without_rank), **choice), torch.randn(5, 12)
+    save_adapter(model, tmp_path / "a.safetensors")
+    loaded = load(named(*names, without_rank=without_rank), tmp_path / "a.safetensors")
+    assert list(adapted_layers(loaded)) == list(adapted_layers(model))
+    assert torch.equal(loaded(x), model(x))
+
+
 # Files that are damaged
 
 

@@ -199,6 +199,42 @@ def test_target_modules_are_full_names_where_a_suffix_would_select_more():
     assert shortest_targets(model) == ["layers.0.q_proj", "layers.0.up_proj", "layers.1.up_proj"]
 
 
+class Nested(nn.Module):
+    """A module whose name is the end of another one's, which is a container or a linear layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.ModuleDict({"fc": inner(nn.Linear(12, 12))})
+        self.fc, self.out = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(torch.tanh(self.block["fc"](x)))))
+
+
+def to_peft(model, directory):
+    pytest.importorskip("peft")
+    from tinylora_kernels.integrations.peft import to_peft
+
+    to_peft(model, directory)
+
+
+WRITERS = pytest.mark.parametrize("write", [export_lora, to_peft])
+
+
+@WRITERS
+@pytest.mark.parametrize("inner", [nn.Sequential, nn.Identity], ids=["a container", "a layer"])
+def test_a_name_that_is_the_end_of_another_ones(write, inner, tmp_path):
+    inner = {nn.Identity: lambda layer: layer}.get(inner, inner)
+    model, x = adapt(Nested(inner), targets="fc|out", size=1.0), torch.randn(5, 12)
+    assert list(adapted_layers(model)) == ["fc", "out"]
+    write(model, tmp_path / "lora")
+    with torch.no_grad():
+        loaded = load_in_peft(Nested(inner), str(tmp_path / "lora"))
+        assert (model(x) - Nested(inner)(x)).abs().max() > 0.1
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_errors_write_nothing(tmp_path):
     target = tmp_path / "lora"
     with pytest.raises(ValueError, match="^model: it has no adapter to export"):

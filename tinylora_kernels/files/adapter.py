@@ -155,7 +155,10 @@ def _load_into_bare(
     config = dataclasses.replace(adapter.config, backend=backend, cache=cache)
     names = [module.name for module in adapter.modules]
     try:
-        found, _ = selected_names(model, config)
+        # A list of all its modules is one of full names: by_names wrote it, where suffixes could select others.
+        targets = config.target_modules
+        whole = targets is not None and not isinstance(targets, str) and set(targets) == set(names)
+        found, _ = selected_names(model, config, whole)
         _check_names(found, names)
         groups = assign_groups(names, config.n_tie, config.tying)
     except AdapterError:

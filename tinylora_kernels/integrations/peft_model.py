@@ -43,7 +43,7 @@ class AdaptedConfig(PeftConfig):
     Without a peft_type: what would collect PEFT's own tensors here, and find none, gets an error instead.
     """
 
-    target_modules: list[str] | None = None
+    target_modules: list[str] | str | None = None
 
 
 class AdaptedTuner(nn.Module):
