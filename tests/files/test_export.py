@@ -1,4 +1,5 @@
 """Exported LoRA directories load in PEFT and give the adapted model's outputs."""
+import copy
 import json
 import os
 import warnings
@@ -233,6 +234,157 @@ def test_a_name_that_is_the_end_of_another_ones(write, inner, tmp_path):
         loaded = load_in_peft(Nested(inner), str(tmp_path / "lora"))
         assert (model(x) - Nested(inner)(x)).abs().max() > 0.1
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Tripling(nn.Linear):
+    """Its update is one of the weight, and three times what factors add beside it."""
+
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class Reshaping(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class PaddedAsNeeded(nn.Conv2d):
+    """timm's Conv2dSame: padded in its forward, which PEFT's lora_A, of the same class, is too."""
+
+    def forward(self, x):
+        sizes = zip(x.shape[-2:], self.stride, self.kernel_size, strict=True)
+        rows, columns = (max(((n - 1) // s) * s + k - n, 0) for n, s, k in sizes)
+        return super().forward(nn.functional.pad(x, (0, columns, rows // 2, rows - rows // 2)))
+
+
+class Gained(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class MadeOtherwise(nn.Conv1d):
+    def __init__(self, width):
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ScaledRows(nn.Embedding):
+    embed_scale = 7.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+class ScaledInSecret(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 7.0
+
+
+class Positions(nn.Embedding):
+    """As BART's embed_positions: the rows follow from the input's shape."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1]) + 2).expand(*ids.shape, -1)
+
+
+class MaskedPositions(nn.Embedding):
+    """As OPT's: of other inputs than ids."""
+
+    def forward(self, mask, before):
+        return super().forward((mask.cumsum(1) * mask).long() + before)
+
+
+IMAGE, SIGNAL, IDS = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9), torch.arange(10).view(2, 5) % 9
+# name -> (the frozen layer, its input, why PEFT's layer in its place is no update of it)
+BESIDE = {
+    "linear": (lambda: nn.Linear(4, 6), torch.randn(3, 4), None),
+    "linear, a forward of its own": (lambda: Reshaping(4, 6), torch.randn(3, 2, 4), None),
+    "linear, three times": (lambda: Tripling(4, 6), torch.randn(3, 4), "the forward of Tripling is not that of nn.Lin"),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), IMAGE, None),
+    "convolution, padding": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same"), IMAGE, None),
+    "convolution, padded in its forward": (lambda: PaddedAsNeeded(4, 6, 3, stride=2), IMAGE, None),
+    "convolution, three times": (lambda: Gained(4, 6, 3), IMAGE, "the forward of Gained is not that of nn.Conv2d"),
+    "convolution, made otherwise": (lambda: MadeOtherwise(4), SIGNAL, "the forward of MadeOtherwise is not that"),
+    "convolution, circular": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), IMAGE, "without padding_mode='circular'"
+    ),
+    "convolution, reflect": (
+        lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"), SIGNAL, "without padding_mode='reflect'"
+    ),
+    "convolution, dilated": (lambda: nn.Conv1d(4, 6, 3, dilation=2), SIGNAL, r"without dilation=\(2,\)"),
+    "convolution, both": (
+        lambda: nn.Conv2d(4, 6, 3, dilation=(1, 2), padding="same", padding_mode="replicate"), IMAGE,
+        r"without dilation=\(1, 2\) and padding_mode='replicate'",
+    ),
+    "embedding": (lambda: nn.Embedding(9, 6, padding_idx=1), IDS, None),
+    "embedding, scaled": (lambda: ScaledRows(9, 6), IDS, None),
+    "embedding, scaled in secret": (lambda: ScaledInSecret(9, 6), IDS, "the forward of ScaledInSecret is not that"),
+    "embedding, positions": (lambda: Positions(9, 6), IDS, "the forward of Positions is not that of nn.Embedding"),
+    "embedding, a mask": (lambda: MaskedPositions(9, 6), None, "the forward of MaskedPositions .* called with other inputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_beside_a_layer_peft_computes_its_update_or_the_export_is_refused(kind, tmp_path):
+    make, x, reason = BESIDE[kind]
+
+    def bare():
+        torch.manual_seed(0)
+        return nn.Sequential(make())
+
+    model = adapt(bare(), targets=["0"], size=1.0)
+    before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"^0: .*{reason}.*; write merged weights with merged_weights") as error:
+            export_lora(model, tmp_path / "lora")
+        assert "\n" not in str(error.value) and not os.listdir(tmp_path)
+    else:
+        export_lora(model, tmp_path / "lora")
+        with torch.no_grad():
+            assert (model(x) - bare()(x)).abs().max() > 0.05
+            loaded = load_in_peft(bare(), str(tmp_path / "lora"))
+            torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+    if reason is not None:  # what was tried left no trace
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+class Two(nn.Module):
+    """One linear layer in two places: under two parents, twice under one, or in a block that is itself in two."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        a = nn.ModuleDict({"fc": nn.Linear(12, 12), "other": nn.Linear(12, 12)})
+        if how == "one parent":
+            a["other"] = a["fc"]
+        b = a if how == "a block" else nn.ModuleDict({"fc": a["fc"] if how == "two parents" else nn.Linear(12, 12)})
+        self.a, self.b = a, b
+
+    def forward(self, x):
+        for layer in (self.a["fc"], self.a["other"], self.b["fc"]):
+            x = torch.tanh(layer(x))
+        return x
+
+
+@WRITERS
+@pytest.mark.parametrize("how, places", [
+    ("two parents", "a.fc and b.fc"), ("one parent", "a.fc and a.other"), ("a block", None), ("apart", None),
+])  # fmt: skip
+def test_one_layer_in_two_places(write, how, places, tmp_path):
+    model, x = adapt(Two(how), targets=["fc"], size=1.0), torch.randn(5, 12)
+    if places:
+        with pytest.raises(ValueError, match=f"^{places} are one layer, of which PEFT would adapt a.fc alone; write"):
+            write(model, tmp_path / "lora")
+        assert not os.listdir(tmp_path)
+        return
+    write(model, tmp_path / "lora")
+    with torch.no_grad():
+        assert (model(x) - Two(how)(x)).abs().max() > 0.05
+        loaded = load_in_peft(Two(how), str(tmp_path / "lora"))
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_errors_write_nothing(tmp_path):

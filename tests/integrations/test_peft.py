@@ -420,6 +420,28 @@ def test_weights_loaded_under_an_accelerated_adapter_are_noticed():
 # Conversion
 
 
+class Tripling(nn.Linear):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a, b: setattr(b, "fc", a.fc), "a.fc and b.fc are one layer, of which PEFT would adapt a.fc alone; load it"),
+    (lambda a, b: setattr(b.fc, "__class__", Tripling), "b.fc: the forward of Tripling is not that of nn.Linear, and"),
+])  # fmt: skip
+def test_a_base_whose_layers_peft_adapts_otherwise_is_refused(change, message, tmp_path):
+    def bare():
+        torch.manual_seed(0)
+        a, b = (nn.Sequential() for _ in range(2))
+        a.fc, b.fc = nn.Linear(12, 12), nn.Linear(12, 12)
+        change(a, b)
+        return nn.ModuleDict({"a": a, "b": b})
+
+    peft.get_peft_model(bare(), config(target_modules=["fc"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        from_peft(tmp_path, bare())
+
+
 @pytest.mark.parametrize("weight_tying", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("save_projection", [True, False])
 def test_adapters_come_from_peft_and_go_back(tmp_path, weight_tying, save_projection):

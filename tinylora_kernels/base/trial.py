@@ -7,7 +7,9 @@ matrix than the one multiplied, nothing fails, and a merged model is not the ada
 """
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +33,33 @@ def why_not_linear(module: nn.Module) -> str | None:
         return None
     if all(getattr(cls, name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward")):
         return None
-    devices = [] if weight.device.type == "cpu" else [weight.device]
-    ambient = torch.random.fork_rng(devices, device_type=weight.device.type), modes.out_of_sight(), torch.no_grad()
-    with ambient[0], ambient[1], ambient[2], torch.autocast(weight.device.type, enabled=False):
+    with aside(weight):
         try:
             deviation = _deviation(module, weight)
         except Exception:  # it wants other inputs, or cannot be copied
             return None
     if deviation is None:
         return f"{cls.__name__} returns no tensor of {len(weight)} features; leave it out by exclude_modules"
-    if not deviation > max(_ROUNDINGS * torch.finfo(weight.dtype).eps, _LEAST):
+    if not deviation > tolerance(weight):
         return None
     return (
         f"the forward of {cls.__name__} is not its weight times x and its bias: with an updated weight it is "
         f"{deviation:.1g} off the updated output; leave it out by exclude_modules"
     )
+
+
+@contextlib.contextmanager
+def aside(weight: Tensor) -> Iterator[None]:
+    """What is tried inside draws from no generator of the caller's, and no mode or autocast of theirs changes it."""
+    devices = [] if weight.device.type == "cpu" else [weight.device]
+    ambient = torch.random.fork_rng(devices, device_type=weight.device.type), modes.out_of_sight(), torch.no_grad()
+    with ambient[0], ambient[1], ambient[2], torch.autocast(weight.device.type, enabled=False):
+        yield
+
+
+def tolerance(weight: Tensor) -> float:
+    """How far two outputs that should be one may be apart, by norm."""
+    return max(_ROUNDINGS * torch.finfo(weight.dtype).eps, _LEAST)
 
 
 def _deviation(module: nn.Module, weight: Tensor) -> float | None:
@@ -56,14 +70,14 @@ def _deviation(module: nn.Module, weight: Tensor) -> float | None:
         return torch.randn(shape, generator=generator, device="cpu").to(weight)
 
     out, channels = len(weight), isinstance(module, _ConvNd)
-    x = random(1, *_input_shape(module))
+    x = random(1, *input_shape(module))
     bias = None if bias_of(module) is None else random(out)
     g, h = random(out), random(out) / out**0.5
     matrix = weight.detach().flatten(1)  # [out, in]
     updated = torch.addr(matrix, g, h @ matrix).view(weight.shape)
     outputs = []
     for other in (weight.detach(), updated):
-        y = type(module).forward(_copy(module, other, bias), x)
+        y = type(module).forward(copy_with(module, other, bias), x)
         if not isinstance(y, Tensor) or y.dim() != x.dim() or y.shape[1 if channels else -1] != out:
             return None
         y = (y.movedim(1, -1) if channels else y).double()
@@ -73,7 +87,7 @@ def _deviation(module: nn.Module, weight: Tensor) -> float | None:
     return float((after - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
-def _input_shape(module: nn.Module) -> tuple[int, ...]:
+def input_shape(module: nn.Module) -> tuple[int, ...]:
     """Of one small sample: two rows, or a little more than what a kernel sees."""
     if not isinstance(module, _ConvNd):
         return 2, weight_of(module).shape[1]
@@ -81,8 +95,10 @@ def _input_shape(module: nn.Module) -> tuple[int, ...]:
     return module.in_channels, *(2 * ((kernel - 1) * apart + 1) + step for kernel, apart, step in sizes)
 
 
-def _copy(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The module in evaluation with another weight and bias, without its hooks and with buffers of its own."""
+def copy_with(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The module in evaluation with another weight, and bias where one is given, without its hooks and with buffers of
+    its own.
+    """
     memo: dict[int, object] = {id(module._parameters["weight"]): nn.Parameter(weight, requires_grad=False)}
     if bias is not None:
         memo[id(bias_of(module))] = nn.Parameter(bias, requires_grad=False)

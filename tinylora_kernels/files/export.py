@@ -31,6 +31,7 @@ from ..model.adapted import adapted_layers
 from ..model.merging import delta_factors
 from ..model.targets import shortest_targets
 from .adapter import load_adapter, warn_of_what_is_left_out
+from .beside import MERGED_INSTEAD, expect_beside
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Names that PEFT (0.21, with transformers 5) takes for the experts of a stack, in models that have such stacks
@@ -49,8 +50,9 @@ def export_lora(
         dtype: of the exported factors: torch.float32, bfloat16 or float16.
 
     Raises:
-        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, adapted experts, or a
-            directory with other files in it.  Nothing has been written then.
+        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, adapted experts, a layer
+            beside which PEFT would compute another update (docs/layers.md), or a directory with other files in it.
+            Nothing has been written then.
         RuntimeError: a weight that is not the one adapted to.  Nothing has been written then.
         OSError: the directory cannot be written.
     """
@@ -65,9 +67,9 @@ def export_lora(
     expert = next((name for name, layer in layers.items() if isinstance(layer.base, ExpertSlice)), None)
     if expert is not None:
         raise ValueError(
-            f"{expert}: LoRA directories have no agreed form for the experts of a stack; write merged weights with "
-            "merged_weights(model) or integrations.transformers.save_pretrained(model, directory, merged=True)"
+            f"{expert}: LoRA directories have no agreed form for the experts of a stack; {MERGED_INSTEAD}"
         )
+    expect_beside(model, layers)
     misread = sorted({name.rpartition(".")[2] for name in layers} & READ_AS_EXPERTS)
     if misread and any(map(is_experts, model.modules())):
         warnings.warn(

@@ -28,6 +28,7 @@ from ..common.atomic import write_atomically, write_directory
 from ..common.finite import as_finite
 from ..factors.svd import Factors, basis_sketch
 from ..files.adapter import warn_of_what_is_left_out
+from ..files.beside import expect_beside
 from ..layers.layer import TinyLoRALayer, kept_unless_done
 from ..model.adapted import adapted_layers, expect_unmerged
 from ..model.attach import attach
@@ -97,6 +98,7 @@ def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: s
     directory = Path(directory)
     config, tensors = _read(directory)
     names = _module_names(model, tensors, directory)
+    expect_beside(model, {name: submodule(model, name) for name in names}, "load it with PEFT and call accelerate_peft")
     groups = _groups(len(names), config["weight_tying"])
     factors, projections = {}, []
     for index, name in enumerate(names):
@@ -128,8 +130,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     each module gets a copy of its v: the function is the same, training it further in PEFT unties the copies (warned).
 
     Raises:
-        ValueError: no adapter, a merged model, layers of different u or rank, or numbers that are not finite. Nothing
-            was written.
+        ValueError: no adapter, a merged model, layers of different u or rank, one beside which PEFT would compute
+            another update (docs/layers.md), or numbers that are not finite. Nothing was written.
         RuntimeError: a weight that is not the one adapted to. Nor then.
     """
     from peft import TinyLoraConfig
@@ -144,6 +146,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"{name}: PEFT's TinyLoRA has linear layers of one rank, found {found}; use save_adapter or export_lora"
             )
+    expect_beside(model, layers)
     weight_tying, groups = _tied(layers)
     if weight_tying is None:
         warnings.warn(
