@@ -322,7 +322,7 @@ BESIDE = {
     "embedding, scaled": (lambda: ScaledRows(9, 6), IDS, None),
     "embedding, scaled in secret": (lambda: ScaledInSecret(9, 6), IDS, "the forward of ScaledInSecret is not that"),
     "embedding, positions": (lambda: Positions(9, 6), IDS, "the forward of Positions is not that of nn.Embedding"),
-    "embedding, a mask": (lambda: MaskedPositions(9, 6), None, "the forward of MaskedPositions .* called with other inputs"),
+    "embedding, a mask": (lambda: MaskedPositions(9, 6), None, "MaskedPositions .* called with other inputs"),
 }  # fmt: skip
 
 
