@@ -24,7 +24,7 @@ from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, is_experts
 from ..base.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from ..base.names import inside
-from ..common.atomic import write_directory
+from ..common.atomic import others_in, write_directory
 from ..common.words import dtype_name
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
@@ -45,7 +45,8 @@ def export_lora(
     """Write the update of an adapted model, merged or not, as a LoRA adapter directory.
 
     Args:
-        directory: created whole (written beside, then renamed), or replaced whole if it holds an earlier export.
+        directory: created whole (written beside, then renamed), or replaced whole if it holds an earlier export; where
+            it has to stay (the working directory, a mount point) its two files are replaced one after the other.
         rank: of the exported factors, at least the adapter's r; zero-padded.  vLLM's kernels start at 8.
         dtype: of the exported factors: torch.float32, bfloat16 or float16.
 
@@ -176,6 +177,5 @@ def _refuse_foreign_directory(target: str) -> None:
         return
     if not os.path.isdir(target):
         raise ValueError(f"directory: {target} is a file")
-    others = sorted(set(os.listdir(target)) - set(FILES))
-    if others:
+    if others := others_in(target, FILES):
         raise ValueError(f"directory: {target} holds other files ({', '.join(others[:3])}); choose a new one")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..base.kinds import is_linear_like, kind_of, matrix_shape, weight_matrix
 from ..base.names import inside, named_modules, submodule
-from ..common.atomic import write_atomically, write_directory
+from ..common.atomic import write_directory
 from ..common.finite import as_finite
 from ..common.words import one_line
 from ..factors.svd import Factors, basis_sketch
@@ -133,7 +133,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Args:
         model: adapted by apply_tiny_lora, apply_lora_xs or from_peft, and not merged.
         directory: made if it is not there. One that holds nothing but an earlier adapter is exchanged for the new one
-            in one step; in another the two files are replaced one after the other, each whole.
+            in one step; in another, and in one that has to stay (the working directory, a mount point), the two files
+            are replaced one after the other, each whole.
 
     P is always written: PEFT's generator cannot draw ours. Where no value of weight_tying gives this model's groups,
     each module gets a copy of its v: the function is the same, training it further in PEFT unties the copies (warned).
@@ -188,13 +189,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # PEFT writes its config into directories alone
         config.save_pretrained(scratch)
         files = {CONFIG: Path(scratch, CONFIG).read_bytes(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
-    target = os.path.realpath(directory)
-    if os.path.isdir(target) and not set(os.listdir(target)) <= set(files):
-        for name, data in files.items():
-            write_atomically(os.path.join(target, name), data)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        write_directory(target, files)
+    write_directory(os.path.realpath(directory), files)
     warn_of_what_is_left_out(model, os.fspath(directory))
 
 
