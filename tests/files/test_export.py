@@ -450,6 +450,39 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("rank", [8.0, "8", True, None, 0, -1])
+def test_a_rank_that_is_no_count_is_refused(rank, tmp_path):
+    with pytest.raises(ValueError, match="^rank: expected an integer >= 1, found "):
+        export_lora(adapt(tiny_decoder()), tmp_path / "lora", rank=rank)
+
+
+def test_the_command_line_refuses_in_one_line_and_loads_no_base_for_it(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    adapter, base, lora = tmp_path / "adapter.safetensors", tmp_path / "base", tmp_path / "lora"
+    llama().save_pretrained(base)
+    save_adapter(adapt(llama()), adapter)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("")
+
+    def refused(*arguments):
+        assert main([*map(str, arguments)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and not lora.exists()
+        return err.splitlines()[-1]  # above it the bars of transformers
+
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    assert f"{base}: transformers cannot load this base: " in refused(adapter, lora, "--model", base)
+    assert "no such base: transformers cannot load" in refused(adapter, lora, "--model", tmp_path / "no such base")
+
+    loads = []
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loads.append(1))
+    assert "No such file" in refused(tmp_path / "missing", lora, "--model", base)
+    assert "not a safetensors file" in refused(tmp_path / "full" / "precious", lora, "--model", base)
+    assert "holds other files (precious)" in refused(adapter, tmp_path / "full", "--model", base)
+    assert "rank 2, found 1" in refused(adapter, lora, "--model", base, "--rank", 1)
+    assert not loads
+
+
 def test_projections_beside_a_stack_of_experts_are_exported_with_a_warning(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=24,

@@ -25,13 +25,15 @@ from ..base.experts import ExpertSlice, is_experts
 from ..base.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from ..base.names import inside
 from ..common.atomic import others_in, write_directory
-from ..common.words import dtype_name
+from ..common.finite import whole_number
+from ..common.words import dtype_name, one_line
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
 from ..model.merging import delta_factors
 from ..model.targets import shortest_targets
 from .adapter import load_adapter, warn_of_what_is_left_out
 from .beside import MERGED_INSTEAD, expect_beside
+from .format import read
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Names that PEFT (0.21, with transformers 5) takes for the experts of a stack, in models that have such stacks
@@ -63,8 +65,7 @@ def export_lora(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
     needed = max(layer.basis.shape[0] for layer in layers.values())
-    if rank < needed:
-        raise ValueError(f"rank: expected at least the adapter's rank {needed}, found {rank}")
+    rank = _checked_rank(rank, needed)
     expert = next((name for name, layer in layers.items() if isinstance(layer.base, ExpertSlice)), None)
     if expert is not None:
         raise ValueError(
@@ -139,10 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("export: loading the base model needs transformers; pip install transformers", file=sys.stderr)
         return 1
     try:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        # before a base of many gigabytes is loaded
+        _checked_rank(arguments.rank, read(arguments.adapter).config.rank)
+        _refuse_foreign_directory(os.path.realpath(arguments.directory))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        except Exception as error:  # of transformers, safetensors, torch, or of the model's own code
+            raise ValueError(f"{arguments.model}: transformers cannot load this base: {one_line(error)}") from None
         load_adapter(model, arguments.adapter)
         export_lora(model, arguments.directory, arguments.rank, DTYPES[arguments.dtype])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{arguments.directory}: rank {arguments.rank}, {len(adapted_layers(model))} modules, {arguments.dtype}")
@@ -170,6 +177,13 @@ def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) 
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _checked_rank(rank: int, needed: int) -> int:
+    number = whole_number("rank", rank)
+    if number < needed:
+        raise ValueError(f"rank: expected at least the adapter's rank {needed}, found {rank}")
+    return number
 
 
 def _refuse_foreign_directory(target: str) -> None:
