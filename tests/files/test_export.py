@@ -483,6 +483,35 @@ def test_the_command_line_refuses_in_one_line_and_loads_no_base_for_it(tmp_path,
     assert not loads
 
 
+def encoder_decoder(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "t5":
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        )
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                  encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64, d_model=16)  # fmt: skip
+    if kind == "bart":
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(**layers))
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**layers, **tokens, num_mel_bins=8))
+
+
+@pytest.mark.parametrize("make, targets, task", [
+    (llama, ["q_proj"], "CAUSAL_LM"), (gpt2, ["c_attn"], "CAUSAL_LM"), (tiny_decoder, ["q_proj"], None),
+    (lambda: llama().model, ["q_proj"], None), (lambda: encoder_decoder("t5"), ["q"], "SEQ_2_SEQ_LM"),
+    (lambda: encoder_decoder("bart"), ["q_proj"], "SEQ_2_SEQ_LM"),
+    (lambda: encoder_decoder("whisper"), ["q_proj"], None),
+], ids=["llama", "gpt2", "ours", "no head", "t5", "bart", "whisper"])  # fmt: skip
+def test_the_task_is_the_models(make, targets, task, tmp_path):
+    model = adapt(make(), targets)
+    export_lora(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["task_type"] == task
+    loaded = load_in_peft(make(), str(tmp_path / "lora"))
+    named = {None: "PeftModel", "CAUSAL_LM": "PeftModelForCausalLM", "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM"}
+    assert type(loaded).__name__ == named[task]
+
+
 def test_projections_beside_a_stack_of_experts_are_exported_with_a_warning(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=24,

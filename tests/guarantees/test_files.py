@@ -356,6 +356,34 @@ def test_what_is_no_file_is_neither_read_nor_replaced(kind, tmp_path, monkeypatc
         assert not stat.S_ISDIR(path.stat().st_mode)
 
 
+@pytest.mark.parametrize("ending", ["/", "/.", "/..", "//"])
+@pytest.mark.parametrize("there", [False, True])
+def test_the_name_of_a_directory_is_no_files(ending, there, small):
+    model, path = small
+    adapt(model, target_modules=["l0"])
+    if not there:
+        path.unlink()
+    with pytest.raises(OSError, match="Is a directory"):
+        save_adapter(model, f"{path}{ending}")
+    assert path.exists() == there
+
+
+@pytest.mark.parametrize("form", [os.fsencode, os.fspath, Path], ids=["bytes", "str", "Path"])
+def test_paths_of_every_form(form, tmp_path):
+    model = adapt(nn.ModuleDict({"l0": nn.Linear(8, 8)}), target_modules=["l0"])
+    file, folder = form(tmp_path / "file"), form(tmp_path / "lora")
+    for _ in range(2):  # in a place that is free, and over what is there
+        save_adapter(model, file)
+        export_lora(model, folder)
+    load_adapter(model, file)
+    assert len(inspect_adapter(file).modules) == 1 and sorted(os.listdir(tmp_path)) == ["file", "lora"]
+    pytest.importorskip("peft", minversion="0.21", reason="it writes PEFT's format")
+    from tinylora_kernels.integrations.peft import from_peft, to_peft
+
+    to_peft(model, form(tmp_path / "peft"))
+    from_peft(form(tmp_path / "peft"), remove_adapter(model))
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o666, 0o444, 0o4711])
 @pytest.mark.parametrize("link", [False, True])
 def test_a_replaced_file_keeps_its_mode_owner_and_link(mode, link, tmp_path):

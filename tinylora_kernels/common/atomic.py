@@ -49,7 +49,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: it cannot be written, or something else than a regular file has the name.
     """
-    _replace_files({os.path.realpath(path): data})
+    name = os.fsdecode(path)
+    if os.path.basename(name) in ("", os.curdir, os.pardir):  # a directory's name, whether it is there or not
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    _replace_files({os.path.realpath(name): data})
 
 
 def _replace_files(files: dict[str, bytes]) -> None:

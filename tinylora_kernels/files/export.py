@@ -80,7 +80,7 @@ def export_lora(
             "Other readers take the names as they are; for PEFT, leave these modules out of target_modules",
             stacklevel=2,
         )
-    target = os.path.realpath(directory)
+    target = os.path.realpath(os.fsdecode(directory))
     _refuse_foreign_directory(target)
 
     tensors: dict[str, Tensor] = {}
@@ -156,13 +156,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what a model does, which says which of PEFT's and transformers' classes take it; None: any."""
+    model = inside(model)
+    if not callable(getattr(model, "generate", None)) or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
 def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict[str, object]:
     model = inside(model)
     config = getattr(model, "config", None)
     kinds = [kind_of(layer.base) for layer in layers.values()]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": task_type(model),
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "r": rank,
         "lora_alpha": rank,

@@ -102,7 +102,7 @@ def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: s
         ValueError: not a whole TinyLoRA directory, modules missing from the model, factors that do not belong to its
             weights, embeddings adapted, or parts that have no place here (modules_to_save, trained biases).
     """
-    directory = Path(directory)
+    directory = Path(os.fsdecode(directory))
     config, tensors = _read(directory)
     names = _module_names(model, tensors, directory)
     modules = {name: submodule(model, name) for name in names}
@@ -189,7 +189,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # PEFT writes its config into directories alone
         config.save_pretrained(scratch)
         files = {CONFIG: Path(scratch, CONFIG).read_bytes(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
-    write_directory(os.path.realpath(directory), files)
+    write_directory(os.path.realpath(os.fsdecode(directory)), files)
     warn_of_what_is_left_out(model, os.fspath(directory))
 
 
@@ -201,7 +201,7 @@ def is_from_peft(model: nn.Module) -> bool:
 @torch.no_grad()
 def load_peft_vectors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Copy the vectors of a directory that to_peft wrote from this model back into it."""
-    _, tensors = _read(Path(directory))
+    _, tensors = _read(Path(os.fsdecode(directory)))
     layers = adapted_layers(model)
     keys = [f"base_model.tinylora_v.{group}" for group in _tied(layers)[1]]
     vectors = {key: layer.v.shape for key, layer in zip(keys, layers.values(), strict=True)}
