@@ -21,7 +21,7 @@ from ..factors.modules import expect_factors_of, factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer, finite_projection, kept_unless_done
-from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, own_copy, trained_dtype
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, kept, own_copy, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
 from .adapted import adapted_layers, expect_unmerged, wrappers
@@ -129,6 +129,7 @@ def attach(
         vectors: v of each group, [groups, u]; default the config's.
         brought: the factors are the caller's, and the weights are asked whether they are theirs.
     """
+    config = kept(config)
     bases = _bases(model, names)
     warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
     parts = fused_parts(config, bases)
