@@ -1,8 +1,10 @@
 """The adapter file: what it holds, that it comes back exactly, and that nothing wrong with it reaches a model."""
+import copy
 import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ import tinylora_kernels.factors.modules as fused_module
 import tinylora_kernels.files.format as format_module
 from tests.models import TARGETS, tiny_decoder
 from tests.paper import delta_weight
-from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
+from tinylora_kernels import AdapterBank, TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.factors.svd import Factors, truncated_svd
 from tinylora_kernels.files.adapter import AdapterError, load_adapter, save_adapter
 from tinylora_kernels.files.inspect import inspect_adapter, main
@@ -669,6 +671,45 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(AdapterError, match="^model: its trained vectors v: .* found nan; nothing"):
         save_adapter(model, tmp_path / "a")
     assert not os.listdir(tmp_path)
+
+
+PARTS = {
+    "the first block": lambda model: model.layers[0], "the last block": lambda model: model.layers[1],
+    "a layer": lambda model: model.layers[0].q_proj, "the blocks without the last": lambda model: model.layers[:1],
+    "a copy of a part": lambda model: copy.deepcopy(model.layers[0]),
+    "what is left after a block was cut off": lambda model: (model.layers.pop(1), model)[1],
+}  # fmt: skip
+WHOLES = {
+    "the model": lambda model: model, "its blocks": lambda model: model.layers, "a copy": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)), "in another module": nn.Sequential,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n_tie", [1, 7, 14])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_adapted_model_is_refused(part, n_tie, tmp_path):
+    part = PARTS[part](adapt(tiny_decoder(), n_tie=n_tie))
+    bank = AdapterBank(part, 1)
+    bank.add("a")
+    for save in (lambda: save_adapter(part, tmp_path / "a"), lambda: bank.save("a", tmp_path / "a")):
+        with pytest.raises(AdapterError, match="it was adapted as .*; save the whole model that was given to apply"):
+            save()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_the_whole_of_it_is_saved_however_it_is_held(whole, tmp_path):
+    save_adapter(WHOLES[whole](adapt(tiny_decoder())), tmp_path / "a")
+    assert len(inspect_adapter(tmp_path / "a").modules) == 14
+
+
+def test_parts_that_were_adapted_apart_are_wholes(tmp_path):
+    model = tiny_decoder()
+    for block in model.layers:
+        adapt(block)
+        save_adapter(block, tmp_path / "a")
+    with pytest.raises(AdapterError, match="save the whole model"):
+        save_adapter(model, tmp_path / "a")
 
 
 # Looking

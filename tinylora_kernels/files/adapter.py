@@ -114,12 +114,18 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     if not layers:
         raise AdapterError("model: it has no adapter to save; call apply_tiny_lora(model, config) first")
     config = _config_of(layers)
+    whole = next(iter(layers.values())).count
     modules: list[AdaptedModule] = []
     vectors: dict[int, Tensor] = {}  # tie group -> v
     for position, (name, layer) in enumerate(layers.items()):
         if layer.index != position:
             raise AdapterError(
                 f"{name}: it was adapted as module {layer.index} and is module {position} here; "
+                "save the whole model that was given to apply_tiny_lora"
+            )
+        if layer.count != whole or whole not in (None, len(layers)):
+            raise AdapterError(
+                f"{name}: it was adapted as one of {layer.count} modules and is one of {len(layers)} here; "
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)

@@ -154,8 +154,8 @@ def attach(
         if brought:
             expect_factors_of(name, weight_matrix(base), factor, config.rank, parts)
         layer = TinyLoRALayer(
-            base, basis, factor.sigma, projection, v, name=name, index=index, group=group, config=config,
-            degenerate=factor.degenerate, parts=sizes, projection_index=projection_index,
+            base, basis, factor.sigma, projection, v, name=name, index=index, group=group, count=len(names),
+            config=config, degenerate=factor.degenerate, parts=sizes, projection_index=projection_index,
         )  # fmt: skip
         projection_index += len(sizes) if sizes else 1
         layer.train(base.training)
