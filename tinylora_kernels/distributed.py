@@ -10,7 +10,6 @@ import heapq
 import os
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -62,23 +61,28 @@ class _GradientMean:
 
     def __init__(self, vectors: list[nn.Parameter], group: Group):
         self.vectors, self.group = vectors, group
-        self.scheduled = False
+        self.scheduled_in = -1  # a backward pass: the callback of one that ends in an error is dropped
 
     def schedule(self, v: nn.Parameter) -> None:
-        if not self.scheduled:
-            self.scheduled = True
+        backward_pass = torch._C._current_graph_task_id()
+        if self.scheduled_in != backward_pass:
+            self.scheduled_in = backward_pass
             torch.autograd.Variable._execution_engine.queue_callback(self.run)
 
     @torch.no_grad()
     def run(self) -> None:
-        self.scheduled = False
-        for v in self.vectors:
-            if v.grad is None:  # used on other ranks, perhaps
-                v.grad = torch.zeros_like(v)
-        gradients = [cast(Tensor, v.grad) for v in self.vectors]
-        flat = _flatten(gradients)
+        self.scheduled_in = -1
+        vectors = [v for v in self.vectors if v.requires_grad]
+        gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in vectors]
+        there = torch.tensor([float(v.grad is not None) for v in vectors], device=vectors[0].device)
+        flat = _flatten([*gradients, there])
         dist.all_reduce(flat, group=self.group)
-        _spread(flat / dist.get_world_size(self.group), gradients)
+        _spread(flat / dist.get_world_size(self.group), [*gradients, there])
+        missing = [i for i, v in enumerate(vectors) if v.grad is None]
+        # Used on no rank: no gradient, as in one process. Zeros would let an optimizer's momentum and decay move it.
+        elsewhere = there[missing].tolist() if missing else []  # a GPU is waited for only then
+        for i, share in zip(missing, elsewhere, strict=True):
+            vectors[i].grad = gradients[i] if share else None
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,39 @@ class Derived(Head):
 
 def test_reads_are_told_from_mentions():
     assert weights_read_by(Head) == weights_read_by(Derived) == {"read"}
-    assert read_directly(nn.ModuleDict({"a": Derived()}), ["a.called", "a.read"]) == {"a.read": "Derived"}
+    assert read_directly(nn.ModuleDict({"a": Derived()}), ["a.called", "a.read"]) == {
+        "a.read": "Derived reads self.read.weight"
+    }
+
+
+class Reads(nn.Module):
+    """The forms that transformers has: DeBERTa's, EoMT's, SAM's, DETR's; what is tied or asked for is no use."""
+
+    def __init__(self):
+        super().__init__()
+        self.optional, self.indexed, self.asked, self.tied = (nn.Linear(8, 8) for _ in range(4))
+        self.listed, self.looped = (nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+        self.model = nn.ModuleDict({"below": nn.Linear(8, 8), "tied": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        w = self.optional.weight if x is not None else None
+        w = w + self.indexed.weight[None, :] + self.listed[1].weight
+        for i in range(2):
+            w = w + self.looped[i].weight
+        return nn.functional.linear(x, self.model.below.weight + w, None if self.asked.weight is None else None)
+
+    def tie(self):
+        self.tied.weight = self.model.tied.weight
+
+
+@pytest.mark.parametrize("around", ["", "a.b."])
+def test_every_form_of_a_read_is_one(around):
+    model = Reads()
+    for name in reversed(around.split(".")[:-1]):
+        model = nn.ModuleDict({name: model})
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    read = ("optional", "indexed", "listed.1", "looped.0", "looped.1", "model.below")
+    assert sorted(read_directly(model, every)) == sorted(around + name for name in read)
 
 
 def test_torchs_own_transformer_layers_are_known():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.guarantees.dense import relative
-from tinylora_kernels import TinyLoRAConfig, apply_tiny_lora, merge, trainable_vectors
+from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, merge, trainable_vectors
 from tinylora_kernels.base.kinds import kind_of
 from tinylora_kernels.base.trial import why_not_linear
 
@@ -211,3 +211,92 @@ def test_classes_of_transformers():
     assert why_not_linear(AutoBitLinear(32, 48, bias=False)) is None
     assert "AutoBitLinear" in str(why_not_linear(AutoBitLinear(32, 48, bias=False, online_quant=True)))
     assert "WeightStandardizedConv2d" in str(why_not_linear(WeightStandardizedConv2d(6, 24, 3)))
+class ScaledLookup(nn.Embedding):
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class Positions(nn.Embedding):
+    """As OPT's: its rows follow from what it is called with, and not from ids."""
+
+    def forward(self, mask, past=0):
+        return super().forward((mask.cumsum(1) * mask - 1)[:, past:] + 2)
+
+
+class NormedLookup(nn.Embedding):
+    def forward(self, ids):
+        return F.normalize(super().forward(ids), dim=-1)
+
+
+class OneRowOfItsOwn(nn.Embedding):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.own = nn.Parameter(torch.randn(self.embedding_dim))
+
+    def forward(self, ids):
+        return torch.where((ids == self.num_embeddings - 1).unsqueeze(-1), self.own, super().forward(ids))
+
+
+class TwoTables(nn.Embedding):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.more = nn.Embedding(3, self.embedding_dim)
+
+    def forward(self, ids):
+        last = self.num_embeddings - 1
+        more = (ids > last).unsqueeze(-1)
+        return torch.where(more, self.more((ids - last - 1).clamp(min=0)), super().forward(ids.clamp(max=last)))
+
+
+class ReturnsTwo(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids), ids
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [5, 3000])
+@pytest.mark.parametrize("cls, right", [
+    (nn.Embedding, True), (ScaledLookup, True), (Positions, True), (NormedLookup, False), (OneRowOfItsOwn, False),
+    (TwoTables, False), (ReturnsTwo, False),
+])  # fmt: skip
+def test_lookups_are_tried_row_by_row(cls, right, rows, dtype):
+    torch.manual_seed(0)
+    layer = cls(rows, 16).to(dtype)
+    reason = kind_of(layer).why_not(layer)
+    if right:
+        assert reason is None
+    else:
+        assert cls.__name__ in reason and reason.endswith("leave it out by exclude_modules")
+        with pytest.raises(ValueError, match=f"^layer: it cannot be adapted: .*{cls.__name__}"):
+            adapt(layer)
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: [..., groups, in] -> [..., groups, out / groups]."""
+
+    def forward(self, x):
+        weight = self.weight.view(4, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", x, weight)
+
+
+class Two(nn.Module):
+    def __init__(self, cls):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.odd = nn.Linear(24, 24), cls(24, 16)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("cls", [Grouped, WantsMore, WeightRounded, BiasReturned, Activated])
+def test_the_default_leaves_out_what_it_does_not_know(cls, targets):
+    model, cfg = Two(cls), TinyLoRAConfig(target_modules=targets, cache=False)
+    words = rf"^target_modules: odd cannot be adapted \(.*{cls.__name__}.*\) and stay"
+    with pytest.warns(UserWarning, match=words) as said:
+        apply_tiny_lora(model, cfg, progress=False)
+    assert list(adapted_layers(model)) == ["body"] and "\n" not in str(said[0].message)
+
+
+def test_a_layer_that_was_named_says_at_its_call_that_it_is_another():
+    model = apply_tiny_lora(Two(Grouped), TinyLoRAConfig(target_modules=["odd"], cache=False), progress=False)
+    with pytest.raises(ValueError, match=r"^odd: expected .* 16 features of Grouped, .* found one \[3, 4, 4\]"):
+        model.odd(torch.randn(3, 4, 24))

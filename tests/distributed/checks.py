@@ -1,6 +1,7 @@
 """What the ranks check beside the layouts: shared factorisation, checkpoints between layouts, refusals."""
 from __future__ import annotations
 
+import contextlib
 import os
 from itertools import islice
 from pathlib import Path
@@ -22,9 +23,9 @@ from demo.tasks import task
 from demo.training import Run, Settings
 from tests.distributed import layouts
 from tests.distributed.layouts import LAYOUTS, batch, config_of, model_of, parallel_plan, set_vectors
-from tinylora_kernels import AdapterBank, apply_tiny_lora, load_adapter, trainable_vectors
+from tinylora_kernels import AdapterBank, TinyLoRAConfig, apply_tiny_lora, load_adapter, trainable_vectors
 from tinylora_kernels import distributed as module_under_test
-from tinylora_kernels.distributed import factorize_shared, save_adapter_once
+from tinylora_kernels.distributed import factorize_shared, replicate_adapter, save_adapter_once
 from tinylora_kernels.factors.modules import factorize_matrix
 from tinylora_kernels.layers import sharded
 from tinylora_kernels.model.targets import target_names
@@ -64,6 +65,54 @@ def failing(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def after_a_failure(rank: int, world: int) -> float:
+    """How far the ranks' gradients are apart after a backward pass that a hook ended on all of them."""
+    model = apply_tiny_lora(model_of(torch.float32, 2), CONFIG, progress=False)
+    vectors = trainable_vectors(model)
+    replicate_adapter(model)
+    tokens = batch()[0][rank : rank + 1]
+
+    def fail(*_):
+        raise MemoryError("no memory left")
+
+    hook = model.layers[0].q_proj.register_full_backward_hook(fail)
+    with contextlib.suppress(MemoryError):
+        model(tokens).square().mean().backward()
+    hook.remove()
+    model.zero_grad()
+    model(tokens).square().mean().backward()
+    own = torch.cat([v.grad for v in vectors])
+    every = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(every, own)
+    return max(float((other - own).abs().max()) for other in every)
+
+
+def unused(rank: int, world: int) -> list[float]:
+    """How far AdamW moves a vector that no rank used, and one that was frozen; and how far the gradient of one that the
+    first rank alone used is from the mean.
+    """
+    torch.manual_seed(0)
+    config = TinyLoRAConfig(trainable_dim=2, cache=False)
+    model = apply_tiny_lora(nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), config, progress=False)
+    vectors, x = trainable_vectors(model), torch.randn(4, 8)
+    set_vectors(model)
+    replicate_adapter(model)
+    optimizer = torch.optim.AdamW(vectors, lr=0.1, weight_decay=0.5)
+    sum(layer(x).square().mean() for layer in model).backward()
+    optimizer.step()  # all have momentum now
+    optimizer.zero_grad()
+    before = [v.detach().clone() for v in vectors]
+    some, frozen, _, always = model
+    frozen.v.requires_grad_(False)
+    (alone,) = torch.autograd.grad(some(x).square().mean(), some.v)
+    sum(layer(x).square().mean() for layer in ([some] if rank == 0 else []) + [frozen, always]).backward()
+    error = (some.v.grad - alone / world).abs().max()
+    optimizer.step()
+    moved = [float((v.detach() - old).abs().max()) for v, old in zip(vectors, before, strict=True)]
+    assert min(moved[0], moved[3]) > 0
+    return [moved[2], moved[1], float(error)]
 
 
 def write_checkpoints(rank: int, world: int, layout: str, directory: str) -> None:
@@ -178,6 +227,7 @@ def error_of(call) -> str:
 def check_all(rank: int, world: int, directory: str) -> dict:
     """Everything above, in one start of the processes."""
     found = {"sharing": sharing(rank, world), "failing": failing(rank, world), "uneven": uneven(rank, world)}
+    found |= {"after a failure": after_a_failure(rank, world), "unused": unused(rank, world)}
     found |= {"refusals": refusals(rank, world), "demo": demo_step(rank, world)}
     pairs = {"FSDP2, adapted before": "tensor parallel, adapted after", "tensor parallel, adapted after": "DDP"}
     found["checkpoints"] = {}

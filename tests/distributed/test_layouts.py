@@ -29,12 +29,18 @@ def test_outputs_and_gradients_are_those_of_one_process(measured):
             assert deviation.gradient <= 2 * deviation.own_gradient, deviation
 
 
+def with_a_number_each(found) -> int:
+    """Bytes of v, three numbers a group, and what says whether a group's was used."""
+    return found.vector_bytes * 4 // 3
+
+
 def test_data_parallelism_costs_one_all_reduce_of_v(measured):
     deviations = {(d.layout, d.dtype): d for d in measured[0]}
     for name in ("DDP", "replicate_adapter alone"):
         for dtype in ("float64", "bfloat16"):
             found = deviations[name, dtype]
-            assert found.collectives == f"1 allreduce, {found.vector_bytes} B", found
+            expected = found.vector_bytes if name == "DDP" else with_a_number_each(found)
+            assert found.collectives == f"1 allreduce, {expected} B", found
 
 
 def test_sharded_data_parallelism_adds_one_all_reduce_of_v_and_gathers_weights_alone(measured):
@@ -45,7 +51,7 @@ def test_sharded_data_parallelism_adds_one_all_reduce_of_v_and_gathers_weights_a
         for dtype in ("float64", "bfloat16"):
             found = deviations[name, dtype]
             gather, reduce = found.collectives.split("; ")
-            assert reduce == f"1 allreduce, {found.vector_bytes} B", found
+            assert reduce == f"1 allreduce, {with_a_number_each(found)} B", found
             gathered[dtype] = int(gather.split()[2])
         assert gathered["float64"] == 4 * gathered["bfloat16"]
 
@@ -87,6 +93,18 @@ def test_each_matrix_is_factorised_once_and_every_rank_has_all(checked):
 
 def test_a_weight_that_cannot_be_factorised_stops_every_rank(checked):
     assert {result["failing"] for result in checked[2]} == {"layers.1.k_proj: the weight holds NaN or infinite values"}
+
+
+def test_gradients_are_averaged_again_after_a_backward_pass_that_failed(checked):
+    for result in checked[2]:
+        assert result["after a failure"] == 0
+
+
+def test_a_vector_that_no_rank_used_stands_still_and_one_that_some_used_is_the_mean(checked):
+    """As in one process: AdamW's decay moves what has a gradient of zeros."""
+    for result in checked[2]:
+        unused, frozen, some = result["unused"]
+        assert unused == frozen == 0 and some < 1e-6
 
 
 def test_shards_of_unequal_width(checked):

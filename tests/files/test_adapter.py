@@ -20,7 +20,7 @@ from tests.models import TARGETS, tiny_decoder
 from tests.paper import delta_weight
 from tinylora_kernels import AdapterBank, TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.factors.svd import Factors, truncated_svd
-from tinylora_kernels.files.adapter import AdapterError, load_adapter, save_adapter
+from tinylora_kernels.files.adapter import AdapterError, load_adapter, load_beside_others, save_adapter
 from tinylora_kernels.files.inspect import inspect_adapter, main
 from tinylora_kernels.method.config import LoRAXSConfig
 from tinylora_kernels.model.attach import apply_lora_xs
@@ -738,3 +738,62 @@ def test_inspect_of_a_bad_file_is_one_line_and_a_status(tmp_path, capsys):
     assert captured.out == "" and captured.err.count("\n") == 1 and "not valid JSON" in captured.err
     assert main([str(tmp_path / "missing")]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+def orthogonal() -> nn.Module:
+    """Whose U nothing determines: files carry it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 16, bias=False))
+    for layer in (model[0], model[2]):
+        nn.init.orthogonal_(layer.weight)
+    return model
+
+
+def on_another_basis(path) -> None:
+    """A file as another machine's SVD makes it."""
+    config = TinyLoRAConfig(trainable_dim=3, cache=False, target_modules=["0", "2"])
+    basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:2].float().contiguous()
+    factors = {name: Factors(basis, torch.ones(2), True, 0.0) for name in ("0", "2")}
+    model = apply_tiny_lora(orthogonal(), config, progress=False, factors=factors)
+    save_adapter(model, path)
+
+
+@torch.no_grad()
+def test_a_file_changes_no_basis_under_a_bank(tmp_path):
+    config = TinyLoRAConfig(trainable_dim=3, cache=False, target_modules=["0", "2"])
+    model, x = apply_tiny_lora(orthogonal(), config, progress=False), torch.randn(2, 16)
+    path = tmp_path / "other.safetensors"
+    on_another_basis(path)
+    bank = AdapterBank(model, 2)
+    bank.add("a", torch.randn(2, 3))
+    with bank.use(["a", None]):
+        before = model(x)
+    words = "other.safetensors: 0 has its own basis; {} shares the model's: load it into another model"
+    with pytest.raises(AdapterError, match=words.format("the model's AdapterBank")):
+        load_adapter(model, path)
+    with pytest.raises(AdapterError, match=words.format("a bank")):
+        bank.load("b", path)
+    with bank.use(["a", None]):
+        assert torch.equal(model(x), before)
+    bank.close()
+    load_adapter(model, path)
+    with pytest.raises(AdapterError, match="another adapter shares the model's"):
+        load_beside_others(apply_tiny_lora(orthogonal(), config, progress=False), path, "another adapter")
+
+
+@torch.no_grad()
+def test_files_with_a_basis_and_without_load_one_after_the_other(tmp_path):
+    """One of a model that was cast after adapting carries U; one of the cast weights does not."""
+    paths = [tmp_path / name for name in ("cast.safetensors", "of_the_cast.safetensors")]
+    models = adapt(tiny_decoder()).bfloat16(), adapt(tiny_decoder().bfloat16())
+    for model, path in zip(models, paths, strict=True):
+        save_adapter(model, path)
+    tokens = torch.arange(10)[None]
+    loaded = tiny_decoder().bfloat16()
+    for model, path in 2 * [*zip(models, paths, strict=True)]:
+        load_adapter(loaded, path, cache=False, progress=False)
+        assert torch.equal(loaded(tokens), model(tokens)), path.name
+    bank = AdapterBank(load_adapter(loaded, paths[0]), 1)
+    with pytest.raises(AdapterError, match="has the weight's basis; the model's AdapterBank shares one that a file br"):
+        load_adapter(loaded, paths[1])
+    bank.close()

@@ -1,5 +1,6 @@
 """A whole model adapted: the published usage, tie counts, freezing, and bad input that must not touch the model."""
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from tinylora_kernels import (
     adapted_layers,
     apply_tiny_lora,
     count_trainable_params,
+    merge,
     remove_adapter,
     trainable_vectors,
+    unmerge,
 )
 from tinylora_kernels.ops.reference import contract
 
@@ -188,3 +191,54 @@ def test_training_reaches_a_model_that_the_update_can_express():
         nn.functional.mse_loss(student(tokens), target).backward()
         optimizer.step()
     torch.testing.assert_close(trainable_vectors(student)[0], trainable_vectors(teacher)[0], atol=0.01, rtol=0)
+
+
+HELD = {
+    "list": lambda p: [p],
+    "tuple": lambda p: ("a", (p,)),
+    "dict": lambda p: {"p": [p]},
+    "attribute": lambda p: p,
+    "method": lambda p: p.forward,
+    "partial": lambda p: functools.partial(lambda layer, x: layer(x), p),
+    "partial of a method": lambda p: functools.partial(p.forward),
+    "keyword": lambda p: functools.partial(lambda x, layer: layer(x), layer=p),
+}  # fmt: skip
+
+
+class Holder(nn.Module):
+    """Calls its layer by something else than its registered name, as MaskFormer's heads do."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.p = nn.Linear(8, 8)
+        self.__dict__["held"] = HELD[how](self.p)
+
+    def forward(self, x):
+        held = self.held
+        while not callable(held):
+            held = held["p"] if isinstance(held, dict) else held[-1]
+        return held(x)
+
+
+@pytest.mark.parametrize("how", HELD)
+@torch.no_grad()
+def test_what_else_refers_to_a_module_is_swapped_with_it_and_back(how):
+    torch.manual_seed(0)
+    model, x = Holder(how), torch.randn(3, 8)
+    bare = model(x)
+    apply_tiny_lora(model, TinyLoRAConfig(trainable_dim=2, cache=False), progress=False)
+    nn.init.ones_(model.p.v)
+    adapted = model(x)
+    torch.testing.assert_close(adapted, model.p(x))
+    assert (adapted - bare).abs().max() > 0.01
+    torch.testing.assert_close(merge(model)(x), adapted, rtol=1e-5, atol=1e-5)
+    remove_adapter(unmerge(model))
+    assert torch.equal(model(x), bare) and type(model.p) is nn.Linear
+
+
+def test_a_list_that_holds_itself_is_no_trap():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.held = [model[0]]
+    model.held.append(model.held)
+    apply_tiny_lora(model, TinyLoRAConfig(cache=False), progress=False)
+    assert model.held[0] is model[0]

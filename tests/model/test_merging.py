@@ -270,6 +270,25 @@ def test_a_model_that_was_loaded_in_inference_mode_merges():
     assert_same_bits(unmerge(model), before)
 
 
+@pytest.mark.parametrize(
+    "write", [lambda w: w.mul_(0.5), lambda w: w.data.mul_(2), lambda w: w.data.copy_(torch.randn_like(w))]
+)
+@torch.no_grad()
+def test_a_weight_that_was_written_since_the_merge_is_not_written_over(write):
+    model = adapt(tiny_decoder())
+    before = bits(model)
+    weight = merge(model).layers[1].q_proj.weight
+    merged, kept = bits(model), weight.clone()
+    write(weight)
+    written = bits(model)
+    with pytest.raises(ValueError, match=r"^unmerge: layers.1.q_proj.weight was written since it was merged"):
+        unmerge(model)
+    assert_same_bits(model, written)
+    weight.copy_(kept)
+    assert_same_bits(model, merged)
+    assert_same_bits(unmerge(model), before)
+
+
 def expand_a_weight(model):
     model.layers[0].q_proj.base.weight = nn.Parameter(torch.randn(1, 24).expand(24, 24), requires_grad=False)
 

@@ -21,7 +21,7 @@ from ..common.atomic import write_atomically
 from ..common.finite import as_finite
 from ..common.interrupts import finish, undone_by
 from ..common.scope import NO_BLOCK, Block, Scope, in_backward
-from ..files.adapter import check_fits, describe_model, warn_of_what_is_left_out
+from ..files.adapter import check_fits, describe_model, expect_shared_bases, warn_of_what_is_left_out
 from ..files.format import AdapterError, encode
 from ..files.inspect import inspect_adapter
 from ..linear.plan import note_change
@@ -110,6 +110,7 @@ class AdapterBank:
         self._closed = False
         self.blocks: Scope = Scope("bank.use", "call backward() inside `with bank.use(...)`")
         self.selected = self.blocks.innermost
+        self._named = layers  # by the names that the model has now: it may have been put into another one
         self._layers = list(layers.values())
         self._layouts = Layouts(model, layers, in_order)
         self.own_projections = OwnProjections(self._layers, capacity, trainable) if own_seeds else None
@@ -247,21 +248,19 @@ class AdapterBank:
                 was.
         """
         adapter = inspect_adapter(path)
-        layers = {layer.name: layer for layer in self._layers}
+        layers = self._named
         seed, own = adapter.config.seed, self.own_projections
         if own is not None:
             adapter = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, seed=own.model_seed))
         try:
             check_fits(layers, adapter)
+            expect_shared_bases(layers, adapter, "a bank")
         except AdapterError as error:
             if seed == self._model_seed() or own is not None:
                 raise AdapterError(f"{os.fspath(path)}: {error}") from None
             raise AdapterError(
                 f"{os.fspath(path)}: {error}; AdapterBank(..., own_seeds=True) holds adapters of any seed"
             ) from None
-        for module in adapter.modules:
-            if module.basis is not None and not torch.equal(module.basis, layers[module.name].singular_basis().cpu()):
-                raise AdapterError(f"{os.fspath(path)}: {module.name} has its own basis; a bank shares the model's")
         return self.add(name, adapter.v, seed=None if own is None else seed)
 
     def save(self, name: Hashable, path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .attributes import weight_of
 from .experts import ExpertSlice, why_not_experts
-from .trial import why_not_linear
+from .trial import why_not_linear, why_not_lookup
 from .weights import PLAIN, dense_weight, stored_shape
 
 # Read through an adapted layer to its base, as the code of models expects of the layer that stood there.
@@ -115,7 +115,7 @@ def _why_not_embedding(module: nn.Module) -> str | None:
         return f"max_norm={embedding.max_norm} rescales its rows as they are read: no frozen weight; set max_norm=None"
     if embedding.sparse:
         return "sparse=True asks for sparse gradients of a weight that is frozen here; set sparse=False"
-    return None
+    return why_not_lookup(module)
 
 
 def _why_not_expert(module: nn.Module) -> str | None:

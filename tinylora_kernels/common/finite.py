@@ -61,10 +61,13 @@ def finite_number(name: str, value: object, at_least: float = -math.inf, below: 
     Raises:
         ValueError: it is not; the message names it.
     """
-    try:
-        number = math.nan if isinstance(value, (bool, str, bytes, complex)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
+    if isinstance(value, float):
+        number = value
+    else:
+        try:
+            number = math.nan if isinstance(value, (bool, str, bytes, complex)) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor
+            number = math.nan
     if not (at_least <= number < below and math.isfinite(number)):
         limits = "" if at_least == -math.inf else f" of at least {at_least:g}"
         limits += "" if below == math.inf else f", below {below:g}"

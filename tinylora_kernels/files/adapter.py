@@ -6,10 +6,11 @@ the file only where the weight does not determine it.  Loading checks all of it 
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from ..layers.layer import TinyLoRALayer, kept_unless_done
 from ..method.config import IDENTITY_FIELDS, LoRAXSConfig, TinyLoRAConfig, by_names, is_literal
 from ..method.parts import row_slices
 from ..method.tying import assign_groups
-from ..model.adapted import adapted_layers, expect_unmerged, trained_beside
+from ..model.adapted import adapted_layers, expect_unmerged, is_merged, trained_beside
 from ..model.attach import attach
 from ..model.merging import original_weight
 from ..model.targets import base_module, fused_parts, selected_names
@@ -83,14 +84,32 @@ def load_adapter(
         OSError: the file cannot be read.
     """
     adapter = read(path)
-    try:
+    with _naming(path):
         if adapted_layers(model):
             _load_into_adapted(model, adapter)
         else:
             _load_into_bare(model, adapter, backend, cache, progress)
+    return model
+
+
+@modes.outside_inference_mode
+def load_beside_others(model: nn.Module, path: str | os.PathLike[str], who: str) -> None:
+    """As load_adapter, into an adapted model on whose layers others keep vectors too: U has to stay what it is.
+
+    Args:
+        who: the others, in the error.
+    """
+    adapter = read(path)
+    with _naming(path):
+        _load_into_adapted(model, adapter, who)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except AdapterError as error:
         raise AdapterError(f"{os.fspath(path)}: {error}") from error.__cause__
-    return model
 
 
 def warn_of_what_is_left_out(model: nn.Module, written: object, stacklevel: int = 3) -> None:
@@ -189,8 +208,12 @@ def _load_into_bare(
     attach(model, config, names, groups, factors, adapter.v)
 
 
-def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
-    """Raise AdapterError unless the file was trained on these layers: names, config, groups, weights and bases."""
+def check_fits(
+    layers: dict[str, TinyLoRALayer], adapter: AdapterFile, computed: Mapping[str, Factors] | None = None
+) -> None:
+    """Raise AdapterError unless the file was trained on these layers: names, config, groups, weights and bases (some of
+    them computed again).
+    """
     expect_unmerged(layers, "model", error=AdapterError)
     _check_names(list(layers), [module.name for module in adapter.modules])
     _check_config(_config_of(layers), adapter.config)
@@ -201,21 +224,54 @@ def check_fits(layers: dict[str, TinyLoRALayer], adapter: AdapterFile) -> None:
                 f"group {layer.group} of this model"
             )
     _check_weights(lambda name: layers[name].weight_matrix(), adapter)
-    _check_bases(
-        {m.name: m.basis if m.basis is not None else layers[m.name].singular_basis() for m in adapter.modules},
-        adapter,
-    )
+    held = {name: layer.singular_basis() for name, layer in layers.items()}
+    held |= {name: factors.basis for name, factors in (computed or {}).items()}
+    _check_bases({m.name: held[m.name] if m.basis is None else m.basis for m in adapter.modules}, adapter)
 
 
-def _load_into_adapted(model: nn.Module, adapter: AdapterFile) -> None:
+def expect_shared_bases(layers: Mapping[str, TinyLoRALayer], adapter: AdapterFile, who: str) -> None:
+    """Asked where others have their vectors on these layers: another U would make other functions of them.
+
+    Raises:
+        AdapterError: the file carries another basis.
+    """
+    for module in adapter.modules:
+        if module.basis is not None and not torch.equal(module.basis, layers[module.name].singular_basis().cpu()):
+            raise AdapterError(f"{module.name} has its own basis; {who} shares the model's: load it into another model")
+
+
+def _load_into_adapted(model: nn.Module, adapter: AdapterFile, who: str | None = None) -> None:
     layers = adapted_layers(model)
-    check_fits(layers, adapter)
+    computed = _factors_of_the_weights(layers, adapter)
+    check_fits(layers, adapter, computed)
+    if any(layer.bank is not None for layer in layers.values()):
+        who = "the model's AdapterBank"
+    if who is not None:
+        expect_shared_bases(layers, adapter, who)
+        for name in computed:
+            raise AdapterError(
+                f"{name} has the weight's basis; {who} shares one that a file brought: load it into another model"
+            )
+    stored = {m.name: Factors(*m.stored, degenerate=True, residual=0.0) for m in adapter.modules if m.stored}
     with kept_unless_done(layers.values()):
-        for layer, module in zip(layers.values(), adapter.modules, strict=True):
-            if module.stored:
-                layer.set_factors(*module.stored)
-                layer.degenerate = True  # the weight need not determine them
+        for name, factors in (stored | computed).items():
+            layers[name].set_factors(factors.basis, factors.sigma)
+            layers[name].degenerate = factors.degenerate  # of what is stored, the weight need not determine it
         _set_vectors(layers, adapter.v)
+
+
+def _factors_of_the_weights(layers: Mapping[str, TinyLoRALayer], adapter: AdapterFile) -> dict[str, Factors]:
+    """Of layers that hold factors which some file brought, where this one was trained with those of the weights."""
+    wanted = {
+        module.name: layers[module.name] for module in adapter.modules
+        if module.stored is None and (layer := layers.get(module.name)) is not None and layer.degenerate
+        and compare_sketch(module.sketch, basis_sketch(layer.singular_basis())) > SKETCH_TOLERANCE
+    }  # fmt: skip
+    if not wanted or any(is_merged(layer) for layer in wanted.values()):
+        return {}
+    parts = {name: layer.parts for name, layer in wanted.items() if layer.parts}
+    bases = {name: layer.base for name, layer in wanted.items()}
+    return factorize_modules(bases, adapter.config.rank, parts, cache=adapter.config.cache, progress=False)
 
 
 @torch.no_grad()

@@ -15,11 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from ..base.attributes import weight_of
 from ..base.kinds import CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from ..base.names import named_modules
-from ..base.trial import aside, copy_with, input_shape, tolerance
-from ..base.weights import PLAIN
+from ..base.trial import copy_with, input_shape, is_known, tolerance, undisturbed
 from ..layers.layer import TinyLoRALayer
 
-_KNOWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MERGED_INSTEAD = (
     "write merged weights with merged_weights(model) or integrations.transformers.save_pretrained(model, directory, "
     "merged=True)"
@@ -57,21 +55,16 @@ def _why_not_beside(base: nn.Module) -> str | None:
         lost += [f"padding_mode={convolution.padding_mode!r}"] if convolution.padding_mode != "zeros" else []
         if lost:
             return f"PEFT's lora_A is a convolution without {' and '.join(lost)}, and its update would be another one"
-    known = next((known for known in _KNOWN if isinstance(base, known)), None)
-    computing = ("forward", "_conv_forward")
-    if known is None or all(getattr(cls, own, None) is getattr(known, own, None) for own in computing):
+    if is_known(base):
         return None
-    if type(weight) not in PLAIN or not weight.is_floating_point() or weight.is_meta:
-        return None
-    if base._parameters.get("weight") is not weight:
-        return None
-    with aside(weight):
+    with undisturbed(base):
         off = _off(base, weight)
     if off is None and kind is not EMBEDDING or off is not None and off <= tolerance(weight):
         return None
     found = "is called with other inputs" if off is None else f"with factors beside it is {off:.1g} off its update"
     found = "has no output that PEFT's factors could be added to" if off == math.inf else found
-    return f"the forward of {cls.__name__} is not that of nn.{known.__name__}, and {found}"
+    known = next(above.__name__ for above in cls.__mro__ if above.__module__.startswith("torch.nn."))
+    return f"the forward of {cls.__name__} is not that of nn.{known}, and {found}"
 
 
 def _off(base: nn.Module, weight: Tensor) -> float | None:

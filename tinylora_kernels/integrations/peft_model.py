@@ -23,7 +23,7 @@ from ..base.weights import is_sharded
 from ..common.atomic import write_atomically
 from ..common.interrupts import finish, followed_by
 from ..common.words import listed
-from ..files.adapter import describe_model, load_adapter, warn_of_what_is_left_out
+from ..files.adapter import describe_model, load_adapter, load_beside_others, warn_of_what_is_left_out
 from ..files.export import task_type
 from ..files.format import encode
 from ..layers.layer import TinyLoRALayer
@@ -405,7 +405,11 @@ class AdaptedModel(PeftModel):
                 if is_from_peft(model):
                     load_peft_vectors(model, model_id)
                 else:
-                    load_adapter(model, Path(model_id) / ADAPTER_FILE, progress=False)
+                    path = Path(model_id) / ADAPTER_FILE
+                    if len(self.peft_config) > 1:
+                        load_beside_others(model, path, "another adapter of the model")
+                    else:
+                        load_adapter(model, path, progress=False)
         except BaseException:
             if new:
                 self.delete_adapter(adapter_name)

@@ -235,6 +235,7 @@ class TinyLoRALayer(nn.Module):
             y = bare(*args, **kwargs)
             return update(y, basis, v, projection, None, adapter_ids, bias=bias.to(y.dtype))
         y = base(*args, **kwargs)
+        self._expect_output(y, basis)
         inplace = fresh and type(weight) in PLAIN
         return self._update_with_bias(y, basis, v, projection, adapter_ids, bias_of(base), inplace)
 
@@ -243,6 +244,14 @@ class TinyLoRALayer(nn.Module):
         kind = kind_of(base)
         product = kind.product if kind.is_product(base) else None
         self.__dict__.update(_base_type=type(base), _product=product, _fresh_output=has_fresh_output(base))
+
+    def _expect_output(self, y: object, basis: Tensor) -> None:
+        if not isinstance(y, Tensor) or y.dim() < self._feature_axis or y.shape[-self._feature_axis] != basis.shape[1]:
+            found = f"one {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise ValueError(
+                f"{self.name}: expected an output of {basis.shape[1]} features of {self._base_type.__name__}, as its "
+                f"weight has, found {found}; leave it out by exclude_modules"
+            )
 
     def _update_with_bias(
         self, y: Tensor, basis: Tensor, v: Tensor, projection: Tensor, adapter_ids: Tensor | None, bias: Tensor | None,
@@ -316,6 +325,11 @@ class TinyLoRALayer(nn.Module):
     def _witness_now(self) -> str:
         """The attribute with the witness of what the base is to hold."""
         return "_adapted_to" if self.saved_weight is None else "_merged_to"
+
+    def holds_what_was_merged(self) -> bool:
+        """Whether the weight is still the merged one that take_witness saw; if nobody can tell, yes."""
+        weight, known = weight_of(self.base), self._merged_to
+        return known is None or weight.is_meta or known.knows(weight.contiguous())
 
     def _factors_are_of_this_weight(self) -> None:
         self.take_witness()

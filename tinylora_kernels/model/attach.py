@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -99,18 +101,20 @@ def adapt(
     without_rank = [name for name in names if name not in factors]
     if without_rank and not is_default(config):
         raise ValueError(f"factors: expected those of every module to adapt, found none of {listed(without_rank)}")
-    skipped += without_rank
+    skipped |= dict.fromkeys(without_rank, f"cannot carry rank {config.rank}")
     if without_rank:
         names = [name for name in names if name in factors]
         if not names:
-            raise ValueError(f"target_modules: none of {listed(skipped)} can carry rank {config.rank}; use a lower one")
+            none = listed(list(skipped))
+            raise ValueError(f"target_modules: none of {none} can carry rank {config.rank}; use a lower one")
         config = by_names(config, names)  # shapes follow from the model that a file is loaded into, weights do not
         groups = assign_groups(names, config.n_tie, config.tying)
     attach(model, config, names, groups, factors, brought=brought)
-    if skipped:
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, own in skipped.items() if own == reason]
         warnings.warn(
-            f"target_modules: {listed(skipped)} cannot carry rank {config.rank} and stay as they are; name them in "
-            "exclude_modules to hear no more of it",
+            f"target_modules: {listed(names)} {reason} and stay as they are; name them in exclude_modules to hear no "
+            "more of it",
             stacklevel=4,
         )
     return model
@@ -202,18 +206,50 @@ def _replacements(layers: dict[str, TinyLoRALayer]) -> dict[nn.Module, nn.Module
 
 
 def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
-    """Swap modules for others wherever they are referenced, shared references included; done again, it changes nothing
-    but what was left.
+    """Swap modules for others wherever they are referenced, shared references and plain attributes included; done
+    again, it changes nothing but what was left.
     """
     new = set(replacement.values())
     for parent in list(model.modules()):
-        if parent in new:
+        if parent in new or parent in replacement:  # a base keeps what is its own: accelerate's _old_forward
             continue
+        for key in vars(parent).keys() - _REGISTERS:
+            held = parent.__dict__[key]
+            if (swapped := _swapped(held, replacement)) is not held:
+                parent.__dict__[key] = swapped
         for child_name, child in list(parent._modules.items()):
             if child in replacement:
                 child = parent._modules[child_name] = replacement[child]
             if child in new and is_of(parent, COMPILED):  # it calls what it held when it was made
                 parent.__setstate__(parent.__getstate__())
+
+
+_REGISTERS = frozenset(vars(nn.Module()))  # what every module has: its children, tensors and hooks
+
+
+def _swapped(held: Any, replacement: Mapping[nn.Module, nn.Module], depth: int = 4) -> Any:
+    """What a module holds beside its registered children (MaskFormer calls its layers from a list), with the
+    replacements in it; the same object where there is none, and where it could be changed in place.
+    """
+    if isinstance(held, nn.Module):
+        return replacement.get(held, held)
+    if isinstance(held, MethodType) and isinstance(held.__self__, nn.Module):
+        other = replacement.get(held.__self__)
+        return held if other is None else getattr(other, held.__name__)
+    if depth == 0:
+        return held
+    if isinstance(held, functools.partial):
+        old = held.func, held.args, held.keywords
+        func, args, keywords = new = _swapped(old, replacement, depth)
+        return held if new is old else functools.partial(func, *args, **keywords)
+    if type(held) is tuple:
+        items = tuple(_swapped(item, replacement, depth - 1) for item in held)
+        return held if all(a is b for a, b in zip(items, held, strict=True)) else items
+    if type(held) in (list, dict, OrderedDict):
+        for key, item in list(enumerate(held) if type(held) is list else held.items()):
+            if (swapped := _swapped(item, replacement, depth - 1)) is not item:
+                held[key] = swapped
+    return held
 
 
 @modes.outside_inference_mode

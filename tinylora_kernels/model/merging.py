@@ -86,7 +86,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     """Write the original bits back and switch the update on again.
 
     Raises:
-        ValueError: the model is not merged, or its dtype was changed since.  Nothing has changed then.
+        ValueError: the model is not merged, or its dtype was changed or a merged weight was written since.  Nothing has
+            changed then.
     """
     layers = {name: layer for name, layer in adapted_layers(model).items() if is_merged(layer)}
     if not layers:
@@ -97,6 +98,12 @@ def unmerge(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"unmerge: {name} was merged as {described(saved)} and is {described(weight)} now; "
                 "convert the model back first"
+            )
+        if not layer.holds_what_was_merged():
+            raise ValueError(
+                f"unmerge: {name}.weight was written since it was merged, and the bits it had before the merge may be "
+                "of another model; undo that first (RWKV scales its weights at its first call in evaluation mode, and "
+                "back in training mode)"
             )
     finish(lambda: _restore(layers))
     return model

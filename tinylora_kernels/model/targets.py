@@ -11,6 +11,7 @@ from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, expert_slices, is_experts
 from ..base.kinds import OTHER, kind_of, matrix_shape, why_not_weight
 from ..base.names import ENGINES, inside, is_of, named_modules, submodule
+from ..base.trial import why_not_tried
 from ..common.words import listed
 from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig
 from ..method.selection import (
@@ -31,6 +32,7 @@ Candidate = tuple[str, nn.Module, tuple[str, ...]]  # name, module, the names it
 
 # What a LoRA's tensors are called in every library.
 _LORA = re.compile(r"lora_?([ab]|down|up)(_.*|\d*)|lora_embedding_[ab]", re.IGNORECASE)
+_LEAVE_OUT = "; leave it out by exclude_modules"
 _OTHER_ADAPTER = (
     "merge it into the base first (PEFT: merge_and_unload()), take it out, or leave the module to it by exclude_modules"
 )
@@ -50,8 +52,10 @@ def is_default(config: Selecting) -> bool:
     return config.target_modules is None or config.target_modules == ALL_LINEAR
 
 
-def selected_names(model: nn.Module, config: Selecting, whole: bool = False) -> tuple[list[str], list[str]]:
-    """Qualified names of the modules to adapt, in named_modules order; and those that the default skipped.
+def selected_names(
+    model: nn.Module, config: Selecting, whole: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """Qualified names of the modules to adapt, in named_modules order; and why the default skipped others, by name.
 
     Args:
         whole: target_modules holds full names, and "fc" does not mean "block.fc" as well.
@@ -85,14 +89,17 @@ def selected_names(model: nn.Module, config: Selecting, whole: bool = False) -> 
     for name, base, _ in chosen:
         if reason := why_not_weight(base):
             raise ValueError(f"{name}: it cannot be adapted: {reason}")
-        if weight_of(base).numel() == 0:
+        if weight_of(base).numel() == 0 and weight_of(base).dim() == 1:
             raise ValueError(
                 f"{name}: its weight is empty on this rank, shape {list(weight_of(base).shape)}, as DeepSpeed's ZeRO-3 "
                 "leaves it; adapt the model before deepspeed.initialize, or inside "
                 "deepspeed.zero.GatheredParameters(model.parameters())"
             )
-    skipped = [name for name, base, _ in chosen if wanted is None and min(matrix_shape(base)) < config.rank]
-    chosen = [each for each in chosen if each[0] not in skipped]
+    skipped: dict[str, str] = {}
+    if wanted is None:
+        reasons = ((name, _why_not_by_default(base, config.rank)) for name, base, _ in chosen)
+        skipped = {name: reason for name, reason in reasons if reason}
+        chosen = [each for each in chosen if each[0] not in skipped]
     if not chosen:
         asked = "every linear layer" if wanted is None else listed(entries(wanted))
         left_out = [name for name in ("exclude_modules", "layers_to_transform") if getattr(config, name) is not None]
@@ -103,6 +110,14 @@ def selected_names(model: nn.Module, config: Selecting, whole: bool = False) -> 
         if reason := kind_of(base).why_not(base) or _within_another_adapter(model, name):
             raise ValueError(f"{name}: it cannot be adapted: {reason}")
     return [name for name, _, _ in chosen], skipped
+
+
+def _why_not_by_default(base: nn.Module, rank: int) -> str | None:
+    """What nobody named is adapted where it is known to be right."""
+    if min(matrix_shape(base)) < rank:
+        return f"cannot carry rank {rank}"
+    reason = kind_of(base).why_not(base) or why_not_tried(base)
+    return f"cannot be adapted ({reason.removesuffix(_LEAVE_OUT)})" if reason else None
 
 
 def _candidates(model: nn.Module) -> list[Candidate]:
@@ -227,9 +242,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
-    """Those of the model, and of models that somebody's module holds."""
+    """Those of the model, and of models that somebody's module holds; of a list of heads (MusicGen), all."""
     heads = (output_head(module) for _, module in named_modules(model))
-    return {head for head in heads if head is not None}
+    return {part for head in heads if head is not None for part in head.modules()}
 
 
 def fused_parts(config: Method, bases: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
