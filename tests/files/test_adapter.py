@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -369,6 +370,50 @@ def test_another_wording_of_the_same_config_is_not(saved):
     assert torch.equal(load(other, path)(TOKENS), model(TOKENS))
 
 
+NAMES = {  # modules, those of no rank, and the config's choice: "fc" is the end of "block.fc", "0" that of "2.0"
+    "excluded": (("block.fc", "fc", "out"), (), dict(target_modules=["fc", "out"], exclude_modules=["block.fc"])),
+    "an expression": (("block.fc", "fc", "out"), (), dict(target_modules="fc|out")),
+    "by layers": (("fc", "layers.0.fc", "layers.1.fc"), (), dict(target_modules=["fc"], layers_to_transform=1)),
+    "the outer one alone": (("fc", "fc2.fc"), (), dict(target_modules=["fc"], exclude_modules=["fc2.fc"])),
+    "by default, one without rank": (("0", "1", "2.0"), ("2.0",), dict(target_modules=None)),
+    "by rule": (("block.fc", "fc"), (), dict(target_modules=["fc"])),
+}
+
+
+def named(*names, without_rank=()):
+    """Linear layers under these names, called in their order."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            for name in names:
+                x = torch.tanh(self.get_submodule(name)(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Model()
+    for name in names:
+        *above, own = name.split(".")
+        parent = model
+        for part in above:
+            parent._modules.setdefault(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(own, nn.Linear(12, 12))
+        if name in without_rank:
+            nn.init.zeros_(parent._modules[own].weight)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:target_modules")
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_name_that_is_the_end_of_another_ones(kind, tmp_path):
+    names, without_rank, choice = NAMES[kind]
+    model, x = adapt(named(*names, without_rank=without_rank), **choice), torch.randn(5, 12)
+    save_adapter(model, tmp_path / "a.safetensors")
+    loaded = load(named(*names, without_rank=without_rank), tmp_path / "a.safetensors")
+    assert list(adapted_layers(loaded)) == list(adapted_layers(model))
+    assert torch.equal(loaded(x), model(x))
+
+
 # Files that are damaged
 
 
@@ -628,6 +673,45 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(AdapterError, match="^model: its trained vectors v: .* found nan; nothing"):
         save_adapter(model, tmp_path / "a")
     assert not os.listdir(tmp_path)
+
+
+PARTS = {
+    "the first block": lambda model: model.layers[0], "the last block": lambda model: model.layers[1],
+    "a layer": lambda model: model.layers[0].q_proj, "the blocks without the last": lambda model: model.layers[:1],
+    "a copy of a part": lambda model: copy.deepcopy(model.layers[0]),
+    "what is left after a block was cut off": lambda model: (model.layers.pop(1), model)[1],
+}  # fmt: skip
+WHOLES = {
+    "the model": lambda model: model, "its blocks": lambda model: model.layers, "a copy": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)), "in another module": nn.Sequential,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n_tie", [1, 7, 14])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_adapted_model_is_refused(part, n_tie, tmp_path):
+    part = PARTS[part](adapt(tiny_decoder(), n_tie=n_tie))
+    bank = AdapterBank(part, 1)
+    bank.add("a")
+    for save in (lambda: save_adapter(part, tmp_path / "a"), lambda: bank.save("a", tmp_path / "a")):
+        with pytest.raises(AdapterError, match="it was adapted as .*; save the whole model that was given to apply"):
+            save()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_the_whole_of_it_is_saved_however_it_is_held(whole, tmp_path):
+    save_adapter(WHOLES[whole](adapt(tiny_decoder())), tmp_path / "a")
+    assert len(inspect_adapter(tmp_path / "a").modules) == 14
+
+
+def test_parts_that_were_adapted_apart_are_wholes(tmp_path):
+    model = tiny_decoder()
+    for block in model.layers:
+        adapt(block)
+        save_adapter(block, tmp_path / "a")
+    with pytest.raises(AdapterError, match="save the whole model"):
+        save_adapter(model, tmp_path / "a")
 
 
 # Looking

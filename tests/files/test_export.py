@@ -1,4 +1,5 @@
 """Exported LoRA directories load in PEFT and give the adapted model's outputs."""
+import copy
 import json
 import os
 import warnings
@@ -199,6 +200,193 @@ def test_target_modules_are_full_names_where_a_suffix_would_select_more():
     assert shortest_targets(model) == ["layers.0.q_proj", "layers.0.up_proj", "layers.1.up_proj"]
 
 
+class Nested(nn.Module):
+    """A module whose name is the end of another one's, which is a container or a linear layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.ModuleDict({"fc": inner(nn.Linear(12, 12))})
+        self.fc, self.out = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(torch.tanh(self.block["fc"](x)))))
+
+
+def to_peft(model, directory):
+    pytest.importorskip("peft")
+    from tinylora_kernels.integrations.peft import to_peft
+
+    to_peft(model, directory)
+
+
+WRITERS = pytest.mark.parametrize("write", [export_lora, to_peft])
+
+
+@WRITERS
+@pytest.mark.parametrize("inner", [nn.Sequential, nn.Identity], ids=["a container", "a layer"])
+def test_a_name_that_is_the_end_of_another_ones(write, inner, tmp_path):
+    inner = {nn.Identity: lambda layer: layer}.get(inner, inner)
+    model, x = adapt(Nested(inner), targets="fc|out", size=1.0), torch.randn(5, 12)
+    assert list(adapted_layers(model)) == ["fc", "out"]
+    write(model, tmp_path / "lora")
+    with torch.no_grad():
+        loaded = load_in_peft(Nested(inner), str(tmp_path / "lora"))
+        assert (model(x) - Nested(inner)(x)).abs().max() > 0.1
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Tripling(nn.Linear):
+    """Its update is one of the weight, and three times what factors add beside it."""
+
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class Reshaping(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class PaddedAsNeeded(nn.Conv2d):
+    """timm's Conv2dSame: padded in its forward, which PEFT's lora_A, of the same class, is too."""
+
+    def forward(self, x):
+        sizes = zip(x.shape[-2:], self.stride, self.kernel_size, strict=True)
+        rows, columns = (max(((n - 1) // s) * s + k - n, 0) for n, s, k in sizes)
+        return super().forward(nn.functional.pad(x, (0, columns, rows // 2, rows - rows // 2)))
+
+
+class Gained(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+class MadeOtherwise(nn.Conv1d):
+    def __init__(self, width):
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ScaledRows(nn.Embedding):
+    embed_scale = 7.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+class ScaledInSecret(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 7.0
+
+
+class Positions(nn.Embedding):
+    """As BART's embed_positions: the rows follow from the input's shape."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1]) + 2).expand(*ids.shape, -1)
+
+
+class MaskedPositions(nn.Embedding):
+    """As OPT's: of other inputs than ids."""
+
+    def forward(self, mask, before):
+        return super().forward((mask.cumsum(1) * mask).long() + before)
+
+
+IMAGE, SIGNAL, IDS = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9), torch.arange(10).view(2, 5) % 9
+# name -> (the frozen layer, its input, why PEFT's layer in its place is no update of it)
+BESIDE = {
+    "linear": (lambda: nn.Linear(4, 6), torch.randn(3, 4), None),
+    "linear, a forward of its own": (lambda: Reshaping(4, 6), torch.randn(3, 2, 4), None),
+    "linear, three times": (lambda: Tripling(4, 6), torch.randn(3, 4), "the forward of Tripling is not that of nn.Lin"),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), IMAGE, None),
+    "convolution, padding": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same"), IMAGE, None),
+    "convolution, padded in its forward": (lambda: PaddedAsNeeded(4, 6, 3, stride=2), IMAGE, None),
+    "convolution, three times": (lambda: Gained(4, 6, 3), IMAGE, "the forward of Gained is not that of nn.Conv2d"),
+    "convolution, made otherwise": (lambda: MadeOtherwise(4), SIGNAL, "the forward of MadeOtherwise is not that"),
+    "convolution, circular": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), IMAGE, "without padding_mode='circular'"
+    ),
+    "convolution, reflect": (
+        lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"), SIGNAL, "without padding_mode='reflect'"
+    ),
+    "convolution, dilated": (lambda: nn.Conv1d(4, 6, 3, dilation=2), SIGNAL, r"without dilation=\(2,\)"),
+    "convolution, both": (
+        lambda: nn.Conv2d(4, 6, 3, dilation=(1, 2), padding="same", padding_mode="replicate"), IMAGE,
+        r"without dilation=\(1, 2\) and padding_mode='replicate'",
+    ),
+    "embedding": (lambda: nn.Embedding(9, 6, padding_idx=1), IDS, None),
+    "embedding, scaled": (lambda: ScaledRows(9, 6), IDS, None),
+    "embedding, scaled in secret": (lambda: ScaledInSecret(9, 6), IDS, "the forward of ScaledInSecret is not that"),
+    "embedding, positions": (lambda: Positions(9, 6), IDS, "the forward of Positions is not that of nn.Embedding"),
+    "embedding, a mask": (lambda: MaskedPositions(9, 6), None, "MaskedPositions .* called with other inputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_beside_a_layer_peft_computes_its_update_or_the_export_is_refused(kind, tmp_path):
+    make, x, reason = BESIDE[kind]
+
+    def bare():
+        torch.manual_seed(0)
+        return nn.Sequential(make())
+
+    model = adapt(bare(), targets=["0"], size=1.0)
+    before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"^0: .*{reason}.*; write merged weights with merged_weights") as error:
+            export_lora(model, tmp_path / "lora")
+        assert "\n" not in str(error.value) and not os.listdir(tmp_path)
+    else:
+        export_lora(model, tmp_path / "lora")
+        with torch.no_grad():
+            assert (model(x) - bare()(x)).abs().max() > 0.05
+            loaded = load_in_peft(bare(), str(tmp_path / "lora"))
+            torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+    if reason is not None:  # what was tried left no trace
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+class Two(nn.Module):
+    """One linear layer in two places: under two parents, twice under one, or in a block that is itself in two."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        a = nn.ModuleDict({"fc": nn.Linear(12, 12), "other": nn.Linear(12, 12)})
+        if how == "one parent":
+            a["other"] = a["fc"]
+        b = a if how == "a block" else nn.ModuleDict({"fc": a["fc"] if how == "two parents" else nn.Linear(12, 12)})
+        self.a, self.b = a, b
+
+    def forward(self, x):
+        for layer in (self.a["fc"], self.a["other"], self.b["fc"]):
+            x = torch.tanh(layer(x))
+        return x
+
+
+@WRITERS
+@pytest.mark.parametrize("how, places", [
+    ("two parents", "a.fc and b.fc"), ("one parent", "a.fc and a.other"), ("a block", None), ("apart", None),
+])  # fmt: skip
+def test_one_layer_in_two_places(write, how, places, tmp_path):
+    model, x = adapt(Two(how), targets=["fc"], size=1.0), torch.randn(5, 12)
+    if places:
+        with pytest.raises(ValueError, match=f"^{places} are one layer, of which PEFT would adapt a.fc alone; write"):
+            write(model, tmp_path / "lora")
+        assert not os.listdir(tmp_path)
+        return
+    write(model, tmp_path / "lora")
+    with torch.no_grad():
+        assert (model(x) - Two(how)(x)).abs().max() > 0.05
+        loaded = load_in_peft(Two(how), str(tmp_path / "lora"))
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_errors_write_nothing(tmp_path):
     target = tmp_path / "lora"
     with pytest.raises(ValueError, match="^model: it has no adapter to export"):
@@ -260,6 +448,68 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         torch.testing.assert_close(
             load_in_peft(llama(), str(tmp_path / "lora"))(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("rank", [8.0, "8", True, None, 0, -1])
+def test_a_rank_that_is_no_count_is_refused(rank, tmp_path):
+    with pytest.raises(ValueError, match="^rank: expected an integer >= 1, found "):
+        export_lora(adapt(tiny_decoder()), tmp_path / "lora", rank=rank)
+
+
+def test_the_command_line_refuses_in_one_line_and_loads_no_base_for_it(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    adapter, base, lora = tmp_path / "adapter.safetensors", tmp_path / "base", tmp_path / "lora"
+    llama().save_pretrained(base)
+    save_adapter(adapt(llama()), adapter)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("")
+
+    def refused(*arguments):
+        assert main([*map(str, arguments)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and not lora.exists()
+        return err.splitlines()[-1]  # above it the bars of transformers
+
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:1000])
+    assert f"{base}: transformers cannot load this base: " in refused(adapter, lora, "--model", base)
+    assert "no such base: transformers cannot load" in refused(adapter, lora, "--model", tmp_path / "no such base")
+
+    loads = []
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loads.append(1))
+    assert "No such file" in refused(tmp_path / "missing", lora, "--model", base)
+    assert "not a safetensors file" in refused(tmp_path / "full" / "precious", lora, "--model", base)
+    assert "holds other files (precious)" in refused(adapter, tmp_path / "full", "--model", base)
+    assert "rank 2, found 1" in refused(adapter, lora, "--model", base, "--rank", 1)
+    assert not loads
+
+
+def encoder_decoder(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "t5":
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        )
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                  encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64, d_model=16)  # fmt: skip
+    if kind == "bart":
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(**layers))
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**layers, **tokens, num_mel_bins=8))
+
+
+@pytest.mark.parametrize("make, targets, task", [
+    (llama, ["q_proj"], "CAUSAL_LM"), (gpt2, ["c_attn"], "CAUSAL_LM"), (tiny_decoder, ["q_proj"], None),
+    (lambda: llama().model, ["q_proj"], None), (lambda: encoder_decoder("t5"), ["q"], "SEQ_2_SEQ_LM"),
+    (lambda: encoder_decoder("bart"), ["q_proj"], "SEQ_2_SEQ_LM"),
+    (lambda: encoder_decoder("whisper"), ["q_proj"], None),
+], ids=["llama", "gpt2", "ours", "no head", "t5", "bart", "whisper"])  # fmt: skip
+def test_the_task_is_the_models(make, targets, task, tmp_path):
+    model = adapt(make(), targets)
+    export_lora(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["task_type"] == task
+    loaded = load_in_peft(make(), str(tmp_path / "lora"))
+    named = {None: "PeftModel", "CAUSAL_LM": "PeftModelForCausalLM", "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM"}
+    assert type(loaded).__name__ == named[task]
 
 
 def test_projections_beside_a_stack_of_experts_are_exported_with_a_warning(tmp_path):

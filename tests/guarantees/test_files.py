@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import math
@@ -355,6 +356,34 @@ def test_what_is_no_file_is_neither_read_nor_replaced(kind, tmp_path, monkeypatc
         assert not stat.S_ISDIR(path.stat().st_mode)
 
 
+@pytest.mark.parametrize("ending", ["/", "/.", "/..", "//"])
+@pytest.mark.parametrize("there", [False, True])
+def test_the_name_of_a_directory_is_no_files(ending, there, small):
+    model, path = small
+    adapt(model, target_modules=["l0"])
+    if not there:
+        path.unlink()
+    with pytest.raises(OSError, match="Is a directory"):
+        save_adapter(model, f"{path}{ending}")
+    assert path.exists() == there
+
+
+@pytest.mark.parametrize("form", [os.fsencode, os.fspath, Path], ids=["bytes", "str", "Path"])
+def test_paths_of_every_form(form, tmp_path):
+    model = adapt(nn.ModuleDict({"l0": nn.Linear(8, 8)}), target_modules=["l0"])
+    file, folder = form(tmp_path / "file"), form(tmp_path / "lora")
+    for _ in range(2):  # in a place that is free, and over what is there
+        save_adapter(model, file)
+        export_lora(model, folder)
+    load_adapter(model, file)
+    assert len(inspect_adapter(file).modules) == 1 and sorted(os.listdir(tmp_path)) == ["file", "lora"]
+    pytest.importorskip("peft", minversion="0.21", reason="it writes PEFT's format")
+    from tinylora_kernels.integrations.peft import from_peft, to_peft
+
+    to_peft(model, form(tmp_path / "peft"))
+    from_peft(form(tmp_path / "peft"), remove_adapter(model))
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o666, 0o444, 0o4711])
 @pytest.mark.parametrize("link", [False, True])
 def test_a_replaced_file_keeps_its_mode_owner_and_link(mode, link, tmp_path):
@@ -566,6 +595,75 @@ def test_to_peft_keeps_what_else_is_in_a_directory(tmp_path):
         to_peft(adapt(tiny_decoder(), frozen_rank=rank), tmp_path)
         assert peft_rank(tmp_path) == rank and (tmp_path / "README.md").read_text() == "kept"
     assert len(os.listdir(tmp_path)) == 4
+
+
+def fails(code):
+    def raises(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return raises
+
+
+def mounted(target, monkeypatch):
+    monkeypatch.setattr(atomic.os, "rename", fails(errno.EBUSY))
+    monkeypatch.setattr(atomic, "_exchanged", fails(errno.EBUSY))
+
+
+def within_another_ones(code):
+    def prepare(target, monkeypatch):
+        real = os.mkdir
+
+        def mkdir(path, *arguments, **options):
+            (fails(code) if Path(path).parent == target.parent else real)(path, *arguments, **options)
+
+        monkeypatch.setattr(atomic.os, "mkdir", mkdir)
+
+    return prepare
+
+
+STAYING = {
+    "the working directory": lambda target, monkeypatch: monkeypatch.chdir(target),
+    "a mount point": mounted,
+    "in another's": within_another_ones(errno.EACCES),
+    "in the system's": within_another_ones(errno.EPERM),
+    "in a read-only one": within_another_ones(errno.EROFS),
+}
+
+
+@pytest.mark.parametrize("place", STAYING)
+@pytest.mark.parametrize("writer", ["export_lora", "to_peft"])
+def test_a_directory_that_has_to_stay_gets_its_files_one_by_one(writer, place, tmp_path, monkeypatch):
+    target = tmp_path / "made" / "there"
+    target.mkdir(parents=True)
+    models = [adapt(tiny_decoder(), frozen_rank=rank) for rank in (1, 2)]
+    if writer == "export_lora":
+        write, rank_of = (lambda turn: export_lora(models[0], target, rank=1 + turn)), whole
+    else:
+        pytest.importorskip("peft", minversion="0.21", reason="it writes PEFT's format")
+        from tinylora_kernels.integrations.peft import to_peft
+
+        write, rank_of = (lambda turn: to_peft(models[turn], target)), peft_rank
+        write(0)  # with what it needs to import
+        for file in target.iterdir():
+            file.unlink()
+    STAYING[place](target, monkeypatch)
+    node = target.stat().st_ino
+    for turn in range(2):
+        write(turn)
+        assert rank_of(target) == 1 + turn and target.stat().st_ino == node
+        assert os.path.realpath(os.getcwd()) == os.path.realpath(target) or place != "the working directory"
+    written, real = [], atomic._write
+
+    def full(descriptor, data):
+        written.append(data)
+        real(descriptor, data) if len(written) < 2 else fails(errno.ENOSPC)()
+
+    monkeypatch.setattr(atomic, "_write", full)
+    with pytest.raises(OSError, match="No space left"):  # with one of two written
+        write(0)
+    assert rank_of(target) == 2
+    assert sorted(os.listdir(target)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert os.listdir(tmp_path / "made") == ["there"]
 
 
 @pytest.mark.parametrize("exports", [False, True])

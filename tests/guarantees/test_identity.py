@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tinylora_kernels import (
     TinyLoRAConfig,
     adapted_layers,
     export_lora,
+    inspect_adapter,
     load_adapter,
     merge,
     refresh_factors,
@@ -111,6 +113,32 @@ def test_one_config_for_two_models_labels_two_state_dicts(change):
     other = adapt(theirs)
     with pytest.raises(RuntimeError, match=rf"{change} is .* there and .* in this model; nothing was loaded into it"):
         other.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("through", ["adapting", "a file", "a copy", "skipping"])
+def test_the_config_of_a_model_cannot_be_written_into(kind, through, tmp_path):
+    theirs = config(kind)
+    if through == "skipping":  # one that cannot carry the rank: the model's config is another object again
+        theirs.target_modules, theirs.fused, bare = None, None, tiny_decoder()
+        nn.init.zeros_(bare.layers[0].q_proj.weight)
+        with pytest.warns(UserWarning, match="cannot carry rank"):
+            model = apply(bare, theirs, progress=False)
+    else:
+        model = adapt(theirs)
+    if through == "a file":
+        save_adapter(model, tmp_path / "file")
+        model = load_adapter(tiny_decoder(), tmp_path / "file", cache=False, progress=False)
+    model = copy.deepcopy(model) if through == "a copy" else model
+    own = next(iter(adapted_layers(model).values())).config
+    before = copy.deepcopy(own)
+    for field in dataclasses.fields(own):
+        with pytest.raises(AttributeError, match=f"^{field.name}: this config says what an adapted model computes"):
+            setattr(own, field.name, 99)
+    assert own == before and dataclasses.replace(own, seed=99).seed == 99
+    theirs.seed = 99  # the caller's may be: it is the next model's
+    save_adapter(model, tmp_path / "file")
+    assert inspect_adapter(tmp_path / "file").config.seed == 0
 
 
 def test_what_was_written_into_a_config_is_checked_as_it_is_used():

@@ -1,5 +1,6 @@
 """PEFT models on our ops: the same numbers, PEFT's own tensors and files, adapters mixed in a batch, a way back."""
 import copy
+import json
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from tests.integrations.tiny import gpt2, llama, tokens
 peft = pytest.importorskip("peft", minversion="0.21", reason="the PEFT integration needs peft >= 0.21")
 transformers = pytest.importorskip("transformers", reason="the models under test come from transformers")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors  # noqa: E402
 from tinylora_kernels.integrations.peft import (  # noqa: E402
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set:UserWarning", "ignore:Could not find a config file:UserWarning",
 )  # fmt: skip
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def config(**changes):
@@ -420,6 +422,28 @@ def test_weights_loaded_under_an_accelerated_adapter_are_noticed():
 # Conversion
 
 
+class Tripling(nn.Linear):
+    def forward(self, x):
+        return super().forward(3 * x)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a, b: setattr(b, "fc", a.fc), "a.fc and b.fc are one layer, of which PEFT would adapt a.fc alone; load it"),
+    (lambda a, b: setattr(b.fc, "__class__", Tripling), "b.fc: the forward of Tripling is not that of nn.Linear, and"),
+])  # fmt: skip
+def test_a_base_whose_layers_peft_adapts_otherwise_is_refused(change, message, tmp_path):
+    def bare():
+        torch.manual_seed(0)
+        a, b = (nn.Sequential() for _ in range(2))
+        a.fc, b.fc = nn.Linear(12, 12), nn.Linear(12, 12)
+        change(a, b)
+        return nn.ModuleDict({"a": a, "b": b})
+
+    peft.get_peft_model(bare(), config(target_modules=["fc"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        from_peft(tmp_path, bare())
+
+
 @pytest.mark.parametrize("weight_tying", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("save_projection", [True, False])
 def test_adapters_come_from_peft_and_go_back(tmp_path, weight_tying, save_projection):
@@ -492,6 +516,95 @@ def test_directories_that_do_not_fit_are_errors(tmp_path):
         from_peft(tmp_path / "c", llama())
     with pytest.raises(ValueError, match="it has no adapter"):
         to_peft(llama(), tmp_path / "d")
+
+
+def drop(ending):
+    def change(config, tensors):
+        del tensors[next(key for key in sorted(tensors) if key.endswith(ending))]
+
+    return change
+
+
+def set_field(**fields):
+    return lambda config, tensors: config.update(fields)
+
+
+def set_tensor(key, value):
+    return lambda config, tensors: tensors.update({key: value(tensors) if callable(value) else value})
+
+
+def drop_a_module(config, tensors):
+    for key in [key for key in tensors if "layers.1.self_attn.v_proj" in key]:
+        del tensors[key]
+
+
+V, HEAD = "base_model.tinylora_v.", "base_model.model.lm_head"
+Q = "base_model.model.model.layers.0.self_attn.q_proj.tinylora_"
+# what is done to a directory of six modules in three groups -> the words of the refusal
+DAMAGED = {
+    "no A": (drop("_A"), "not whole, .*mlp.down_proj.tinylora_A is missing"),
+    "no B": (drop("_B"), "not whole, .*mlp.down_proj.tinylora_B is missing"),
+    "no P": (drop("_P"), "not whole, .*mlp.down_proj.tinylora_P is missing"),
+    "no P at all": (lambda c, t: [t.pop(k) for k in list(t) if k.endswith("_P")], "not whole, .*tinylora_P is missing"),
+    "no v": (drop("v.1"), "not whole, .*tinylora_v.1 is missing"),
+    "one v more": (set_tensor(V + "3", torch.zeros(3)), "not whole, .*tinylora_v.3 belongs to nothing"),
+    "another tying": (set_field(weight_tying=0.0), "not whole, .*tinylora_v.3 is missing"),
+    "less tying": (set_field(weight_tying=1.0), "not whole, .*tinylora_v.1 belongs to nothing"),
+    "no module": (drop_a_module, "not whole: target_modules names model.layers.1.self_attn.v_proj, which has no ten"),
+    "another r": (set_field(r=3), r"q_proj.tinylora_A: expected \[3, 32\], found \[2, 32\]"),
+    "another u": (set_field(u=2), r"tinylora_P: expected \[2, 2, 2\], found \[3, 2, 2\]"),
+    "a short v": (set_tensor(V + "0", torch.zeros(2)), r"tinylora_v.0: expected \[3\], found \[2\]"),
+    "a wide A": (set_tensor(Q + "A", lambda t: t[Q + "A"].repeat(1, 2)), r"q_proj.tinylora_A: expected \[2, 32\], fou"),
+    "nothing": (lambda c, t: t.clear(), "expected tinylora_A and tinylora_B of some module, found none"),
+    "no r": (lambda c, t: c.pop("r"), "adapter_config.json: r: expected an integer >= 1, found None"),
+    "u in words": (set_field(u="3"), "adapter_config.json: u: expected an integer >= 1, found '3'"),
+    "no tying": (lambda c, t: c.pop("weight_tying"), "weight_tying: expected a number from 0 to 1, found None"),
+    "tying of 2": (set_field(weight_tying=2), "weight_tying: expected a number from 0 to 1, found 2"),
+    "a trained head": (set_tensor(HEAD + ".weight", torch.zeros(2)), "lm_head.weight has no place .*modules_to_save"),
+    "a head of another": (set_tensor(HEAD + ".base_layer.weight", torch.zeros(2)), "base_layer.weight is not this mod"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_directory_that_is_not_whole_is_refused(damage, tmp_path):
+    change, message = DAMAGED[damage]
+    tiny_lora().save_pretrained(tmp_path)
+    tensors, settings = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
+    change(settings, tensors)
+    save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    model = llama()
+    with pytest.raises(ValueError, match=message) as error:
+        from_peft(tmp_path, model)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert not adapted_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("contents", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"{}"], ids=range(6))
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_file_that_cannot_be_read_is_named(file, contents, tmp_path):
+    tiny_lora().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(contents)
+    with pytest.raises(ValueError, match=f"{tmp_path}") as error:
+        from_peft(tmp_path, llama())
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_comes_with_the_weight_that_peft_saves_of_it(tied, tmp_path):
+    def base():
+        return llama(tie_word_embeddings=tied)
+
+    theirs = tiny_lora(base(), target_modules=["q_proj", "lm_head"])
+    theirs.save_pretrained(tmp_path)
+    assert HEAD + ".base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    x = tokens()
+    with torch.no_grad():
+        assert error(from_peft(tmp_path, base())(x).logits, theirs(x).logits) < 1e-5
+        other = base()
+        other.lm_head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight is not this model's; load the base"):
+        from_peft(tmp_path, other)
 
 
 def test_bfloat16_factors_fit_their_weight():

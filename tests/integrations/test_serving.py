@@ -1,5 +1,6 @@
 """Exports that servers load: vLLM's rules for adapter directories, and what a streamed merge must not do."""
 import json
+import os
 import weakref
 
 import pytest
@@ -91,6 +92,23 @@ def test_each_rule_about_the_tensors_is_checked(directory, damage, message):
     path = directory / "adapter_model.safetensors"
     save_file({key: t.contiguous() for key, t in damage(load_file(path)).items()}, path)
     assert any(message in problem for problem in vllm_problems(directory, served_modules=LINEAR))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_pickled_weights_are_read_as_vllm_does(name, directory):
+    """Nothing of theirs is run, and they are read where there is no safetensors file alone."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    (directory / name).write_bytes(b"torn")
+    assert vllm_problems(directory, served_modules=LINEAR) == []
+    (directory / "adapter_model.safetensors").unlink()
+    assert "cannot be read" in vllm_problems(directory)[0]
+    torch.save(tensors, directory / name)
+    assert vllm_problems(directory, served_modules=LINEAR) == []
+    assert "no linear layer of that name" in vllm_problems(directory, served_modules=["query"])[0]
+    for contents in ({}, [1], {"a": 1}, {"a": os.system}):
+        torch.save(contents, directory / name)
+        problems = vllm_problems(directory)
+        assert len(problems) == 1 and "\n" not in problems[0] and name in problems[0] or "cannot be read" in problems[0]
 
 
 def test_files_and_ranks_are_checked(directory, tmp_path):

@@ -1,6 +1,8 @@
 """Adapted transformers models: on disk and back, generation, tied heads, Conv1D, experts, placement, copies."""
 import copy
+import os
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tinylora_kernels.model.merging import merge, unmerge
 transformers = pytest.importorskip("transformers", minversion="5.0", reason="written for transformers 5")
 
 from tests.paper import delta_weight  # noqa: E402
-from tinylora_kernels.integrations.transformers import from_pretrained, save_pretrained  # noqa: E402
+from tinylora_kernels.integrations.transformers import ADAPTER_FILE, from_pretrained, save_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
@@ -134,6 +136,61 @@ def test_a_model_saved_merged_needs_nothing_of_ours(tmp_path, make):
     save_pretrained(model, tmp_path, merged=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert error(logits(loaded), logits(model)) < 1e-5 and not (tmp_path / "tinylora_adapter.safetensors").exists()
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What each upload would have sent: the files that have changed since its save began."""
+    from transformers import modeling_utils
+
+    sent, cls = [], modeling_utils.PreTrainedModel
+    monkeypatch.setattr(modeling_utils, "hf_api", mock.MagicMock)
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", mock.MagicMock())
+
+    def upload(self, directory, repo_id, before, **_):
+        now = cls._get_files_timestamps(self, directory)
+        sent.append({name for name, moment in now.items() if moment > before.get(name, 0)})
+
+    monkeypatch.setattr(cls, "_upload_modified_files", upload)
+    return sent
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_upload_holds_what_was_saved(merged, uploads, tmp_path):
+    model = adapt(llama())
+    for turn in range(2):  # into an empty directory, and over an earlier save
+        save_pretrained(model, tmp_path, merged=merged, push_to_hub=True, repo_id="me/mine")
+        assert {"config.json", "model.safetensors"} <= uploads[turn]
+        assert (ADAPTER_FILE in uploads[turn]) == (ADAPTER_FILE in os.listdir(tmp_path)) == (not merged)
+        for file in tmp_path.iterdir():
+            os.utime(file, (0, 0))
+    assert "_upload_modified_files" not in vars(model)
+    if not merged:
+        assert torch.equal(logits(from_pretrained(tmp_path, cache=False)), logits(model))
+
+
+def test_an_upload_that_fails_leaves_what_was_saved(uploads, tmp_path, monkeypatch):
+    model = adapt(llama())
+    offline = mock.Mock(side_effect=OSError("offline"))
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", offline)
+    with pytest.raises(OSError, match="offline"):
+        save_pretrained(model, tmp_path, push_to_hub=True, repo_id="me/mine")
+    assert "_upload_modified_files" not in vars(model)
+    assert torch.equal(logits(from_pretrained(tmp_path, cache=False)), logits(model))
+
+
+def test_merged_over_an_earlier_save_leaves_no_adapter_of_other_weights(tmp_path):
+    model = adapt(llama())
+    save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError), mock.patch.object(type(model), "save_pretrained", side_effect=ValueError):
+        save_pretrained(model, tmp_path, merged=True)
+    assert torch.equal(logits(from_pretrained(tmp_path, cache=False)), logits(model))  # nothing was lost
+    save_pretrained(model, tmp_path, merged=True)
+    assert ADAPTER_FILE not in os.listdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tinylora_adapter.safetensors: no such file"):
+        from_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path, cache=False)), logits(model))
 
 
 def test_an_adapted_tied_head_is_saved_beside_the_tied_weight(tmp_path):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinylora_kernels import TinyLoRAConfig, _version, apply_tiny_lora, diagnostics, save_adapter
 from tinylora_kernels import __main__ as command_line
-from tinylora_kernels import _version, diagnostics
 from tinylora_kernels.linear import build as node_build
 from tinylora_kernels.linear import compiled
 from tinylora_kernels.ops import dispatch
@@ -357,3 +357,45 @@ def test_unknown_command(capsys):
 def test_the_module_runs():
     done = subprocess.run([sys.executable, "-m", "tinylora_kernels"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "backends for cpu tensors" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """An adapter file of more lines than a pipe holds, and of names that ASCII does not have."""
+    path = tmp_path_factory.mktemp("many") / "adapter.safetensors"
+    model = torch.nn.ModuleDict({f"é☃{n}": torch.nn.Linear(4, 4) for n in range(1500)})
+    apply_tiny_lora(model, TinyLoRAConfig(frozen_rank=1, cache=False), progress=False)
+    save_adapter(model, path)
+    return str(path)
+
+
+# what is written to a reader that has gone, to a full disk and in a locale of few letters -> status, the one line said
+SPOILED = {
+    "a reader that sees enough": ("inspect --all {many} | (read line; exec 0<&-; sleep 1)", 1, None),
+    "a reader that sees nothing": ("info | true", 1, None),
+    "help for nobody": ("--help | true", 1, None),
+    "a full disk": ("inspect --all {many} > /dev/full", 1, "inspect: [Errno 28] No space left on device"),
+    "a full disk, a short text": ("--help > /dev/full", 1, "--help: [Errno 28] No space left on device"),
+    "no output at all": ("--help >&-", 0, None),
+    "no such file": ("inspect {many}.not | cat", 1, "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_output_that_cannot_be_written_is_one_line_or_none(how, many):
+    command, status, said = SPOILED[how]
+    command = f"{sys.executable} -m tinylora_kernels {command.format(many=many)}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    errors = [line for line in done.stderr.splitlines() if "Traceback" in line or "rror" in line or "xception" in line]
+    assert done.returncode == status and (said in done.stderr if said else not errors), done.stderr
+    assert len(errors) <= 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_are_shown_in_any_locale(encoding, many):
+    done = subprocess.run(
+        [sys.executable, "-m", "tinylora_kernels", "inspect", many], capture_output=True, timeout=300,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    shown = {"ascii": b"\\xe9\\u2603", "latin-1": b"\xe9\\u2603", "utf-8": "é☃".encode()}[encoding]
+    assert done.returncode == 0 and shown in done.stdout and not done.stderr

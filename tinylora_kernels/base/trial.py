@@ -30,20 +30,20 @@ def why_not_linear(module: nn.Module) -> str | None:
     """Of a linear layer or a convolution with a plain weight: why its update is none of its weight, one line; None
     where it is, or where the forward cannot be tried. Tried on a copy: no hook, buffer or generator is touched.
     """
-    return None if _is_known(module) else _outcome(module, _deviation, "its weight times x and its bias")
+    return None if is_known(module) else _outcome(module, _deviation, "its weight times x and its bias")
 
 
 def why_not_lookup(module: nn.Module) -> str | None:
     """The same of an embedding, whose every row is looked up."""
-    return None if _is_known(module) else _outcome(module, _deviation_of_rows, "a row of its table")
+    return None if is_known(module) else _outcome(module, _deviation_of_rows, "a row of its table")
 
 
 def why_not_tried(module: nn.Module) -> str | None:
     """Why nothing is known of a linear layer's forward, one line: it is of a class of its own, and could not be run."""
-    if _is_known(module) or not isinstance(module, nn.Linear):
+    if is_known(module) or not isinstance(module, nn.Linear):
         return None
     try:
-        with _undisturbed(module):
+        with undisturbed(module):
             _deviation(module, weight_of(module))
     except Exception as error:
         reason = str(error).partition("\n")[0][:100]
@@ -51,7 +51,7 @@ def why_not_tried(module: nn.Module) -> str | None:
     return None
 
 
-def _is_known(module: nn.Module) -> bool:
+def is_known(module: nn.Module) -> bool:
     """Whether it computes what its base class does by its class alone, or nothing can be said by trying."""
     weight, cls = weight_of(module), type(module)
     known = next((known for known in (*_KNOWN, nn.Embedding) if isinstance(module, known)), None)
@@ -60,8 +60,14 @@ def _is_known(module: nn.Module) -> bool:
     return all(getattr(cls, name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
 
 
+def tolerance(weight: Tensor) -> float:
+    """How far two outputs that should be one may be apart, by norm."""
+    return max(_ROUNDINGS * torch.finfo(weight.dtype).eps, _LEAST)
+
+
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """What is tried inside draws from no generator of the caller's, and no mode or autocast of theirs changes it."""
     kind = weight_of(module).device.type
     devices = [] if kind == "cpu" else [weight_of(module).device]
     ambient = torch.random.fork_rng(devices, device_type=kind), modes.out_of_sight(), torch.no_grad()
@@ -73,7 +79,7 @@ def _outcome(
     module: nn.Module, deviation_of: Callable[[nn.Module, Tensor], float | None], what: str
 ) -> str | None:
     weight, name = weight_of(module), type(module).__name__
-    with _undisturbed(module):
+    with undisturbed(module):
         try:
             deviation = deviation_of(module, weight)
         except Exception:  # it wants other inputs, or cannot be copied
@@ -81,7 +87,7 @@ def _outcome(
     if deviation is None:
         features = weight.shape[1] if isinstance(module, nn.Embedding) else len(weight)
         return f"{name} returns no tensor of {features} features; leave it out by exclude_modules"
-    if not deviation > max(_ROUNDINGS * torch.finfo(weight.dtype).eps, _LEAST):
+    if not deviation > tolerance(weight):
         return None
     return (
         f"the forward of {name} is not {what}: with an updated weight it is {deviation:.1g} off the updated output; "
@@ -96,7 +102,7 @@ def _deviation_of_rows(module: nn.Module, table: Tensor) -> float | None:
     out = table.shape[1]
     scale = torch.linspace(0.5, 2, out, dtype=torch.float64, device=table.device)
     updated = (table.detach() * scale.to(table)).flip(1)
-    before, after = (_copy(module, each, None) for each in (table.detach(), updated))
+    before, after = (copy_with(module, each, None) for each in (table.detach(), updated))
     ids, most = torch.arange(len(table), device=table.device), 0.0
     # Of the numbers past the last, where there is such a thing, another table may know.
     for rows in (*ids.split(_ROWS), ids[-1:] + 1):
@@ -122,14 +128,14 @@ def _deviation(module: nn.Module, weight: Tensor) -> float | None:
         return torch.randn(shape, generator=generator, device="cpu").to(weight)
 
     out, channels = len(weight), isinstance(module, _ConvNd)
-    x = random(1, *_input_shape(module))
+    x = random(1, *input_shape(module))
     bias = None if bias_of(module) is None else random(out)
     g, h = random(out), random(out) / out**0.5
     matrix = weight.detach().flatten(1)  # [out, in]
     updated = torch.addr(matrix, g, h @ matrix).view(weight.shape)
     outputs = []
     for other in (weight.detach(), updated):
-        y = type(module).forward(_copy(module, other, bias), x)
+        y = type(module).forward(copy_with(module, other, bias), x)
         if not isinstance(y, Tensor) or y.dim() != x.dim() or y.shape[1 if channels else -1] != out:
             return None
         y = (y.movedim(1, -1) if channels else y).double()
@@ -139,7 +145,7 @@ def _deviation(module: nn.Module, weight: Tensor) -> float | None:
     return float((after - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
-def _input_shape(module: nn.Module) -> tuple[int, ...]:
+def input_shape(module: nn.Module) -> tuple[int, ...]:
     """Of one small sample: two rows, or a little more than what a kernel sees."""
     if not isinstance(module, _ConvNd):
         return 2, weight_of(module).shape[1]
@@ -147,7 +153,7 @@ def _input_shape(module: nn.Module) -> tuple[int, ...]:
     return module.in_channels, *(2 * ((kernel - 1) * apart + 1) + step for kernel, apart, step in sizes)
 
 
-def _copy(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def copy_with(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """The module in evaluation with another weight and bias, without its hooks and with buffers of its own."""
     memo: dict[int, object] = {id(module._parameters["weight"]): nn.Parameter(weight, requires_grad=False)}
     if bias is not None:

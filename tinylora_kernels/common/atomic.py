@@ -15,12 +15,14 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 _UNFINISHED = re.compile(r"\.tinylora-[0-9a-f]{16}")
 _NO_LOCKS_PATIENCE = 86400.0  # seconds after which a leftover is one, on a file system without locks
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV)  # of renameat2: this file system cannot
+# of a directory that stays where it is: a mount point, or one in a directory that this user may not write to
+_FIXED = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -47,17 +49,31 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: it cannot be written, or something else than a regular file has the name.
     """
-    path = os.path.realpath(path)
-    directory = os.path.dirname(path)
-    with contextlib.suppress(FileNotFoundError):
-        _expect_regular(path, os.stat(path).st_mode)
-    remove_leftovers(directory)
-    with _beside(directory) as (temporary, descriptor):
-        _keep_ownership(path, descriptor)
-        _write(descriptor, data)
-        os.fsync(descriptor)
-        os.replace(temporary, path)
-    sync_directory(directory)
+    name = os.fsdecode(path)
+    if os.path.basename(name) in ("", os.curdir, os.pardir):  # a directory's name, whether it is there or not
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    _replace_files({os.path.realpath(name): data})
+
+
+def _replace_files(files: dict[str, bytes]) -> None:
+    """Each one as write_atomically; none is replaced before all of them are written."""
+    directories = {os.path.dirname(path) for path in files}
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            _expect_regular(path, os.stat(path).st_mode)
+    for directory in directories:
+        remove_leftovers(directory)
+    with contextlib.ExitStack() as stack:
+        fresh = {}
+        for path, data in files.items():
+            fresh[path], descriptor = stack.enter_context(_beside(os.path.dirname(path)))
+            _keep_ownership(path, descriptor)
+            _write(descriptor, data)
+            os.fsync(descriptor)
+        for path, temporary in fresh.items():
+            os.replace(temporary, path)
+    for directory in directories:
+        sync_directory(directory)
 
 
 def take_name(path: str | os.PathLike[str], data: bytes, mode: int | None) -> None:
@@ -78,9 +94,40 @@ def take_name(path: str | os.PathLike[str], data: bytes, mode: int | None) -> No
 def write_directory(target: str, files: dict[str, bytes]) -> None:
     """All files or none, in a directory that is there at every moment: written beside it, synced, exchanged with it.
 
-    On a file system that cannot exchange two names, the files of a directory that is there are replaced one by one,
-    each of them whole.
+    Where it holds other things too or has to stay the directory it is (this process works in it, something is mounted
+    there, its parent may not be written to), and on a file system that cannot exchange two names, the files of a
+    directory that is there are replaced one by one, the last one first, each of them whole.
     """
+    stays = os.path.isdir(target) and (_is_worked_in(target) or others_in(target, files))
+    if stays or not _put_in_place(target, files):
+        _replace_files({os.path.realpath(os.path.join(target, name)): files[name] for name in reversed(files)})
+
+
+def others_in(directory: str, names: Iterable[str]) -> list[str]:
+    """What the directory holds beside these, and beside what writers have in work there."""
+    return sorted(name for name in {*os.listdir(directory)} - {*names} if not _UNFINISHED.fullmatch(name))
+
+
+def _is_worked_in(target: str) -> bool:
+    """Whether the working directory is this one or below it."""
+    try:
+        return os.path.commonpath((os.getcwd(), target)) == target
+    except (FileNotFoundError, ValueError):  # it was removed, or is on another drive
+        return False
+
+
+def _put_in_place(target: str, files: dict[str, bytes]) -> bool:
+    """Write the directory beside the target and give it its name; False where the one that is there has to stay."""
+    try:
+        _exchange(target, files)
+    except OSError as error:
+        if error.errno not in _FIXED or not os.path.isdir(target):
+            raise
+        return False
+    return True
+
+
+def _exchange(target: str, files: dict[str, bytes]) -> None:
     parent = os.path.dirname(target)
     os.makedirs(parent, exist_ok=True)  # as save_pretrained does; of a file the directory has to be there
     remove_leftovers(parent)

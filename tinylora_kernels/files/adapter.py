@@ -141,12 +141,18 @@ def describe_model(model: nn.Module, include_basis: bool = False, v: Tensor | No
     if not layers:
         raise AdapterError("model: it has no adapter to save; call apply_tiny_lora(model, config) first")
     config = _config_of(layers)
+    whole = next(iter(layers.values())).count
     modules: list[AdaptedModule] = []
     vectors: dict[int, Tensor] = {}  # tie group -> v
     for position, (name, layer) in enumerate(layers.items()):
         if layer.index != position:
             raise AdapterError(
                 f"{name}: it was adapted as module {layer.index} and is module {position} here; "
+                "save the whole model that was given to apply_tiny_lora"
+            )
+        if layer.count != whole or whole not in (None, len(layers)):
+            raise AdapterError(
+                f"{name}: it was adapted as one of {layer.count} modules and is one of {len(layers)} here; "
                 "save the whole model that was given to apply_tiny_lora"
             )
         weight = original_weight(layer)
@@ -182,7 +188,10 @@ def _load_into_bare(
     config = dataclasses.replace(adapter.config, backend=backend, cache=cache)
     names = [module.name for module in adapter.modules]
     try:
-        found, _ = selected_names(model, config)
+        # A list of all its modules is one of full names: by_names wrote it, where suffixes could select others.
+        targets = config.target_modules
+        whole = targets is not None and not isinstance(targets, str) and set(targets) == set(names)
+        found, _ = selected_names(model, config, whole)
         _check_names(found, names)
         groups = assign_groups(names, config.n_tie, config.tying)
     except AdapterError:

@@ -24,13 +24,16 @@ from ..base.attributes import weight_of
 from ..base.experts import ExpertSlice, is_experts
 from ..base.kinds import CONV1D, CONVOLUTION, EMBEDDING, LINEAR, kind_of
 from ..base.names import inside
-from ..common.atomic import write_directory
-from ..common.words import dtype_name
+from ..common.atomic import others_in, write_directory
+from ..common.finite import whole_number
+from ..common.words import dtype_name, one_line
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers
 from ..model.merging import delta_factors
 from ..model.targets import shortest_targets
 from .adapter import load_adapter, warn_of_what_is_left_out
+from .beside import MERGED_INSTEAD, expect_beside
+from .format import read
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Names that PEFT (0.21, with transformers 5) takes for the experts of a stack, in models that have such stacks
@@ -44,13 +47,15 @@ def export_lora(
     """Write the update of an adapted model, merged or not, as a LoRA adapter directory.
 
     Args:
-        directory: created whole (written beside, then renamed), or replaced whole if it holds an earlier export.
+        directory: created whole (written beside, then renamed), or replaced whole if it holds an earlier export; where
+            it has to stay (the working directory, a mount point) its two files are replaced one after the other.
         rank: of the exported factors, at least the adapter's r; zero-padded.  vLLM's kernels start at 8.
         dtype: of the exported factors: torch.float32, bfloat16 or float16.
 
     Raises:
-        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, adapted experts, or a
-            directory with other files in it.  Nothing has been written then.
+        ValueError: no adapter, a rank below r, another dtype, an update that is not finite, adapted experts, a layer
+            beside which PEFT would compute another update (docs/layers.md), or a directory with other files in it.
+            Nothing has been written then.
         RuntimeError: a weight that is not the one adapted to.  Nothing has been written then.
         OSError: the directory cannot be written.
     """
@@ -60,14 +65,13 @@ def export_lora(
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
     needed = max(layer.basis.shape[0] for layer in layers.values())
-    if rank < needed:
-        raise ValueError(f"rank: expected at least the adapter's rank {needed}, found {rank}")
+    rank = _checked_rank(rank, needed)
     expert = next((name for name, layer in layers.items() if isinstance(layer.base, ExpertSlice)), None)
     if expert is not None:
         raise ValueError(
-            f"{expert}: LoRA directories have no agreed form for the experts of a stack; write merged weights with "
-            "merged_weights(model) or integrations.transformers.save_pretrained(model, directory, merged=True)"
+            f"{expert}: LoRA directories have no agreed form for the experts of a stack; {MERGED_INSTEAD}"
         )
+    expect_beside(model, layers)
     misread = sorted({name.rpartition(".")[2] for name in layers} & READ_AS_EXPERTS)
     if misread and any(map(is_experts, model.modules())):
         warnings.warn(
@@ -76,7 +80,7 @@ def export_lora(
             "Other readers take the names as they are; for PEFT, leave these modules out of target_modules",
             stacklevel=2,
         )
-    target = os.path.realpath(directory)
+    target = os.path.realpath(os.fsdecode(directory))
     _refuse_foreign_directory(target)
 
     tensors: dict[str, Tensor] = {}
@@ -136,14 +140,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("export: loading the base model needs transformers; pip install transformers", file=sys.stderr)
         return 1
     try:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        # before a base of many gigabytes is loaded
+        _checked_rank(arguments.rank, read(arguments.adapter).config.rank)
+        _refuse_foreign_directory(os.path.realpath(arguments.directory))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
+        except Exception as error:  # of transformers, safetensors, torch, or of the model's own code
+            raise ValueError(f"{arguments.model}: transformers cannot load this base: {one_line(error)}") from None
         load_adapter(model, arguments.adapter)
         export_lora(model, arguments.directory, arguments.rank, DTYPES[arguments.dtype])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{arguments.directory}: rank {arguments.rank}, {len(adapted_layers(model))} modules, {arguments.dtype}")
     return 0
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what a model does, which says which of PEFT's and transformers' classes take it; None: any."""
+    model = inside(model)
+    if not callable(getattr(model, "generate", None)) or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) -> dict[str, object]:
@@ -152,7 +170,7 @@ def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) 
     kinds = [kind_of(layer.base) for layer in layers.values()]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": task_type(model),
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "r": rank,
         "lora_alpha": rank,
@@ -169,11 +187,17 @@ def _peft_config(model: nn.Module, layers: dict[str, TinyLoRALayer], rank: int) 
     }
 
 
+def _checked_rank(rank: int, needed: int) -> int:
+    number = whole_number("rank", rank)
+    if number < needed:
+        raise ValueError(f"rank: expected at least the adapter's rank {needed}, found {rank}")
+    return number
+
+
 def _refuse_foreign_directory(target: str) -> None:
     if not os.path.lexists(target):
         return
     if not os.path.isdir(target):
         raise ValueError(f"directory: {target} is a file")
-    others = sorted(set(os.listdir(target)) - set(FILES))
-    if others:
+    if others := others_in(target, FILES):
         raise ValueError(f"directory: {target} holds other files ({', '.join(others[:3])}); choose a new one")

@@ -12,30 +12,38 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..base.kinds import is_linear_like, kind_of, matrix_shape, weight_matrix
 from ..base.names import inside, named_modules, submodule
-from ..common.atomic import write_atomically, write_directory
+from ..common.atomic import write_directory
 from ..common.finite import as_finite
+from ..common.words import one_line
 from ..factors.svd import Factors, basis_sketch
 from ..files.adapter import warn_of_what_is_left_out
+from ..files.beside import expect_beside
 from ..layers.layer import TinyLoRALayer, kept_unless_done
-from ..model.adapted import adapted_layers, expect_unmerged
+from ..method.selection import suffixes
+from ..model.adapted import adapted_layers, base_state_dict, expect_unmerged
 from ..model.attach import attach
 from ..model.targets import shortest_targets
 from .peft_factors import FitError, output_side
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+FACTORS = (".tinylora_A", ".tinylora_B", ".tinylora_P")
+KIND = len(FACTORS[0])
 
 
 @dataclass(frozen=True)
@@ -91,19 +99,22 @@ def from_peft(directory: str | os.PathLike[str], model: nn.Module, *, backend: s
         PEFT would.
 
     Raises:
-        ValueError: not a TinyLoRA directory, modules missing from the model, factors that do not belong to its weights,
-            embeddings adapted, or parts that have no place here (modules_to_save, trained biases).
+        ValueError: not a whole TinyLoRA directory, modules missing from the model, factors that do not belong to its
+            weights, embeddings adapted, or parts that have no place here (modules_to_save, trained biases).
     """
-    directory = Path(directory)
+    directory = Path(os.fsdecode(directory))
     config, tensors = _read(directory)
     names = _module_names(model, tensors, directory)
+    modules = {name: submodule(model, name) for name in names}
     groups = _groups(len(names), config["weight_tying"])
+    _expect_whole(directory, config, tensors, model, modules, groups)
+    expect_beside(model, modules, "load it with PEFT and call accelerate_peft")
     factors, projections = {}, []
     for index, name in enumerate(names):
         key = f"{PREFIX}{name}."
         right, left = tensors[key + "tinylora_A"], tensors[key + "tinylora_B"]
         try:
-            side = output_side(left, right, weight_matrix(submodule(model, name)))
+            side = output_side(left, right, weight_matrix(modules[name]))
         except FitError as error:
             raise ValueError(f"{directory}: {name}: {error}") from error
         fixed = tensors.get(key + "tinylora_P")
@@ -122,14 +133,15 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Args:
         model: adapted by apply_tiny_lora, apply_lora_xs or from_peft, and not merged.
         directory: made if it is not there. One that holds nothing but an earlier adapter is exchanged for the new one
-            in one step; in another the two files are replaced one after the other, each whole.
+            in one step; in another, and in one that has to stay (the working directory, a mount point), the two files
+            are replaced one after the other, each whole.
 
     P is always written: PEFT's generator cannot draw ours. Where no value of weight_tying gives this model's groups,
     each module gets a copy of its v: the function is the same, training it further in PEFT unties the copies (warned).
 
     Raises:
-        ValueError: no adapter, a merged model, layers of different u or rank, or numbers that are not finite. Nothing
-            was written.
+        ValueError: no adapter, a merged model, layers of different u or rank, one beside which PEFT would compute
+            another update (docs/layers.md), or numbers that are not finite. Nothing was written.
         RuntimeError: a weight that is not the one adapted to. Nor then.
     """
     from peft import TinyLoraConfig
@@ -144,6 +156,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"{name}: PEFT's TinyLoRA has linear layers of one rank, found {found}; use save_adapter or export_lora"
             )
+    expect_beside(model, layers)
     weight_tying, groups = _tied(layers)
     if weight_tying is None:
         warnings.warn(
@@ -176,13 +189,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # PEFT writes its config into directories alone
         config.save_pretrained(scratch)
         files = {CONFIG: Path(scratch, CONFIG).read_bytes(), WEIGHTS: save(tensors, metadata={"format": "pt"})}
-    target = os.path.realpath(directory)
-    if os.path.isdir(target) and not set(os.listdir(target)) <= set(files):
-        for name, data in files.items():
-            write_atomically(os.path.join(target, name), data)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        write_directory(target, files)
+    write_directory(os.path.realpath(os.fsdecode(directory)), files)
     warn_of_what_is_left_out(model, os.fspath(directory))
 
 
@@ -194,11 +201,14 @@ def is_from_peft(model: nn.Module) -> bool:
 @torch.no_grad()
 def load_peft_vectors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Copy the vectors of a directory that to_peft wrote from this model back into it."""
-    _, tensors = _read(Path(directory))
+    _, tensors = _read(Path(os.fsdecode(directory)))
     layers = adapted_layers(model)
+    keys = [f"base_model.tinylora_v.{group}" for group in _tied(layers)[1]]
+    vectors = {key: layer.v.shape for key, layer in zip(keys, layers.values(), strict=True)}
+    _expect_tensors(directory, {key: tensors[key] for key in tensors if ".tinylora_v." in key}, vectors)
     with kept_unless_done(layers.values()):
-        for layer, group in zip(layers.values(), _tied(layers)[1], strict=True):
-            layer.v.copy_(tensors[f"base_model.tinylora_v.{group}"])
+        for layer, key in zip(layers.values(), keys, strict=True):
+            layer.v.copy_(tensors[key])
 
 
 @torch.no_grad()
@@ -219,17 +229,29 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise ValueError(f"{directory}: expected {name}, found no such file; save with PEFT's save_pretrained")
-    config = json.loads((directory / CONFIG).read_text())
-    if config.get("peft_type") != "TINYLORA":
-        raise ValueError(f"{directory}: expected peft_type TINYLORA, found {config.get('peft_type')}")
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{directory / CONFIG}: it is damaged, and no JSON: {one_line(error)}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "TINYLORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{directory}: expected peft_type TINYLORA, found {found}")
+    _expect_number(directory, config, "r")
+    _expect_number(directory, config, "u")
+    _expect_number(directory, config, "weight_tying", 0, 1, (int, float))
     if config.get("tinylora_dropout"):
         warnings.warn(f"{directory}: tinylora_dropout is dropped: it has no equivalent on the output", stacklevel=3)
-    return config, load_file(directory / WEIGHTS)
+    try:
+        return config, load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS}: it is damaged, or no safetensors file: {one_line(error)}") from None
 
 
 def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> list[str]:
     """The adapted modules in named_modules order, each one a linear layer of the model."""
-    wanted = {key[len(PREFIX) : -len(".tinylora_A")] for key in tensors if key.endswith(".tinylora_A")}
+    wanted = {key.removeprefix(PREFIX)[:-KIND] for key in tensors if key[-KIND:] in FACTORS}
+    if not wanted:
+        raise ValueError(f"{directory / WEIGHTS}: expected tinylora_A and tinylora_B of some module, found none")
     modules = {name: module for name, module in named_modules(model) if name in wanted}
     missing = sorted(wanted - modules.keys())
     if missing:
@@ -242,10 +264,63 @@ def _module_names(model: nn.Module, tensors: dict[str, Tensor], directory: Path)
                 f"{directory}: {name} is a {type(module).__name__}, expected a linear layer; load it with PEFT and "
                 "call accelerate_peft"
             )
-    foreign = [key for key in tensors if ".tinylora_" not in key]
-    if foreign:
-        raise ValueError(f"{directory}: {foreign[0]} has no place in an adapted model (modules_to_save or bias)")
     return list(modules)
+
+
+def _expect_whole(
+    directory: Path, config: dict, tensors: dict[str, Tensor], model: nn.Module, modules: dict[str, nn.Module],
+    groups: list[int],
+) -> None:  # fmt: skip
+    """Raises ValueError unless the directory holds all of these modules, and nothing else that makes a difference."""
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and not any(config.get(name) for name in ("exclude_modules", "layers_to_transform")):
+        named = (name for name, _ in named_modules(model) if not set(targets).isdisjoint(suffixes(name)))
+        if absent := [name for name in named if name not in modules]:
+            raise ValueError(f"{directory}: it is not whole: target_modules names {absent[0]}, which has no tensors")
+    # PEFT draws P again only where it was told not to save it
+    drawn = config.get("save_projection") is False and not any(key.endswith(".tinylora_P") for key in tensors)
+    if drawn:
+        _expect_number(directory, config, "projection_seed", least=0)
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        out, width = matrix_shape(module)
+        rank = min(config["r"], out, width)
+        shapes = [(rank, width), (out, rank), *([] if drawn else [(config["u"], rank, rank)])]
+        expected |= {f"{PREFIX}{name}{kind}": shape for kind, shape in zip(FACTORS, shapes, strict=False)}
+    expected |= {f"base_model.tinylora_v.{group}": (config["u"],) for group in groups}
+    own = base_state_dict(model)
+    for key in [key for key in tensors if ".tinylora_" not in key]:
+        # the weight of an adapted head, which PEFT saves without being asked
+        ours = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if ".base_layer." not in key or ours is None:
+            raise ValueError(f"{directory}: {key} has no place in an adapted model (modules_to_save or bias)")
+        if ours.shape != tensors[key].shape or not torch.equal(tensors[key].to(ours), ours):
+            raise ValueError(f"{directory}: {key} is not this model's; load the base that the adapter was made for")
+    _expect_tensors(directory, {key: tensors[key] for key in tensors if ".tinylora_" in key}, expected)
+
+
+def _expect_tensors(
+    directory: str | os.PathLike[str], found: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises ValueError unless these are the tensors, of these shapes."""
+    where = f"{os.fspath(directory)}: it is not whole, or its config is another adapter's:"
+    for key in (*expected, *found):
+        if key not in found:
+            raise ValueError(f"{where} {key} is missing")
+        if key not in expected:
+            raise ValueError(f"{where} {key} belongs to nothing that it adapts")
+        if tuple(found[key].shape) != tuple(expected[key]):
+            raise ValueError(f"{where} {key}: expected {list(expected[key])}, found {list(found[key].shape)}")
+
+
+def _expect_number(
+    directory: Path, config: dict, name: str, least: int = 1, most: float = math.inf, kinds: tuple[type, ...] = (int,)
+) -> None:
+    """Raises ValueError unless the config's field is a number in these bounds."""
+    value = config.get(name)
+    if type(value) not in kinds or not least <= value <= most:  # type: ignore[operator]
+        what = f"a number from {least} to {most}" if float in kinds else f"an integer >= {least}"
+        raise ValueError(f"{directory / CONFIG}: {name}: expected {what}, found {value!r}")
 
 
 def _groups(modules: int, weight_tying: float) -> list[int]:

@@ -24,6 +24,7 @@ from ..common.atomic import write_atomically
 from ..common.interrupts import finish, followed_by
 from ..common.words import listed
 from ..files.adapter import describe_model, load_adapter, load_beside_others, warn_of_what_is_left_out
+from ..files.export import task_type
 from ..files.format import encode
 from ..layers.layer import TinyLoRALayer
 from ..model.adapted import adapted_layers, adapter_disabled, expect_unmerged, is_merged, original_names
@@ -43,7 +44,7 @@ class AdaptedConfig(PeftConfig):
     Without a peft_type: what would collect PEFT's own tensors here, and find none, gets an error instead.
     """
 
-    target_modules: list[str] | None = None
+    target_modules: list[str] | str | None = None
 
 
 class AdaptedTuner(nn.Module):
@@ -59,10 +60,9 @@ class AdaptedTuner(nn.Module):
         super().__init__()
         self.model = model
         self.active_adapter = DEFAULT
-        task = "CAUSAL_LM" if callable(getattr(inside(model), "generate", None)) else None
         name = getattr(inside(model), "name_or_path", None)
         config = AdaptedConfig(
-            base_model_name_or_path=name, task_type=cast(Any, task), target_modules=shortest_targets(model)
+            base_model_name_or_path=name, task_type=cast(Any, task_type(model)), target_modules=shortest_targets(model)
         )
         self.peft_config: dict[str, PeftConfig] = {DEFAULT: config}
         self.showing_merged = False

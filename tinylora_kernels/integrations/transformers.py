@@ -8,7 +8,10 @@ which from_pretrained does not find again and replaces by random ones with a war
 """
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +25,7 @@ from ..model.adapted import adapted_layers, base_state_dict, expect_unmerged
 from ..model.merging import merged_weights
 
 ADAPTER_FILE = "tinylora_adapter.safetensors"
+_UPLOAD = "_upload_modified_files"  # of transformers' PushToHubMixin
 
 
 def save_pretrained(
@@ -35,22 +39,51 @@ def save_pretrained(
         directory: as for the model's own save_pretrained.
         merged: False: the base model's weights, and the adapter in "tinylora_adapter.safetensors". True: the weights
             with the update applied and no adapter; a cast to bfloat16 may swallow it, merge_fidelity(model) says.
-        kwargs: for the model's own save_pretrained (max_shard_size, ...).
+            An adapter that an earlier save left in the directory is removed then: it is of other weights.
+        kwargs: for the model's own save_pretrained (max_shard_size, push_to_hub, ...). The adapter is uploaded too.
 
     Raises:
-        ValueError: no adapter; merged=False for a model that is merged; merged=True where merging is impossible.
+        ValueError: no adapter; merged=False for a model that is merged; merged=True where merging is impossible;
+            push_to_hub with a transformers that uploads otherwise than this package knows.
     """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: it has no adapter; use its own save_pretrained")
-    model = cast(PreTrainedModel, inside(model))
+    model, path = cast(PreTrainedModel, inside(model)), Path(directory) / ADAPTER_FILE
     if merged:
-        model.save_pretrained(directory, state_dict=dict(merged_weights(model)), **kwargs)
-        return
-    expect_unmerged(layers, "model", "call unmerge(model) first, or save it with merged=True")
-    model.save_pretrained(directory, state_dict=base_state_dict(model), **kwargs)
-    # Not save_adapter: what trains beside the vectors is in the base's own files.
-    write_atomically(Path(directory) / ADAPTER_FILE, encode(describe_model(model)))
+        weights = dict(merged_weights(model))
+        finish = functools.partial(path.unlink, missing_ok=True)
+    else:
+        expect_unmerged(layers, "model", "call unmerge(model) first, or save it with merged=True")
+        weights = base_state_dict(model)
+        # Not save_adapter: what trains beside the vectors is in the base's own files.
+        finish = functools.partial(write_atomically, path, encode(describe_model(model)))
+    with _done_before_upload(model, finish) if kwargs.get("push_to_hub") else contextlib.nullcontext():
+        model.save_pretrained(directory, state_dict=weights, **kwargs)
+    finish()
+
+
+@contextlib.contextmanager
+def _done_before_upload(model: PreTrainedModel, finish: Callable[[], None]) -> Iterator[None]:
+    """transformers uploads what has changed in the directory since its save began, as the save's last act: the adapter
+    has to come between.
+    """
+    upload = getattr(model, _UPLOAD, None)
+    if upload is None:
+        raise ValueError(
+            "push_to_hub: this version of transformers uploads in another way, and would leave the adapter out; save "
+            "without it and upload the directory with huggingface_hub.upload_folder"
+        )
+
+    def finish_and_upload(*args, **kwargs):
+        finish()
+        return upload(*args, **kwargs)
+
+    model.__dict__[_UPLOAD] = finish_and_upload
+    try:
+        yield
+    finally:
+        del model.__dict__[_UPLOAD]
 
 
 def from_pretrained(

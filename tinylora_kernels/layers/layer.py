@@ -92,6 +92,7 @@ class TinyLoRALayer(nn.Module):
         projection: [u, r, r] P', or [r, r] for LoRA-XS.
         v: [u] the trained numbers, or the TinyLoRALayer that holds them for this tie group.
         name, index, group: the module's qualified name, its position among the adapted modules, its tie group.
+        count: of the modules that were adapted with it; None of a layer made by hand.
         config: what it was built from, a method.config.Method.
         degenerate: the singular subspace is arbitrary (equal singular values): files must carry the basis.
         parts: the output rows of each part of a fused projection that is adapted part by part.
@@ -126,6 +127,7 @@ class TinyLoRALayer(nn.Module):
         name: str = "layer",
         index: int = 0,
         group: int = 0,
+        count: int | None = None,
         config: Method | None = None,
         degenerate: bool = False,
         parts: tuple[int, ...] | None = None,
@@ -142,6 +144,7 @@ class TinyLoRALayer(nn.Module):
         self.__dict__["_in_doubt"] = False  # whether the weight may be another one now: it was loaded, or emptied
         self.base = base
         self.name, self.index, self.group, self.config = name, index, group, config
+        self.count = count
         self.degenerate = degenerate
         self.parts = parts
         self.projection_index = index if projection_index is None else projection_index

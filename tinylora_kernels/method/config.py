@@ -60,8 +60,20 @@ class Method(Protocol):
         """v [u] of one tie group before training."""
 
 
+class Kept:
+    """A config that may be written into, until a model has it: from then on it says what that model computes."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "_kept" in vars(self):
+            raise AttributeError(
+                f"{name}: this config says what an adapted model computes, and changes nothing there; adapt the bare "
+                f"model with dataclasses.replace(config, {name}=...)"
+            )
+        super().__setattr__(name, value)
+
+
 @dataclass
-class TinyLoRAConfig:
+class TinyLoRAConfig(Kept):
     """Hyperparameters of TinyLoRA (Morris et al., "Learning to Reason in 13 Parameters", arXiv 2602.04118).
 
     W' = W + alpha U S (sum_i v_i P_i) V^T, with v shared by the modules of a tie group.
@@ -143,7 +155,7 @@ class TinyLoRAConfig:
 
 
 @dataclass
-class LoRAXSConfig:
+class LoRAXSConfig(Kept):
     """Hyperparameters of LoRA-XS (Balazy et al., "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of
     Parameters", arXiv 2405.17604), on the same layer and the same ops.
 
@@ -207,6 +219,13 @@ Selecting = TypeVar("Selecting", bound=TinyLoRAConfig | LoRAXSConfig)
 def own_copy(config: Selecting) -> Selecting:
     """The config as it is now, checked again, with lists and maps of its own: sweeps write into theirs afterwards."""
     return dataclasses.replace(config)
+
+
+def kept(config: Method) -> Method:
+    """The same config, to be written into no more."""
+    if isinstance(config, Kept):
+        vars(config)["_kept"] = True
+    return config
 
 
 def by_names(config: Selecting, names: Sequence[str]) -> Selecting:

@@ -23,7 +23,7 @@ from ..factors.modules import expect_factors_of, factorize_modules
 from ..factors.svd import Factors
 from ..layers.experts import AdaptedExperts
 from ..layers.layer import TinyLoRALayer, finite_projection, kept_unless_done
-from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, own_copy, trained_dtype
+from ..method.config import LoRAXSConfig, Method, TinyLoRAConfig, by_names, kept, own_copy, trained_dtype
 from ..method.parts import block_basis
 from ..method.tying import assign_groups
 from .adapted import CLOSE_IT, adapted_layers, expect_unmerged, wrappers
@@ -133,6 +133,7 @@ def attach(
         vectors: v of each group, [groups, u]; default the config's.
         brought: the factors are the caller's, and the weights are asked whether they are theirs.
     """
+    config = kept(config)
     bases = _bases(model, names)
     warn_of_direct_reads(model, [name for name, base in bases.items() if not isinstance(base, ExpertSlice)])
     parts = fused_parts(config, bases)
@@ -157,8 +158,8 @@ def attach(
         if brought:
             expect_factors_of(name, weight_matrix(base), factor, config.rank, parts)
         layer = TinyLoRALayer(
-            base, basis, factor.sigma, projection, v, name=name, index=index, group=group, config=config,
-            degenerate=factor.degenerate, parts=sizes, projection_index=projection_index,
+            base, basis, factor.sigma, projection, v, name=name, index=index, group=group, count=len(names),
+            config=config, degenerate=factor.degenerate, parts=sizes, projection_index=projection_index,
         )  # fmt: skip
         projection_index += len(sizes) if sizes else 1
         layer.train(base.training)

@@ -52,8 +52,13 @@ def is_default(config: Selecting) -> bool:
     return config.target_modules is None or config.target_modules == ALL_LINEAR
 
 
-def selected_names(model: nn.Module, config: Selecting) -> tuple[list[str], dict[str, str]]:
+def selected_names(
+    model: nn.Module, config: Selecting, whole: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """Qualified names of the modules to adapt, in named_modules order; and why the default skipped others, by name.
+
+    Args:
+        whole: target_modules holds full names, and "fc" does not mean "block.fc" as well.
 
     Raises:
         ValueError: the model is adapted already, an entry of target_modules, exclude_modules or layers_to_transform
@@ -73,6 +78,9 @@ def selected_names(model: nn.Module, config: Selecting) -> tuple[list[str], dict
         chosen = [each for each in candidates if kind_of(each[1]).by_default and each[1] not in heads]
     else:
         chosen = _matching(model, "target_modules", wanted, candidates)
+        if whole:
+            full = set(entries(wanted))
+            chosen = [each for each in chosen if each[0] in full]
     if config.exclude_modules is not None:
         excluded = {name for name, _, _ in _matching(model, "exclude_modules", config.exclude_modules, candidates)}
         chosen = [each for each in chosen if each[0] not in excluded]
@@ -264,11 +272,16 @@ def fused_parts(config: Method, bases: Mapping[str, nn.Module]) -> dict[str, tup
     return parts
 
 
-def shortest_targets(model: nn.Module) -> list[str]:
-    """The shortest list that selects exactly the adapted modules by PEFT's rule: full name or dotted suffix."""
+def shortest_targets(model: nn.Module) -> list[str] | str:
+    """What selects exactly the adapted modules by PEFT's rule, full name or dotted suffix: their last components, which
+    servers expect, or their full names; where one of those is the end of another module's ("fc" and "block.fc") an
+    expression, which has to match the whole name.
+    """
     adapted = list(adapted_layers(model))
     bases = {name + ".base" for name in adapted}
-    last = {name.rpartition(".")[2] for name in adapted}
-    # Servers expect "q_proj"; where that would select a module that is not adapted, only full names will do.
-    by_suffix = [name for name, _ in named_modules(model) if name not in bases and name.rpartition(".")[2] in last]
-    return sorted(last) if by_suffix == adapted else adapted
+    known = [name for name, _ in named_modules(model) if name not in bases]
+    for names in (sorted({name.rpartition(".")[2] for name in adapted}), adapted):
+        asked = set(names)
+        if [name for name in known if not asked.isdisjoint(suffixes(name))] == adapted:
+            return names
+    return f"^(?:{'|'.join(map(re.escape, adapted))})$"

@@ -17,13 +17,17 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ...base.names import left_in
+from ...common.words import one_line
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SMALLEST_RANK_OF_OLDER_ENGINES = 8
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = ("adapter_model.bin", "adapter_model.pt")  # what vLLM looks for then, in this order
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -43,15 +47,19 @@ def vllm_problems(
     if max_lora_rank not in MAX_RANKS:
         raise ValueError(f"max_lora_rank: expected one of {', '.join(map(str, MAX_RANKS))}, found {max_lora_rank}")
     directory = Path(directory)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+    weights = next((name for name in (WEIGHTS, *PICKLED) if (directory / name).is_file()), WEIGHTS)
+    missing = [name for name in (CONFIG, weights) if not (directory / name).is_file()]
     if missing:
         return [f"{directory}: no {name}" for name in missing]
     try:
         config = json.loads((directory / CONFIG).read_text())
-        shapes = _shapes(directory / WEIGHTS)
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG}: expected an object, found a {type(config).__name__}")
+        shapes = _shapes(directory / weights)
     except (ValueError, SafetensorError) as error:
-        return [f"{directory}: cannot be read ({error})"]
-    return _config_problems(config, max_lora_rank) + _tensor_problems(shapes, config.get("r"), served_modules)
+        return [f"{directory}: cannot be read ({one_line(error)})"]
+    problems = _tensor_problems(shapes, config.get("r"), served_modules)
+    return _config_problems(config, max_lora_rank) + (problems if shapes else [f"{weights}: no LoRA tensors"])
 
 
 def _config_problems(config: dict, max_lora_rank: int) -> list[str]:
@@ -91,11 +99,17 @@ def _tensor_problems(
             problems.append(f"{name}: {wrapper} is the name of a wrapper, not of the model")
         if served_modules is not None and name.rpartition(".")[2] not in served_modules:
             problems.append(f"{name}: the served model has no linear layer of that name")
-    if not modules:
-        problems.append(f"{WEIGHTS}: no LoRA tensors")
     return problems
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
+    if path.name in PICKLED:
+        try:
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # of a damaged pickle: any
+            raise ValueError(f"{path.name}: {one_line(error)}") from None
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path.name}: expected a map of names to tensors")
+        return {key: list(tensor.shape) for key, tensor in tensors.items()}
     with safe_open(path, framework="pt") as file:
         return {key: file.get_slice(key).get_shape() for key in file.keys()}
