@@ -691,9 +691,12 @@ WHOLES = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_the_adapted_model_is_refused(part, n_tie, tmp_path):
     part = PARTS[part](adapt(tiny_decoder(), n_tie=n_tie))
-    bank = AdapterBank(part, 1)
-    bank.add("a")
-    for save in (lambda: save_adapter(part, tmp_path / "a"), lambda: bank.save("a", tmp_path / "a")):
+    writers = [lambda: save_adapter(part, tmp_path / "a")]
+    if all(layer.owner in adapted_layers(part).values() for layer in adapted_layers(part).values()):
+        bank = AdapterBank(part, 1)
+        bank.add("a")
+        writers.append(lambda: bank.save("a", tmp_path / "a"))
+    for save in writers:
         with pytest.raises(AdapterError, match="it was adapted as .*; save the whole model that was given to apply"):
             save()
     assert not os.listdir(tmp_path)

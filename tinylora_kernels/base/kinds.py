@@ -203,5 +203,5 @@ def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
 def write_weight(module: nn.Module, matrix: Tensor) -> None:
     """Copy a matrix [out, in] into the module's weight, whatever its layout in memory."""
     weight = weight_of(module)
-    with torch.inference_mode(weight.is_inference()):  # of a model that was loaded in that mode
+    with torch.inference_mode() if weight.is_inference() else torch.no_grad():  # of a model loaded in that mode
         weight.copy_(as_stored(module, matrix))

@@ -336,9 +336,11 @@ class TinyLoRALayer(nn.Module):
         return "_adapted_to" if self.saved_weight is None else "_merged_to"
 
     def holds_what_was_merged(self) -> bool:
-        """Whether the weight is still the merged one that take_witness saw; if nobody can tell, yes."""
+        """Whether the weight is still the merged one that take_witness saw; if nobody can tell, or another one was
+        loaded (_NOT_THE_MERGED_WEIGHT says then to unmerge), yes.
+        """
         weight, known = weight_of(self.base), self._merged_to
-        return known is None or weight.is_meta or known.knows(weight.contiguous())
+        return self._in_doubt or known is None or weight.is_meta or known.knows(weight.contiguous())
 
     def _factors_are_of_this_weight(self) -> None:
         self.take_witness()

@@ -38,8 +38,8 @@ def expect_one_adapter(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
 
 
 def expect_all_vectors(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
-    """Raises ValueError where a tie group's vector is on a layer that is not in the model: blocks were taken out, or one
-    is used alone. It would be in no parameters() and in no state dict.
+    """Raises ValueError where a tie group's vector is on a layer that is not in the model: blocks were taken out, or
+    one is used alone. It would be in no parameters() and in no state dict.
     """
     there = set(layers.values())
     for name, layer in layers.items():
