@@ -340,7 +340,7 @@ class TinyLoRALayer(nn.Module):
         loaded (_NOT_THE_MERGED_WEIGHT says then to unmerge), yes.
         """
         weight, known = weight_of(self.base), self._merged_to
-        return self._in_doubt or known is None or weight.is_meta or known.knows(weight.contiguous())
+        return bool(self._in_doubt) or known is None or weight.is_meta or known.knows(weight.contiguous())
 
     def _factors_are_of_this_weight(self) -> None:
         self.take_witness()
