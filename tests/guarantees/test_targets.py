@@ -84,6 +84,9 @@ SELECTIONS = {
     "one layer": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=2),
     "layers": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 3]),
     "layers of a list": dict(target_modules=["o_proj"], layers_to_transform=[1, 2], layers_pattern="layers"),
+    "a full name beside layers": dict(
+        target_modules=["model.layers.3.self_attn.q_proj", "k_proj"], layers_to_transform=[0]
+    ),
     "layers of lists": dict(target_modules=["o_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]),
 }
 
@@ -113,6 +116,8 @@ def test_the_same_layers_as_in_peft_where_names_have_several_numbers():
         dict(target_modules=["q", "wo"], layers_to_transform=[1]),
         dict(target_modules=["q", "wi"], layers_to_transform=[0, 1], layers_pattern="layer"),
         dict(target_modules=["k"], layers_to_transform=2, layers_pattern=["block"]),
+        dict(target_modules=["q", "wo"], layers_to_transform=[1], layers_pattern=["layer", "block"]),
+        dict(target_modules=["q", "wo"], layers_to_transform=[2], layers_pattern=["block", "layer"]),
     ):
         theirs = peft.get_peft_model(t5(), peft.LoraConfig(r=2, **options))
         layer = peft.tuners.lora.LoraLayer

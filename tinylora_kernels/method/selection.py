@@ -51,11 +51,12 @@ def layer_number(name: str, patterns: Wanted | None = None) -> int | None:
     """The 3 of "model.layers.3.self_attn.q_proj": the first number in a name, or the first after a pattern.
 
     Args:
-        patterns: names of the lists of layers, regular expressions for a component: "layers", ["encoder.block", "h"].
+        patterns: names of the lists of layers, regular expressions for a component: "layers", ["encoder.block", "h"];
+            of several the first that is there.
     """
-    before = "|".join(entries(patterns)) if patterns else None
-    found = re.search(r"(?:^|\.)" + (rf"(?:{before})\." if before else "") + r"(\d+)(?=\.|$)", name)
-    return int(found[1]) if found else None
+    before = [rf"(?:{pattern})\." for pattern in entries(patterns)] if patterns else [""]
+    every = (re.search(rf"(?:^|\.){each}(\d+)(?=\.|$)", name) for each in before)
+    return next((int(found[1]) for found in every if found), None)
 
 
 def checked_names(field: str, wanted: object) -> Wanted | None:
