@@ -5,6 +5,7 @@ import pickle
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -338,3 +339,28 @@ def test_the_state_dict_holds_base_and_vectors_and_nothing_frozen_of_ours():
     other = adapt(llama(), std=0.0)
     other.load_state_dict(model.state_dict())
     assert [v.tolist() for v in trainable_vectors(other)] == [v.tolist() for v in trainable_vectors(model)]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["q_proj"]])
+def test_checkpoints_of_transformers_own_hold_a_tied_weight_once_and_resume(targets, tmp_path):
+    """Its Trainer died at the first one where the head was adapted."""
+    x = torch.arange(12)
+    data = [{"input_ids": x, "labels": x}] * 8
+
+    def train(resume):
+        torch.manual_seed(0)
+        model = llama(tie_word_embeddings=True)
+        apply_tiny_lora(model, TinyLoRAConfig(target_modules=targets, cache=False), progress=False)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, save_steps=2, report_to=[], disable_tqdm=True, use_cpu=True,
+            learning_rate=1e-2, save_only_model=False,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return torch.cat([v.detach() for v in trainable_vectors(model)])
+
+    whole = train(resume=False)
+    stored = safetensors.torch.load_file(tmp_path / "checkpoint-2/model.safetensors")
+    assert len({name for name in stored if "lm_head" in name or "embed_tokens" in name if name.endswith("weight")}) == 1
+    assert whole.abs().max() > 0 and torch.equal(train(resume=True), whole)

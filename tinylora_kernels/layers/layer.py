@@ -99,6 +99,10 @@ class TinyLoRALayer(nn.Module):
         projection_index: of its P, the first part's if there are several; default index.
     """
 
+    # To transformers, which saves one of the tensors that share memory and asks each module which may go: a head that
+    # is tied to its embedding has its weight by this name now.
+    _tied_weights_keys = {"base.weight": "weight"}
+
     base: nn.Module
     basis: Tensor
     sigma: Tensor

@@ -85,12 +85,12 @@ def selected_names(
         excluded = {name for name, _, _ in _matching(model, "exclude_modules", config.exclude_modules, candidates)}
         chosen = [each for each in chosen if each[0] not in excluded]
     if config.layers_to_transform is not None:
-        by_full_name: set[str] = set() if wanted is None or isinstance(wanted, str) else set(wanted)  # whatever their layer
-        by_number = [each for each in chosen if by_full_name.isdisjoint(each[2])]
-        left_out = {name for name, _, _ in by_number}
-        for name, _, _ in _of_layers(by_number, asked_numbers(config.layers_to_transform), config.layers_pattern):
-            left_out.remove(name)
-        chosen = [each for each in chosen if each[0] not in left_out]
+        full_names = [] if wanted is None or isinstance(wanted, str) else list(wanted)  # whatever their layer
+        by_number = [each for each in chosen if set(full_names).isdisjoint(each[2])]
+        numbers = asked_numbers(config.layers_to_transform)
+        others = {name for name, _, _ in by_number}
+        others.difference_update(name for name, _, _ in _of_layers(by_number, numbers, config.layers_pattern))
+        chosen = [each for each in chosen if each[0] not in others]
     for name, base, _ in chosen:
         if reason := why_not_weight(base):
             raise ValueError(f"{name}: it cannot be adapted: {reason}")
