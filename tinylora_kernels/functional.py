@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .common import modes
 from .linear.node import FrozenLinear, apply_linear, order_of
@@ -61,7 +60,7 @@ def tiny_lora_update(
         )  # fmt: skip
     basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _differentiated_by_torch():
+    if modes.differentiated_by_torch():
         return reference.updated(y, basis, v, projection, offset, bias, adapter_ids)[0]
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if not _dissolves(chosen):
@@ -114,7 +113,7 @@ def tiny_lora_update_parts(
     ends, groups = list(ends), list(groups)
     compiling = torch.compiler.is_compiling()
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
-    if _dissolves(chosen) or (not compiling and (_differentiated_by_torch() or modes.seen_by_a_mode())):
+    if _dissolves(chosen) or modes.differentiated_by_torch() or modes.seen_by_a_mode():
         check_parts("y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, adapter_ids=adapter_ids)
         parts = []
         for n, (begin, end, group) in enumerate(zip([0, *ends[:-1]], ends, groups, strict=True)):
@@ -196,7 +195,7 @@ def tiny_lora_linear(
     """
     basis, v, projection, right, adapter_ids = _small_tensors(weight.dtype, basis, v, projection, right, adapter_ids)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _differentiated_by_torch():
+    if modes.differentiated_by_torch():
         y = torch.nn.functional.linear(x, weight)
         return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
@@ -213,11 +212,6 @@ def tiny_lora_linear(
     order = 0 if right is None or parts is not None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
     frozen = FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, parts, chosen)
     return apply_linear(x, v, frozen)
-
-
-def _differentiated_by_torch() -> bool:
-    """Whether torch.func's transforms or forward-mode differentiation look on: they take plain operations apart."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _small_tensors(

@@ -15,6 +15,7 @@ from tests.guarantees.dense import BASES, PRODUCTS, adapted, dense_output, examp
 from tests.layers import test_experts
 from tinylora_kernels import AdapterBank, TinyLoRALayer, trainable_vectors
 from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update
+from tinylora_kernels.linear import node
 from tinylora_kernels.ops import reference
 
 DTYPES = [torch.float32, torch.float64]
@@ -115,6 +116,52 @@ def test_the_transforms_of_torch_func(base, transform):
     ours, truth, arguments = functions(layer, example(layer))
     apply = TRANSFORMS[transform]
     assert_equal(apply(ours, len(arguments))(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+
+
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "linearize"])  # which torch cannot trace
+@pytest.mark.parametrize("base", ["linear with a bias", "conv2d", "embedding"])
+def test_the_transforms_of_torch_func_inside_torch_compile(base, transform):
+    """A tangent that came to an op was dropped there: jvp and jacfwd were zero."""
+    layer = adapted(base)
+    layer(example(layer))
+    ours, truth, arguments = functions(layer, example(layer))
+    apply = TRANSFORMS[transform]
+    torch.compiler.reset()
+    compiled = torch.compile(apply(ours, len(arguments)), backend="aot_eager")
+    assert_equal(compiled(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+
+
+def test_gradients_of_each_example_inside_torch_compile():
+    layer = adapted("linear with a bias")
+    xs, v = torch.stack([example(layer, seed=seed) for seed in range(4)]), layer.v.detach()
+    ours, truth, _ = functions(layer, xs[0])
+    torch.compiler.reset()
+    compiled = torch.compile(torch.func.vmap(torch.func.grad(ours), (None, 0)), backend="aot_eager")
+    assert_equal(compiled(v, xs), torch.func.vmap(torch.func.grad(truth), (None, 0))(v, xs), torch.float32)
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_dual_numbers_go_through_a_compiled_layer(base, compiled_before):
+    layer = adapted(base)
+    ours, truth, (v, *_) = functions(layer, example(layer))
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    if compiled_before:
+        compiled(v)
+    with forward_ad.dual_level():
+        found, expected = (forward_ad.unpack_dual(f(forward_ad.make_dual(v, v.cos()))) for f in (compiled, truth))
+        assert_equal(found.tangent, expected.tangent, torch.float32)
+
+
+@pytest.mark.parametrize("op", ["update", "update_backward", "low_rank", "update_input_grad"])
+@pytest.mark.skipif(node.extension is None, reason="it is the node in C++ that looks")
+def test_an_op_by_itself_refuses_what_it_would_drop(op):
+    call, arguments = _ops()[op]
+    for name, tensor in arguments.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"forward AD with tinylora::{op} "):
+                call(**arguments | {name: forward_ad.make_dual(tensor, torch.ones_like(tensor))})
 
 
 @pytest.mark.parametrize("base", PRODUCTS)

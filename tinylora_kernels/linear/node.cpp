@@ -7,6 +7,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -451,5 +452,14 @@ TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_op); }
 TORCH_LIBRARY_IMPL(tinylora, CPU, m) { m.impl("linear", linear_alone); }  // inference mode
 TORCH_LIBRARY_IMPL(tinylora, AutogradCUDA, m) { m.impl("linear", linear_op); }
 TORCH_LIBRARY_IMPL(tinylora, CUDA, m) { m.impl("linear", linear_alone); }
+
+// The ops have no derivatives: what is called by itself refuses tangents, and gradients at the backward pass. It would drop
+// the former without a word.
+TORCH_LIBRARY_IMPL(tinylora, Autograd, m) {
+  for (const char* name : {"update", "updated", "update_backward", "low_rank", "update_input_grad", "update_parts",
+                           "update_parts_backward", "refresh_right"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
 
 #include "plan.inl"
