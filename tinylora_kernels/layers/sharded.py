@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from ..base.attributes import bias_of
 from ..base.kinds import CONVOLUTION, kind_of
 from ..base.weights import bias_offset
+from ..common import modes
 from ..functional import tiny_lora_update
 from ..ops import refuse_second_derivatives
 from ..ops.reference import contract, contract_backward, product, project
@@ -44,7 +45,15 @@ def sharded_forward(
         name: of the layer, in messages.
         factors: basis, v, projection and adapter_ids, whole on every rank.
         update: (y, *factors, bias) -> the update of an output that is whole and has the bias in it.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func or forward mode.
     """
+    if modes.differentiated_by_torch():  # a DTensor's own nodes refuse them in words of torch's inside
+        raise RuntimeError(
+            f"{name}: expected a weight that is whole for torch.func and forward mode, found one that is sharded; use "
+            "torch.autograd, or a model that is not sharded"
+        )
 
     def updated(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
         if isinstance(y, DTensor):
