@@ -1,6 +1,7 @@
 """Autograd's contracts: gradients of any order and mode, recomputed activations, and torch.func's transforms."""
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -162,6 +163,52 @@ def test_an_op_by_itself_refuses_what_it_would_drop(op):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"forward AD with tinylora::{op} "):
                 call(**arguments | {name: forward_ad.make_dual(tensor, torch.ones_like(tensor))})
+
+
+def _load(layer: TinyLoRALayer) -> None:
+    layer(example(layer))
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+
+
+def _write(layer: TinyLoRALayer) -> None:
+    layer(example(layer))
+    with torch.no_grad():
+        layer.base.weight.copy_(layer.base.weight.clone())
+
+
+def _doubt(layer: TinyLoRALayer) -> None:
+    _load(layer)
+    layer.__dict__["_in_doubt"] = True  # as where the weights come after the layer's own
+
+
+STATES = {"new": lambda layer: None, "loaded": _load, "written": _write, "in doubt": _doubt}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("base", ["linear with a bias", "large linear", "conv2d", "embedding"])
+def test_a_transform_may_be_the_first_to_call_a_layer(base, transform, state):
+    """What is kept of a weight was made inside, of wrapped tensors, and had no numbers to look at."""
+    layer = adapted(base)
+    ours, truth, arguments = functions(layer, example(layer))
+    apply, expected = TRANSFORMS[transform], truth(*arguments)
+    STATES[state](layer)
+    assert_equal(apply(ours, len(arguments))(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+    for _ in range(2):
+        assert relative(ours(*arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize("skeleton", ["one of them", "on the meta device"])
+@pytest.mark.parametrize("base", BASES)
+def test_an_ensemble_of_stacked_states(base, skeleton):
+    layers = [adapted(base, seed=seed) for seed in range(3)]
+    x, stacked = example(layers[0]), torch.func.stack_module_state(layers)
+    one = copy.deepcopy(layers[0]).to("meta" if skeleton == "on the meta device" else "cpu")
+    found = torch.func.vmap(lambda *state: torch.func.functional_call(one, state, (x,)))(*stacked)
+    assert relative(found, torch.stack([dense_output(layer, x) for layer in layers])) < 1e-5
+    if one.basis.is_meta:
+        with pytest.raises(RuntimeError, match="meta"):  # it computes nothing by itself
+            one(x)
 
 
 @pytest.mark.parametrize("base", PRODUCTS)

@@ -8,9 +8,11 @@ Transforms of torch.func and forward mode: they take plain operations apart, an 
 """
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -24,8 +26,15 @@ def seen_by_a_mode() -> bool:
 
 
 def out_of_sight() -> AbstractContextManager[object]:
-    """For what is computed once and kept: no mode sees it."""
-    return _disable_current_modes() if seen_by_a_mode() else nullcontext()
+    """For what is computed once and kept: no mode sees it, and no transform wraps it."""
+    in_transform = not torch.compiler.is_compiling() and _in_transform()
+    return _unseen() if in_transform or seen_by_a_mode() else nullcontext()
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
 
 
 def differentiated_by_torch() -> bool:
