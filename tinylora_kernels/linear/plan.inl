@@ -105,7 +105,8 @@ bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor&
   const Maybe& bias = a.frozen->bias;
   return x.scalar_type() == weight.scalar_type() && x.device() == weight.device() && !weight.requires_grad() &&
          !(bias && (bias->requires_grad() || bias->scalar_type() != x.scalar_type())) && weight._version() == q.version &&
-         weight.const_data_ptr() == q.address &&
+         weight.const_data_ptr() == q.address && a.v.scalar_type() == a.frozen->basis.scalar_type() &&
+         a.v.is_contiguous() &&
          !(q.lacks_right && x.requires_grad() && at::GradMode::is_enabled());
 }
 

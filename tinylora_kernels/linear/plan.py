@@ -217,6 +217,7 @@ class Plan(NamedTuple):
                 or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
                 or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
                 or (weight._version, weight.data_ptr()) != written
+                or v.dtype is not basis.dtype or not v.is_contiguous()  # v.data was set
                 or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
                 or (lacks_right and x.requires_grad and torch.is_grad_enabled())
                 or (self.selected is not None and not self._selects(x))
@@ -269,6 +270,8 @@ def make_plan(
     weight, bias = own["weight"], own["bias"]
     accumulate = accumulation_dtype(weight.dtype)
     if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
+        return None
+    if not (v.is_contiguous() and basis.is_contiguous() and projection.is_contiguous()):  # to be copied at every call
         return None
     if weight.is_inference():  # it has no version
         return None
