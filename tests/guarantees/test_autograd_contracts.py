@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 from tests.guarantees.dense import BASES, PRODUCTS, adapted, dense_output, example, relative
 from tests.layers import test_experts
 from tinylora_kernels import AdapterBank, TinyLoRALayer, trainable_vectors
-from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update
-from tinylora_kernels.linear import node
+from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update, tiny_lora_update_parts
+from tinylora_kernels.linear import node, plan
 from tinylora_kernels.ops import reference
 
 DTYPES = [torch.float32, torch.float64]
@@ -405,6 +405,84 @@ def test_gradients_of_a_bank(base):
         (first_true,) = torch.autograd.grad(truth(exact), exact, create_graph=True)
         (second_true,) = torch.autograd.grad(first_true.square().sum(), exact)
         assert relative(first, first_true) < 1e-5 and relative(second, second_true) < 1e-5
+
+
+@pytest.fixture(params=["node as it is", "node in Python"])
+def nodes(request, monkeypatch):
+    if request.param == "node in Python":
+        monkeypatch.setattr(node, "twin", None)
+        monkeypatch.setattr(plan, "twin", None)
+
+
+def assert_batched_gradients_are_those_one_by_one(outputs: Tensor, inputs: list[Tensor], **options) -> None:
+    """The vector-Jacobian products of many g in one backward pass."""
+    many = torch.randn((3, *outputs.shape), generator=torch.Generator().manual_seed(0)).to(outputs.dtype)
+    found = torch.autograd.grad(outputs, inputs, many, is_grads_batched=True, retain_graph=True, **options)
+    each = [torch.autograd.grad(outputs, inputs, g, retain_graph=True) for g in many]
+    assert_equal(found, [torch.stack(of_one) for of_one in zip(*each, strict=True)], torch.float32)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_a_batch_of_gradients_in_one_pass(base, create_graph, nodes):
+    """The kernels have no batching rule, and what torch does one by one in their place raised."""
+    layer = adapted(base)
+    x = example(layer)
+    inputs = [x.requires_grad_(), layer.v] if x.is_floating_point() else [layer.v]
+    for _ in range(2):  # the second by a plan
+        assert_batched_gradients_are_those_one_by_one(layer(x), inputs, create_graph=create_graph)
+
+
+@pytest.mark.parametrize("rows_of_one", [False, True])
+@pytest.mark.parametrize("base", ["linear", "linear with a bias", "conv1d"])
+def test_a_batch_of_gradients_of_a_bank(base, rows_of_one, nodes):
+    layer = adapted(base)
+    bank = AdapterBank(nn.ModuleDict({"layer": layer}), 3, trainable=True)
+    for name in "abc":
+        bank.add(name)
+    with torch.no_grad():
+        bank.tables[0].normal_()
+    x = example(layer).requires_grad_()
+    with bank.use(["b", "b"] if rows_of_one else ["c", None]):
+        for _ in range(3):
+            assert_batched_gradients_are_those_one_by_one(layer(x), [x, bank.tables[0]])
+
+
+def test_a_batch_of_gradients_of_parts(nodes):
+    y, v, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 12), (2, 3), (12,)))
+    basis, projection = torch.randn(2, 12), torch.randn(3, 3, 2, 2)
+    outputs = tiny_lora_update_parts(y, basis, v, projection, [4, 6, 12], [0, 1, 0], bias=bias)
+    assert_batched_gradients_are_those_one_by_one(outputs, [y, v, bias])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_batch_of_gradients_of_stacked_experts(kind):
+    model = test_experts.adapt(test_experts.bare(kind))
+    assert_batched_gradients_are_those_one_by_one(model(test_experts.TOKENS).logits, trainable_vectors(model))
+
+
+@pytest.mark.parametrize("call", ["jacobian", "hessian"])
+@pytest.mark.parametrize("base", BASES)
+def test_vectorized_jacobians_and_hessians(base, call, nodes):
+    layer = adapted(base)
+    ours, truth, (v, *_) = functions(layer, example(layer))
+    layer(example(layer))
+    derive = getattr(torch.autograd.functional, call)
+    assert_equal(derive(ours, v, vectorize=True), derive(truth, v), torch.float32)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_tangent_of_an_incoming_gradient_is_carried(base, nodes):
+    """Forward over reverse, of a graph that was made before: linear in g, so the tangent goes the way of g."""
+    layer = adapted(base)
+    x = example(layer)
+    inputs = [x.requires_grad_(), layer.v] if x.is_floating_point() else [layer.v]
+    y = layer(x)
+    expected = torch.autograd.grad(y, inputs, y.detach().cos(), retain_graph=True)
+    with forward_ad.dual_level():
+        g = forward_ad.make_dual(torch.ones_like(y), y.detach().cos())
+        found = [forward_ad.unpack_dual(d).tangent for d in torch.autograd.grad(y, inputs, g)]
+    assert_equal(found, expected, torch.float32)
 
 
 @pytest.mark.parametrize("right", [False, True])

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
@@ -42,6 +43,15 @@ def differentiated_by_torch() -> bool:
     it. Then everything is made of plain operations, and nothing is kept.
     """
     return _in_transform() or forward_ad._current_level >= 0  # Dynamo guards on the level that it reads
+
+
+def is_taken_apart(grad: Tensor) -> bool:
+    """Whether an incoming gradient is one of many (is_grads_batched, vectorize=True: a vmap older than torch.func's),
+    or a transform or forward mode looks on.
+    """
+    if torch.compiler.is_compiling():
+        return differentiated_by_torch()
+    return differentiated_by_torch() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _in_transform() -> bool:

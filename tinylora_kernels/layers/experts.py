@@ -17,8 +17,7 @@ from ..base.attributes import bias_of
 from ..base.experts import StackedExperts, stack_names
 from ..base.weights import bias_offset
 from ..common import modes
-from ..ops import BACKENDS, choose, refuse_second_derivatives, run_update
-from ..ops.reference import updated as plainly_updated
+from ..ops import BACKENDS, choose, reference, refuse_second_derivatives, run_update
 from ..ops.schema import accumulation_dtype
 from .layer import TinyLoRALayer
 
@@ -157,7 +156,7 @@ class _Piece:
         """(the updated y[rows], t [rows, r]): as ops.run_update has it, in plain operations for transforms."""
         factors = self.basis, vectors[self.vector], self.projection, self.offset, None, self.adapter_ids
         if modes.differentiated_by_torch():
-            return plainly_updated(y[self.rows], *factors)
+            return reference.updated(y[self.rows], *factors)
         return run_update(BACKENDS[self.backend], y[self.rows], *factors)
 
 
@@ -204,7 +203,7 @@ class _ExpertsUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         refuse_second_derivatives("adapted experts")
-        g = g.contiguous()
+        g, plain = g.contiguous(), modes.is_taken_apart(g)
         saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
         ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
         wanted = zip(vectors, ctx.needs_input_grad[2:], strict=True)
@@ -212,14 +211,15 @@ class _ExpertsUpdate(torch.autograd.Function):
         g0 = g.clone() if ctx.needs_input_grad[0] else None
         for piece, t in zip(ctx.pieces, ts, strict=True):
             dv = gradients[piece.vector]
-            part, d = BACKENDS[piece.backend].update_backward(
+            backend = reference if plain else BACKENDS[piece.backend]
+            part, d = backend.update_backward(
                 g[piece.rows], piece.basis, vectors[piece.vector], piece.projection, None if dv is None else t,
                 piece.adapter_ids, g0 is not None,
             )  # fmt: skip
             if g0 is not None:
                 g0[piece.rows] = part
             if dv is not None:
-                dv += d
+                gradients[piece.vector] = dv + d
         return g0, None, *gradients
 
 

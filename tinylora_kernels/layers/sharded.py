@@ -159,6 +159,11 @@ def _project(y: Tensor, basis: Tensor, offset: Tensor | None, group: Group) -> T
 
 def _sum(tensor: Tensor, group: Group) -> Tensor:
     """Over the ranks, in a tensor of its own: a dispatch mode may hand out again what went in."""
+    if modes.is_taken_apart(tensor):
+        raise RuntimeError(
+            "a sharded layer: expected one gradient at a time, found a batch (is_grads_batched, vectorize=True) or a "
+            "tangent; call torch.autograd.grad once for each"
+        )
     ranks = dist.distributed_c10d._get_default_group() if group is None else group
     return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", ranks))
 

@@ -110,12 +110,6 @@ bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor&
          !(q.lacks_right && x.requires_grad() && at::GradMode::is_enabled());
 }
 
-// As its header has it: Tensor::_fw_grad would take the long way, which is cold.
-bool has_tangent(const Tensor& tensor) {
-  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
-  return meta && meta->fw_grad_;
-}
-
 // Modes that want to see the call as Python makes it, and tangents, which plain operations carry on.
 bool is_watched(const Tensor& x, const Tensor& v) {
   return at::autocast::is_autocast_enabled(x.device().type()) || at::impl::torch_function_mode_enabled() ||
