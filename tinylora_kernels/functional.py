@@ -1,7 +1,8 @@
 """The update as a function of tensors, with gradients: what every layer, adapter bank and integration calls."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +54,11 @@ def tiny_lora_update(
         ValueError, IndexError: an argument's shape, dtype, device or id is wrong; y is left untouched.
         RuntimeError: the backend asked for cannot run here.
     """
+    if y.is_nested or y.layout is not torch.strided:
+        given = basis, v, projection, offset, adapter_ids
+        return _of_another_layout(
+            y, lambda rows: tiny_lora_update(rows, *given, bias=bias, backend=backend), adapter_ids
+        )
     if _is_overridden(y):
         return torch.overrides.handle_torch_function(
             tiny_lora_update, (y,), y, basis, v, projection, offset, adapter_ids, bias=bias, inplace=inplace,
@@ -104,6 +110,11 @@ def tiny_lora_update_parts(
     Returns and errors: as tiny_lora_update. Gradients flow into y, bias and v, dv summed over the parts of a tie group;
     in forward mode and through torch.func too, but a gradient that is to be differentiated again is refused.
     """
+    if y.is_nested or y.layout is not torch.strided:
+        given = basis, v, projection, ends, groups, offset, adapter_ids
+        return _of_another_layout(
+            y, lambda rows: tiny_lora_update_parts(rows, *given, bias=bias, backend=backend), adapter_ids
+        )
     if _is_overridden(y):
         return torch.overrides.handle_torch_function(
             tiny_lora_update_parts, (y,), y, basis, v, projection, ends, groups, offset, adapter_ids, bias=bias,
@@ -132,6 +143,23 @@ def tiny_lora_update_parts(
     if not compiling and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+def _of_another_layout(y: Tensor, update: Callable[[Tensor], Tensor], adapter_ids: Tensor | None) -> Tensor:
+    """The update of the rows of a nested tensor, nested as they were.
+
+    Raises:
+        ValueError: it is of another layout, or ids say which rows belong together.
+    """
+    if not y.is_nested or adapter_ids is not None:
+        found = "a nested tensor beside adapter_ids" if y.is_nested else f"{y.layout}"
+        how = "to_padded_tensor" if y.is_nested else "to_dense"
+        raise ValueError(f"y: expected its rows in one dense tensor, found {found}; call {how} first")
+    if y.layout is torch.strided:
+        return torch.nested.as_nested_tensor([update(sample) for sample in y.unbind()])
+    jagged = cast(Any, y)
+    rows, begins = update(jagged.values()), jagged.offsets()
+    return torch.nested.nested_tensor_from_jagged(rows, begins, jagged.lengths(), jagged._ragged_idx)
 
 
 def _is_overridden(y: Tensor) -> bool:
@@ -193,6 +221,9 @@ def tiny_lora_linear(
     Raises:
         ValueError, IndexError, RuntimeError: as tiny_lora_update.
     """
+    if x.is_nested or x.layout is not torch.strided:
+        y = torch.nn.functional.linear(x, weight)
+        return tiny_lora_update(y, basis, v, projection, None, adapter_ids, bias=bias, backend=backend)
     basis, v, projection, right, adapter_ids = _small_tensors(weight.dtype, basis, v, projection, right, adapter_ids)
     compiling = torch.compiler.is_compiling()
     if modes.differentiated_by_torch():

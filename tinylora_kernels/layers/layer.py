@@ -283,6 +283,11 @@ class TinyLoRALayer(nn.Module):
 
     def _rows_of(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the rows of an input: all but its features, (1,) of a single one."""
+        if x.is_nested:
+            raise ValueError(
+                f"{self.name}: an AdapterBank needs the rows of its samples in one dense tensor, found a nested one; "
+                "call to_padded_tensor first"
+            )
         if self.samples_first:
             return tuple(x.shape[:1]) if x.dim() == self._feature_axis + 1 else (1,)
         return tuple(x.shape if self._is_lookup else x.shape[:-1]) or (1,)

@@ -104,6 +104,7 @@ bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor&
   const Tensor& weight = a.frozen->weight;
   const Maybe& bias = a.frozen->bias;
   return x.scalar_type() == weight.scalar_type() && x.device() == weight.device() && !weight.requires_grad() &&
+         x.key_set().has(c10::DispatchKey::Dense) &&  // neither nested nor sparse
          !(bias && (bias->requires_grad() || bias->scalar_type() != x.scalar_type())) && weight._version() == q.version &&
          weight.const_data_ptr() == q.address && a.v.scalar_type() == a.frozen->basis.scalar_type() &&
          a.v.is_contiguous() &&
