@@ -1,11 +1,11 @@
 """The update as a function of tensors, with gradients: what every layer, adapter bank and integration calls."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .common import modes
 from .linear.node import FrozenLinear, apply_linear, order_of
@@ -54,6 +54,11 @@ def tiny_lora_update(
         ValueError, IndexError: an argument's shape, dtype, device or id is wrong; y is left untouched.
         RuntimeError: the backend asked for cannot run here.
     """
+    if y.is_nested or y.layout is not torch.strided:
+        given = basis, v, projection, offset, adapter_ids
+        return _of_another_layout(
+            y, lambda rows: tiny_lora_update(rows, *given, bias=bias, backend=backend), adapter_ids
+        )
     if _is_overridden(y):
         return torch.overrides.handle_torch_function(
             tiny_lora_update, (y,), y, basis, v, projection, offset, adapter_ids, bias=bias, inplace=inplace,
@@ -61,7 +66,7 @@ def tiny_lora_update(
         )  # fmt: skip
     basis, v, projection, offset, adapter_ids = _small_tensors(y.dtype, basis, v, projection, offset, adapter_ids)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _differentiated_by_torch():
+    if modes.differentiated_by_torch():
         return reference.updated(y, basis, v, projection, offset, bias, adapter_ids)[0]
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
     if not _dissolves(chosen):
@@ -105,6 +110,11 @@ def tiny_lora_update_parts(
     Returns and errors: as tiny_lora_update. Gradients flow into y, bias and v, dv summed over the parts of a tie group;
     in forward mode and through torch.func too, but a gradient that is to be differentiated again is refused.
     """
+    if y.is_nested or y.layout is not torch.strided:
+        given = basis, v, projection, ends, groups, offset, adapter_ids
+        return _of_another_layout(
+            y, lambda rows: tiny_lora_update_parts(rows, *given, bias=bias, backend=backend), adapter_ids
+        )
     if _is_overridden(y):
         return torch.overrides.handle_torch_function(
             tiny_lora_update_parts, (y,), y, basis, v, projection, ends, groups, offset, adapter_ids, bias=bias,
@@ -114,7 +124,7 @@ def tiny_lora_update_parts(
     ends, groups = list(ends), list(groups)
     compiling = torch.compiler.is_compiling()
     chosen = choose(y.device.type, y.dtype, basis.shape[0], backend)
-    if _dissolves(chosen) or (not compiling and (_differentiated_by_torch() or modes.seen_by_a_mode())):
+    if _dissolves(chosen) or modes.differentiated_by_torch() or modes.seen_by_a_mode():
         check_parts("y", y, basis, v, projection, ends, groups, offset=offset, bias=bias, adapter_ids=adapter_ids)
         parts = []
         for n, (begin, end, group) in enumerate(zip([0, *ends[:-1]], ends, groups, strict=True)):
@@ -133,6 +143,23 @@ def tiny_lora_update_parts(
     if not compiling and not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
+
+
+def _of_another_layout(y: Tensor, update: Callable[[Tensor], Tensor], adapter_ids: Tensor | None) -> Tensor:
+    """The update of the rows of a nested tensor, nested as they were.
+
+    Raises:
+        ValueError: it is of another layout, or ids say which rows belong together.
+    """
+    if not y.is_nested or adapter_ids is not None:
+        found = "a nested tensor beside adapter_ids" if y.is_nested else f"{y.layout}"
+        how = "to_padded_tensor" if y.is_nested else "to_dense"
+        raise ValueError(f"y: expected its rows in one dense tensor, found {found}; call {how} first")
+    if y.layout is torch.strided:
+        return torch.nested.as_nested_tensor([update(sample) for sample in y.unbind()])
+    jagged = cast(Any, y)
+    rows, begins = update(jagged.values()), jagged.offsets()
+    return torch.nested.nested_tensor_from_jagged(rows, begins, jagged.lengths(), jagged._ragged_idx)
 
 
 def _is_overridden(y: Tensor) -> bool:
@@ -194,9 +221,12 @@ def tiny_lora_linear(
     Raises:
         ValueError, IndexError, RuntimeError: as tiny_lora_update.
     """
+    if x.is_nested or x.layout is not torch.strided:
+        y = torch.nn.functional.linear(x, weight)
+        return tiny_lora_update(y, basis, v, projection, None, adapter_ids, bias=bias, backend=backend)
     basis, v, projection, right, adapter_ids = _small_tensors(weight.dtype, basis, v, projection, right, adapter_ids)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _differentiated_by_torch():
+    if modes.differentiated_by_torch():
         y = torch.nn.functional.linear(x, weight)
         return reference.updated(y, basis, v, projection, None, bias, adapter_ids)[0]
     chosen = BACKENDS[choose(x.device.type, weight.dtype, basis.shape[0], backend)]
@@ -213,11 +243,6 @@ def tiny_lora_linear(
     order = 0 if right is None or parts is not None or modes.seen_by_a_mode() else order_of(weight, bias, chosen)
     frozen = FrozenLinear(weight, bias, basis, projection, adapter_ids, right, samples, order, parts, chosen)
     return apply_linear(x, v, frozen)
-
-
-def _differentiated_by_torch() -> bool:
-    """Whether torch.func's transforms or forward-mode differentiation look on: they take plain operations apart."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _small_tensors(

@@ -187,6 +187,14 @@ def refusals(rank: int, world: int) -> list[str]:
         y = distribute_tensor(torch.ones(3, 24), mesh, [Replicate()])
         y = y.from_local(y.to_local(), mesh, [Partial(partial)])
         messages.append(error_of(lambda: sharded.update_sharded(y, layer.base, layer.name, factors, None)))
+    vectors = {name: v.detach() for name, v in model.named_parameters() if v.requires_grad}
+    tangents = {name: torch.ones_like(v) for name, v in vectors.items()}
+
+    def loss(vectors: dict) -> torch.Tensor:
+        return torch.func.functional_call(model, vectors, (batch()[0],)).square().mean()
+
+    messages.append(error_of(lambda: torch.func.grad(loss)(vectors)))
+    messages.append(error_of(lambda: torch.func.jvp(loss, (vectors,), (tangents,))))
     bank = AdapterBank(model, capacity=2)
     bank.add("a")
     with bank.use(["a"] * layouts.BATCH):
@@ -219,7 +227,7 @@ def demo_step(rank: int, world: int) -> np.ndarray:
 def error_of(call) -> str:
     try:
         call()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return "no error"
 

@@ -114,9 +114,11 @@ def test_shards_of_unequal_width(checked):
 
 def test_layouts_without_an_update_are_refused(checked):
     for result in checked[2]:
-        average, maximum, bank, trained_bias = result["refusals"]
+        average, maximum, *transformed, bank, trained_bias = result["refusals"]
         assert "layers.0.o_proj: expected an output [..., 24] sharded, or partial by sum" in average
         assert "avg" in average
+        assert len(transformed) == 2
+        assert all("q_proj: expected a weight that is whole for torch.func" in message for message in transformed)
         assert "max" in maximum and "AdapterBank needs whole outputs" in bank
         assert "layers.0.k_proj: expected a frozen bias beside a weight that is sharded" in trained_bias
 

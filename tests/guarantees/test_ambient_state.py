@@ -25,6 +25,7 @@ from tinylora_kernels import (
     trainable_vectors,
     unmerge,
 )  # fmt: skip
+from tinylora_kernels.linear import node, plan
 
 
 @contextlib.contextmanager
@@ -190,3 +191,41 @@ def test_a_backend_that_was_set_serves_all_the_same(tmp_path):
         set_backend(None)
     for name, value in plain.items():
         assert torch.equal(value, inside[name]) if isinstance(value, Tensor) else value == inside[name], name
+
+
+@pytest.mark.parametrize("where", ["node as it is", "node in Python"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_base_that_was_made_in_inference_mode_is_adapted(base, where, monkeypatch):
+    """Its weights have no count of writes. torch trains nothing through them, but what is added to their output."""
+    if where == "node in Python":
+        monkeypatch.setattr(node, "twin", None)
+        monkeypatch.setattr(plan, "twin", None)
+    with torch.inference_mode():
+        module = BASES[base]().requires_grad_(False)
+    model = apply_tiny_lora(nn.ModuleDict({"layer": module}), config(target_modules=["layer"]), progress=False)
+    layer = model["layer"]
+    assert layer.base.weight.is_inference() and not layer.v.is_inference()
+    x, v = example(layer), layer.v.detach().double().requires_grad_()
+    truth = dense_output(layer, x, v)
+    (expected,) = torch.autograd.grad(truth.square().sum(), v)
+    for _ in range(3):
+        y = layer(x)
+        (found,) = torch.autograd.grad(y.square().sum(), layer.v)
+        assert relative(y, truth) < 1e-5 and relative(found, expected) < 1e-5
+    with torch.no_grad():
+        assert relative(layer(x), truth) < 1e-5
+
+
+@pytest.mark.parametrize("where", ["node as it is", "node in Python"])
+def test_the_gradient_of_an_input_goes_through_inference_weights(where, monkeypatch):
+    if where == "node in Python":
+        monkeypatch.setattr(node, "twin", None)
+        monkeypatch.setattr(plan, "twin", None)
+    with torch.inference_mode():
+        module = BASES["linear with a bias"]().requires_grad_(False)
+    layer = apply_tiny_lora(nn.ModuleDict({"layer": module}), config(target_modules=["layer"]), progress=False)["layer"]
+    x = example(layer).requires_grad_()
+    (found,) = torch.autograd.grad(layer(x).square().sum(), x)
+    exact = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(dense_output(layer, exact).square().sum(), exact)
+    assert relative(found, expected) < 1e-5

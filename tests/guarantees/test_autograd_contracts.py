@@ -1,6 +1,7 @@
 """Autograd's contracts: gradients of any order and mode, recomputed activations, and torch.func's transforms."""
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ from torch.autograd import forward_ad
 from tests.guarantees.dense import BASES, PRODUCTS, adapted, dense_output, example, relative
 from tests.layers import test_experts
 from tinylora_kernels import AdapterBank, TinyLoRALayer, trainable_vectors
-from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update
+from tinylora_kernels.functional import tiny_lora_linear, tiny_lora_update, tiny_lora_update_parts
+from tinylora_kernels.linear import node, plan
 from tinylora_kernels.ops import reference
 
 DTYPES = [torch.float32, torch.float64]
@@ -115,6 +117,98 @@ def test_the_transforms_of_torch_func(base, transform):
     ours, truth, arguments = functions(layer, example(layer))
     apply = TRANSFORMS[transform]
     assert_equal(apply(ours, len(arguments))(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+
+
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "linearize"])  # which torch cannot trace
+@pytest.mark.parametrize("base", ["linear with a bias", "conv2d", "embedding"])
+def test_the_transforms_of_torch_func_inside_torch_compile(base, transform):
+    """A tangent that came to an op was dropped there: jvp and jacfwd were zero."""
+    layer = adapted(base)
+    layer(example(layer))
+    ours, truth, arguments = functions(layer, example(layer))
+    apply = TRANSFORMS[transform]
+    torch.compiler.reset()
+    compiled = torch.compile(apply(ours, len(arguments)), backend="aot_eager")
+    assert_equal(compiled(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+
+
+def test_gradients_of_each_example_inside_torch_compile():
+    layer = adapted("linear with a bias")
+    xs, v = torch.stack([example(layer, seed=seed) for seed in range(4)]), layer.v.detach()
+    ours, truth, _ = functions(layer, xs[0])
+    torch.compiler.reset()
+    compiled = torch.compile(torch.func.vmap(torch.func.grad(ours), (None, 0)), backend="aot_eager")
+    assert_equal(compiled(v, xs), torch.func.vmap(torch.func.grad(truth), (None, 0))(v, xs), torch.float32)
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_dual_numbers_go_through_a_compiled_layer(base, compiled_before):
+    layer = adapted(base)
+    ours, truth, (v, *_) = functions(layer, example(layer))
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    if compiled_before:
+        compiled(v)
+    with forward_ad.dual_level():
+        found, expected = (forward_ad.unpack_dual(f(forward_ad.make_dual(v, v.cos()))) for f in (compiled, truth))
+        assert_equal(found.tangent, expected.tangent, torch.float32)
+
+
+@pytest.mark.parametrize("op", ["update", "update_backward", "low_rank", "update_input_grad"])
+@pytest.mark.skipif(node.extension is None, reason="it is the node in C++ that looks")
+def test_an_op_by_itself_refuses_what_it_would_drop(op):
+    call, arguments = _ops()[op]
+    for name, tensor in arguments.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"forward AD with tinylora::{op} "):
+                call(**arguments | {name: forward_ad.make_dual(tensor, torch.ones_like(tensor))})
+
+
+def _load(layer: TinyLoRALayer) -> None:
+    layer(example(layer))
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+
+
+def _write(layer: TinyLoRALayer) -> None:
+    layer(example(layer))
+    with torch.no_grad():
+        layer.base.weight.copy_(layer.base.weight.clone())
+
+
+def _doubt(layer: TinyLoRALayer) -> None:
+    _load(layer)
+    layer.__dict__["_in_doubt"] = True  # as where the weights come after the layer's own
+
+
+STATES = {"new": lambda layer: None, "loaded": _load, "written": _write, "in doubt": _doubt}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("base", ["linear with a bias", "large linear", "conv2d", "embedding"])
+def test_a_transform_may_be_the_first_to_call_a_layer(base, transform, state):
+    """What is kept of a weight was made inside, of wrapped tensors, and had no numbers to look at."""
+    layer = adapted(base)
+    ours, truth, arguments = functions(layer, example(layer))
+    apply, expected = TRANSFORMS[transform], truth(*arguments)
+    STATES[state](layer)
+    assert_equal(apply(ours, len(arguments))(*arguments), apply(truth, len(arguments))(*arguments), torch.float32)
+    for _ in range(2):
+        assert relative(ours(*arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize("skeleton", ["one of them", "on the meta device"])
+@pytest.mark.parametrize("base", BASES)
+def test_an_ensemble_of_stacked_states(base, skeleton):
+    layers = [adapted(base, seed=seed) for seed in range(3)]
+    x, stacked = example(layers[0]), torch.func.stack_module_state(layers)
+    one = copy.deepcopy(layers[0]).to("meta" if skeleton == "on the meta device" else "cpu")
+    found = torch.func.vmap(lambda *state: torch.func.functional_call(one, state, (x,)))(*stacked)
+    assert relative(found, torch.stack([dense_output(layer, x) for layer in layers])) < 1e-5
+    if one.basis.is_meta:
+        with pytest.raises(RuntimeError, match="meta"):  # it computes nothing by itself
+            one(x)
 
 
 @pytest.mark.parametrize("base", PRODUCTS)
@@ -311,6 +405,84 @@ def test_gradients_of_a_bank(base):
         (first_true,) = torch.autograd.grad(truth(exact), exact, create_graph=True)
         (second_true,) = torch.autograd.grad(first_true.square().sum(), exact)
         assert relative(first, first_true) < 1e-5 and relative(second, second_true) < 1e-5
+
+
+@pytest.fixture(params=["node as it is", "node in Python"])
+def nodes(request, monkeypatch):
+    if request.param == "node in Python":
+        monkeypatch.setattr(node, "twin", None)
+        monkeypatch.setattr(plan, "twin", None)
+
+
+def assert_batched_gradients_are_those_one_by_one(outputs: Tensor, inputs: list[Tensor], **options) -> None:
+    """The vector-Jacobian products of many g in one backward pass."""
+    many = torch.randn((3, *outputs.shape), generator=torch.Generator().manual_seed(0)).to(outputs.dtype)
+    found = torch.autograd.grad(outputs, inputs, many, is_grads_batched=True, retain_graph=True, **options)
+    each = [torch.autograd.grad(outputs, inputs, g, retain_graph=True) for g in many]
+    assert_equal(found, [torch.stack(of_one) for of_one in zip(*each, strict=True)], torch.float32)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_a_batch_of_gradients_in_one_pass(base, create_graph, nodes):
+    """The kernels have no batching rule, and what torch does one by one in their place raised."""
+    layer = adapted(base)
+    x = example(layer)
+    inputs = [x.requires_grad_(), layer.v] if x.is_floating_point() else [layer.v]
+    for _ in range(2):  # the second by a plan
+        assert_batched_gradients_are_those_one_by_one(layer(x), inputs, create_graph=create_graph)
+
+
+@pytest.mark.parametrize("rows_of_one", [False, True])
+@pytest.mark.parametrize("base", ["linear", "linear with a bias", "conv1d"])
+def test_a_batch_of_gradients_of_a_bank(base, rows_of_one, nodes):
+    layer = adapted(base)
+    bank = AdapterBank(nn.ModuleDict({"layer": layer}), 3, trainable=True)
+    for name in "abc":
+        bank.add(name)
+    with torch.no_grad():
+        bank.tables[0].normal_()
+    x = example(layer).requires_grad_()
+    with bank.use(["b", "b"] if rows_of_one else ["c", None]):
+        for _ in range(3):
+            assert_batched_gradients_are_those_one_by_one(layer(x), [x, bank.tables[0]])
+
+
+def test_a_batch_of_gradients_of_parts(nodes):
+    y, v, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 12), (2, 3), (12,)))
+    basis, projection = torch.randn(2, 12), torch.randn(3, 3, 2, 2)
+    outputs = tiny_lora_update_parts(y, basis, v, projection, [4, 6, 12], [0, 1, 0], bias=bias)
+    assert_batched_gradients_are_those_one_by_one(outputs, [y, v, bias])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_batch_of_gradients_of_stacked_experts(kind):
+    model = test_experts.adapt(test_experts.bare(kind))
+    assert_batched_gradients_are_those_one_by_one(model(test_experts.TOKENS).logits, trainable_vectors(model))
+
+
+@pytest.mark.parametrize("call", ["jacobian", "hessian"])
+@pytest.mark.parametrize("base", BASES)
+def test_vectorized_jacobians_and_hessians(base, call, nodes):
+    layer = adapted(base)
+    ours, truth, (v, *_) = functions(layer, example(layer))
+    layer(example(layer))
+    derive = getattr(torch.autograd.functional, call)
+    assert_equal(derive(ours, v, vectorize=True), derive(truth, v), torch.float32)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_tangent_of_an_incoming_gradient_is_carried(base, nodes):
+    """Forward over reverse, of a graph that was made before: linear in g, so the tangent goes the way of g."""
+    layer = adapted(base)
+    x = example(layer)
+    inputs = [x.requires_grad_(), layer.v] if x.is_floating_point() else [layer.v]
+    y = layer(x)
+    expected = torch.autograd.grad(y, inputs, y.detach().cos(), retain_graph=True)
+    with forward_ad.dual_level():
+        g = forward_ad.make_dual(torch.ones_like(y), y.detach().cos())
+        found = [forward_ad.unpack_dual(d).tangent for d in torch.autograd.grad(y, inputs, g)]
+    assert_equal(found, expected, torch.float32)
 
 
 @pytest.mark.parametrize("right", [False, True])

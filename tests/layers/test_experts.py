@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from tests.cases import error
@@ -389,3 +390,76 @@ def test_a_version_of_transformers_that_passes_the_updates_by_is_an_error(monkey
     monkeypatch.setattr(model.model.layers[0].mlp.experts, "_forward", lambda seen, x, index, weights: x)
     with pytest.raises(RuntimeError, match="experts interface of version 5.23, found .*not supported"):
         model(TOKENS)
+
+
+def functional(model: nn.Module):
+    """(the mean square of the logits as a function of all vectors, the vectors)."""
+    vectors = {name: v.detach() for name, v in model.named_parameters() if v.requires_grad}
+
+    def loss(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional_call(model, vectors, (TOKENS,)).logits.square().mean()
+
+    return loss, vectors
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev"])
+@KINDS
+def test_gradients_by_torch_func_are_those_of_autograd(kind, transform):
+    model = adapt(bare(kind))
+    loss, vectors = functional(model)
+    expected = torch.autograd.grad(model(TOKENS).logits.square().mean(), trainable_vectors(model))
+    if transform == "vjp":
+        (found,) = torch.func.vjp(loss, vectors)[1](torch.tensor(1.0))
+    else:
+        found = getattr(torch.func, transform)(loss)(vectors)
+    for ours, truth in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
+
+
+@KINDS
+def test_the_vectors_of_one_stack_under_vmap(kind):
+    experts = adapt(bare(kind)).model.layers[0].mlp.experts
+    vectors = {name: v.detach() for name, v in experts.named_parameters() if v.requires_grad}
+    tokens = torch.randn(6, 32)
+    routing = torch.tensor([[0, 1], [1, 2], [2, 3], [0, 3], [1, 3], [0, 2]]), torch.rand(6, 2)
+
+    def output(scale: torch.Tensor) -> torch.Tensor:
+        return functional_call(experts, {n: scale * v for n, v in vectors.items()}, (tokens, *routing))
+
+    scales = torch.tensor([0.5, -1.0, 0.0])
+    expected = torch.stack([output(scale) for scale in scales])
+    torch.testing.assert_close(torch.func.vmap(output)(scales), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "dual numbers"])
+@KINDS
+def test_forward_mode_is_refused_and_not_zero(kind, transform):
+    loss, vectors = functional(adapt(bare(kind)))
+    ones = {name: torch.ones_like(v) for name, v in vectors.items()}
+
+    def dual() -> None:
+        with forward_ad.dual_level():
+            loss({name: forward_ad.make_dual(v, ones[name]) for name, v in vectors.items()})
+
+    call = {
+        "jvp": lambda: torch.func.jvp(loss, (vectors,), (ones,)), "jacfwd": lambda: torch.func.jacfwd(loss)(vectors),
+        "dual numbers": dual,
+    }[transform]  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"^experts: torch carries no tangent of forward mode [^\n]*$"):
+        call()
+
+
+def test_a_tangent_that_meets_no_other_product_is_carried():
+    model = adapt(bare("mixtral"), targets=["down_proj"], layers_to_transform=[1])
+    loss, vectors = functional(model)
+    assert vectors
+    gradient = torch.func.grad(loss)(vectors)
+    along = torch.func.jvp(loss, (vectors,), ({name: torch.ones_like(v) for name, v in vectors.items()},))[1]
+    torch.testing.assert_close(along, sum(g.sum() for g in gradient.values()), rtol=1e-3, atol=1e-4)
+
+
+def test_a_routing_that_vmap_makes_different_for_each_sample_is_refused():
+    loss, vectors = functional(adapt(bare("mixtral")))
+    stacked = {name: torch.stack([v, 2 * v]) for name, v in vectors.items()}
+    with pytest.raises(RuntimeError, match="experts: expected one routing of the tokens, .* torch.func.vmap"):
+        torch.func.vmap(loss)(stacked)

@@ -441,6 +441,18 @@ def replace_v_behind_the_layer(layer):
     layer._parameters["v"] = nn.Parameter(torch.ones(3))  # as torch.func.functional_call does
 
 
+def replace_v_by_a_column(layer):
+    layer.v.data = torch.ones(3, 4)[:, 1]
+
+
+def replace_v_by_one_number(layer):
+    layer.v.data = torch.ones(1).expand(3)
+
+
+def replace_v_by_half_as_many_bits(layer):
+    layer.v.data = torch.ones(3, dtype=torch.float16)
+
+
 def replace_weight(layer):
     layer.base.weight = nn.Parameter(torch.ones(24, 16), requires_grad=False)
 
@@ -474,8 +486,13 @@ def exchange_weight(layer):
     layer.base.weight.data = layer.base.weight.detach() * -3
 
 
-CHANGES = [replace_v, replace_v_behind_the_layer, replace_weight, change_dtype, add_hook, wrap_forward, switch_off,
-           replace_factors, write_weight_in_place, exchange_weight]  # fmt: skip
+def stretch_projection(layer):
+    layer.projection = torch.stack([layer.projection * 2, layer.projection], -1)[..., 0]
+
+
+CHANGES = [replace_v, replace_v_behind_the_layer, replace_v_by_a_column, replace_v_by_one_number,
+           replace_v_by_half_as_many_bits, stretch_projection, replace_weight, change_dtype, add_hook, wrap_forward,
+           switch_off, replace_factors, write_weight_in_place, exchange_weight]  # fmt: skip
 
 
 @pytest.fixture(params=["plan as it is", "plan in Python"])
@@ -499,6 +516,17 @@ def test_a_layer_that_was_called_before_follows_every_change(change, tied, plans
         fresh = layer(x)
         layer.__dict__["_plan"] = plan
         assert torch.equal(layer(x), fresh) and not torch.equal(fresh.float(), before)
+
+
+@pytest.mark.parametrize("change", [
+    replace_v_by_a_column, replace_v_by_one_number, replace_v_by_half_as_many_bits, stretch_projection,
+])  # fmt: skip
+def test_tensors_that_are_copied_for_each_call_are_copied_for_all(change, plans):
+    layer, x = linear(), torch.randn(3, 16)
+    change(layer)
+    exact = general(layer)(x)
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), exact)
 
 
 class Counter(torch.overrides.TorchFunctionMode):

@@ -11,12 +11,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..base.attributes import bias_of
 from ..base.experts import StackedExperts, stack_names
 from ..base.weights import bias_offset
 from ..common import modes
-from ..ops import BACKENDS, choose, refuse_second_derivatives, run_update
+from ..ops import BACKENDS, choose, reference, refuse_second_derivatives, run_update
 from ..ops.schema import accumulation_dtype
 from .layer import TinyLoRALayer
 
@@ -59,7 +60,15 @@ class AdaptedExperts(nn.Module):
         if not any(on):
             return self.base(hidden_states, top_k_index, top_k_weights)  # merged: the frozen module as it was
         seen = _WithUpdates(self, _Routing(top_k_index, self.base.num_experts))
-        output = self._forward(seen, hidden_states, top_k_index, top_k_weights)
+        try:
+            output = self._forward(seen, hidden_states, top_k_index, top_k_weights)
+        except NotImplementedError as error:
+            if forward_ad._current_level < 0:
+                raise
+            raise RuntimeError(
+                "experts: torch carries no tangent of forward mode through their grouped product; use torch.func.grad, "
+                "vjp or jacrev instead of jvp, jacfwd or dual numbers"
+            ) from error
         if seen.updated != list(stack_names(self.base)):
             raise RuntimeError(
                 f"experts: expected transformers to run {' and '.join(stack_names(self.base))} through the experts "
@@ -91,7 +100,8 @@ class AdaptedExperts(nn.Module):
         y = y if y.stride(-1) == 1 else y.contiguous()
         accumulate = accumulation_dtype(y.dtype)
         ready = [v.to(device=y.device, dtype=accumulate) for v in vectors]
-        if torch.is_grad_enabled() and (y.requires_grad or any(v.requires_grad for v in ready)):
+        wanting = torch.is_grad_enabled() and (y.requires_grad or any(v.requires_grad for v in ready))
+        if wanting and not modes.differentiated_by_torch():
             return _ExpertsUpdate.apply(y, pieces, *ready)
         return _update_pieces(y, pieces, ready)[0]
 
@@ -108,6 +118,11 @@ class _Routing:
     """Which rows belong to which expert, and to which sample of the batch, after transformers' sort by expert."""
 
     def __init__(self, top_k_index: Tensor, experts: int):
+        if torch._C._functorch.is_batchedtensor(top_k_index):
+            raise RuntimeError(
+                "experts: expected one routing of the tokens, found one for each sample of a torch.func.vmap; call the "
+                "model once for each sample"
+            )
         self._index = top_k_index
         counts = top_k_index.reshape(-1).bincount(minlength=experts)
         self._ends = [0, *counts.cumsum(0).tolist()]  # one synchronisation with the device
@@ -138,16 +153,16 @@ class _Piece:
     backend: str
 
     def update(self, y: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(the updated y[rows], t [rows, r]): as ops.run_update has it."""
-        return run_update(
-            BACKENDS[self.backend], y[self.rows], self.basis, vectors[self.vector], self.projection, self.offset, None,
-            self.adapter_ids,
-        )  # fmt: skip
+        """(the updated y[rows], t [rows, r]): as ops.run_update has it, in plain operations for transforms."""
+        factors = self.basis, vectors[self.vector], self.projection, self.offset, None, self.adapter_ids
+        if modes.differentiated_by_torch():
+            return reference.updated(y[self.rows], *factors)
+        return run_update(BACKENDS[self.backend], y[self.rows], *factors)
 
 
 def _update_pieces(y: Tensor, pieces: list[_Piece], vectors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """(y with every piece updated, the t of each): y itself, in place; where run_update may not, a fresh tensor."""
-    fresh = modes.seen_by_a_mode() or torch.compiler.is_compiling()
+    """(y with every piece updated, the t of each): y itself, in place; where a piece may not be, a fresh tensor."""
+    fresh = modes.seen_by_a_mode() or torch.compiler.is_compiling() or modes.differentiated_by_torch()
     parts, ts, begun = [], [], 0  # the updated pieces and what lies between them
     for piece in pieces:
         part, t = piece.update(y, vectors)
@@ -188,7 +203,7 @@ class _ExpertsUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g: Tensor):
         refuse_second_derivatives("adapted experts")
-        g = g.contiguous()
+        g, plain = g.contiguous(), modes.is_taken_apart(g)
         saved = ctx.saved_tensors  # read once: checkpointing unpacks them at every reading
         ts, vectors = saved[: len(ctx.pieces)], saved[len(ctx.pieces) :]
         wanted = zip(vectors, ctx.needs_input_grad[2:], strict=True)
@@ -196,14 +211,15 @@ class _ExpertsUpdate(torch.autograd.Function):
         g0 = g.clone() if ctx.needs_input_grad[0] else None
         for piece, t in zip(ctx.pieces, ts, strict=True):
             dv = gradients[piece.vector]
-            part, d = BACKENDS[piece.backend].update_backward(
+            backend = reference if plain else BACKENDS[piece.backend]
+            part, d = backend.update_backward(
                 g[piece.rows], piece.basis, vectors[piece.vector], piece.projection, None if dv is None else t,
                 piece.adapter_ids, g0 is not None,
             )  # fmt: skip
             if g0 is not None:
                 g0[piece.rows] = part
             if dv is not None:
-                dv += d
+                gradients[piece.vector] = dv + d
         return g0, None, *gradients
 
 

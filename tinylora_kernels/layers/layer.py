@@ -216,7 +216,7 @@ class TinyLoRALayer(nn.Module):
         one_input = len(args) == 1 and not kwargs
         if self._product and fresh and weight is not None and one_input and is_bare_product(base, args[0]):
             if type(base) is nn.Linear and is_plain_linear(weight, bias, args[0]):
-                watched = modes.seen_by_a_mode()
+                watched = modes.seen_by_a_mode() or modes.differentiated_by_torch()
                 parts = None if watched else parts_for(self, projection)
                 held = None if watched or parts is not None else right_for(self, args[0])
                 if not watched and self._worth_a_plan(chosen):
@@ -308,6 +308,11 @@ class TinyLoRALayer(nn.Module):
 
     def _rows_of(self, x: Tensor) -> tuple[int, ...]:
         """Shape of the rows of an input: all but its features, (1,) of a single one."""
+        if x.is_nested:
+            raise ValueError(
+                f"{self.name}: an AdapterBank needs the rows of its samples in one dense tensor, found a nested one; "
+                "call to_padded_tensor first"
+            )
         if self.samples_first:
             return tuple(x.shape[:1]) if x.dim() == self._feature_axis + 1 else (1,)
         return tuple(x.shape if self._is_lookup else x.shape[:-1]) or (1,)
@@ -375,6 +380,8 @@ class TinyLoRALayer(nn.Module):
         merged one; if nobody can tell, yes.
         """
         weight, known = weight_of(self.base), self.__dict__[self._witness_now()]
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return True  # torch.func.functional_call has put it there for this one call: what is doubted comes back
         if known is None or weight.requires_grad or type(weight) not in PLAIN:
             known = None  # it is quantized now, or is being trained, and U stays what it was
         elif weight.is_meta:

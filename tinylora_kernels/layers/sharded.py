@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from ..base.attributes import bias_of
 from ..base.kinds import CONVOLUTION, kind_of
 from ..base.weights import bias_offset
+from ..common import modes
 from ..functional import tiny_lora_update
 from ..ops import refuse_second_derivatives
 from ..ops.reference import contract, contract_backward, product, project
@@ -44,7 +45,15 @@ def sharded_forward(
         name: of the layer, in messages.
         factors: basis, v, projection and adapter_ids, whole on every rank.
         update: (y, *factors, bias) -> the update of an output that is whole and has the bias in it.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func or forward mode.
     """
+    if modes.differentiated_by_torch():  # a DTensor's own nodes refuse them in words of torch's inside
+        raise RuntimeError(
+            f"{name}: expected a weight that is whole for torch.func and forward mode, found one that is sharded; use "
+            "torch.autograd, or a model that is not sharded"
+        )
 
     def updated(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
         if isinstance(y, DTensor):
@@ -150,6 +159,11 @@ def _project(y: Tensor, basis: Tensor, offset: Tensor | None, group: Group) -> T
 
 def _sum(tensor: Tensor, group: Group) -> Tensor:
     """Over the ranks, in a tensor of its own: a dispatch mode may hand out again what went in."""
+    if modes.is_taken_apart(tensor):
+        raise RuntimeError(
+            "a sharded layer: expected one gradient at a time, found a batch (is_grads_batched, vectorize=True) or a "
+            "tangent; call torch.autograd.grad once for each"
+        )
     ranks = dist.distributed_c10d._get_default_group() if group is None else group
     return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", ranks))
 

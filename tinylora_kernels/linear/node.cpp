@@ -7,6 +7,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -235,20 +236,40 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, const Tensor& v, const Froze
 // Products here are those of the dtypes at hand, whatever autocast is on around a call or a backward pass.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// Gradients in plain operations, for those that are differentiated again: reference.py's project, gains, vector_gradient.
+// As its header has it: Tensor::_fw_grad would take the long way, which is cold.
+bool has_tangent(const Tensor& tensor) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
+  return meta && meta->fw_grad_;
+}
+
+// Whether a gradient is one of many (is_grads_batched, vectorize=True) or has a tangent: kernels would not see them.
+bool is_taken_apart(const Tensor& grad) {
+  constexpr c10::DispatchKeySet wrappers{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::FuncTorchGradWrapper};
+  return grad.defined() && (grad.key_set().has_any(wrappers) || has_tangent(grad));
+}
+
+// Gradients in plain operations, for those that are differentiated again or taken apart: reference.py's project, gains,
+// vector_gradient. In operations that torch has batching rules for: flatten and unflatten it has none for.
 namespace plain {
 
 Tensor project(const Tensor& rows, const Tensor& basis) {
   return rows.reshape({-1, basis.size(1)}).to(basis.scalar_type()).matmul(basis.t());
 }
 
+// P' [u, r, r] -> [u, r * r]
+Tensor rows_of(const Tensor& projection) { return projection.reshape({projection.size(0), -1}); }
+
 // M of the one adapter [r, r], or of each row's [N, r, r]; and the ids of the rows [N].
 std::tuple<Tensor, Tensor> mixing(const Tensor& v, const Tensor& projection, const Maybe& adapter_ids, int64_t rows) {
   const auto contract = [&](const Tensor& vectors) {
     const int64_t r = projection.size(-1);
     const Tensor flat =
-        projection.dim() == 3 ? vectors.matmul(projection.flatten(1)) : vectors * projection.flatten();
-    return flat.unflatten(-1, {r, r});
+        projection.dim() == 3 ? vectors.matmul(rows_of(projection)) : vectors * projection.reshape(-1);
+    auto sizes = flat.sizes().vec();
+    sizes.back() = r;
+    sizes.push_back(r);
+    return flat.reshape(sizes);
   };
   if (!adapter_ids) return {contract(v), Tensor()};
   const Tensor ids =
@@ -268,8 +289,11 @@ Tensor gains(const Tensor& a, const Tensor& v, const Tensor& projection, const M
 Tensor vector_gradient(const Tensor& a, const Tensor& t, const Tensor& v, const Tensor& projection,
                        const Maybe& adapter_ids) {
   const auto contract_backward = [&](const Tensor& d_mixing) {
-    const Tensor flat = d_mixing.flatten(-2);
-    return projection.dim() == 3 ? flat.matmul(projection.flatten(1).t()) : flat * projection.flatten();
+    auto sizes = d_mixing.sizes().vec();
+    sizes.pop_back();
+    sizes.back() = d_mixing.size(-1) * d_mixing.size(-1);
+    const Tensor flat = d_mixing.reshape(sizes);
+    return projection.dim() == 3 ? flat.matmul(rows_of(projection).t()) : flat * projection.reshape(-1);
   };
   if (!adapter_ids) return contract_backward(a.t().matmul(t));
   const Tensor ids =
@@ -316,8 +340,9 @@ struct TinyLoRALinear : torch::autograd::Node {
     expect_version("v", v, v_version);
     expect_version("the frozen weight", frozen->weight, weight_version);
     expect_version("its basis", frozen->basis, basis_version);
-    return of_t.defined() || at::GradMode::is_enabled() ? differentiable(grads[0], of_t, saved)
-                                                        : gradients(grads[0], saved);
+    return of_t.defined() || at::GradMode::is_enabled() || is_taken_apart(grads[0])
+               ? differentiable(grads[0], of_t, saved)
+               : gradients(grads[0], saved);
   }
 
   variable_list gradients(const Tensor& grad, const Tensor& saved) {
@@ -361,7 +386,7 @@ struct TinyLoRALinear : torch::autograd::Node {
   // t [k, N, r] of parts as that of one update of the rank of all of them: method/parts.py's block_coefficients.
   Tensor as_one(const Tensor& t) const {
     if (!frozen->parts || !t.defined()) return t;
-    const Tensor flat = t.transpose(0, 1).flatten(1);
+    const Tensor flat = t.transpose(0, 1).reshape({t.size(1), t.size(0) * t.size(2)});
     return at::constant_pad_nd(flat, {0, frozen->basis.size(0) - flat.size(1)});
   }
 
@@ -372,8 +397,10 @@ struct TinyLoRALinear : torch::autograd::Node {
     Tensor own_t;
     if (saved.defined()) {
       own_t = saved.detach();
-      const uint32_t output = num_inputs() > 1 ? 1 : add_input_metadata(own_t);
-      torch::autograd::impl::set_gradient_edge(own_t, {getptr(), output});
+      if (at::GradMode::is_enabled()) {
+        const uint32_t output = num_inputs() > 1 ? 1 : add_input_metadata(own_t);
+        torch::autograd::impl::set_gradient_edge(own_t, {getptr(), output});
+      }
       own_t = as_one(own_t);
     }
     const Tensor a = plain::project(g, frozen->basis);
@@ -412,8 +439,8 @@ Tensor linear_with_autograd(const Tensor& x, const Tensor& v, const SharedFrozen
   auto [y, t] = below();
   node->frozen = frozen;
   node->v = v;
-  node->v_version = v._version();
-  node->weight_version = frozen->weight._version();
+  node->v_version = TinyLoRALinear::version_of(v);
+  node->weight_version = TinyLoRALinear::version_of(frozen->weight);
   node->basis_version = TinyLoRALinear::version_of(frozen->basis);
   torch::autograd::set_history(y, pointer);
   if (v.requires_grad()) node->t = SavedVariable(t, /*is_output=*/false);
@@ -451,5 +478,14 @@ TORCH_LIBRARY_IMPL(tinylora, AutogradCPU, m) { m.impl("linear", linear_op); }
 TORCH_LIBRARY_IMPL(tinylora, CPU, m) { m.impl("linear", linear_alone); }  // inference mode
 TORCH_LIBRARY_IMPL(tinylora, AutogradCUDA, m) { m.impl("linear", linear_op); }
 TORCH_LIBRARY_IMPL(tinylora, CUDA, m) { m.impl("linear", linear_alone); }
+
+// The ops have no derivatives: what is called by itself refuses tangents, and gradients at the backward pass. It would drop
+// the former without a word.
+TORCH_LIBRARY_IMPL(tinylora, Autograd, m) {
+  for (const char* name : {"update", "updated", "update_backward", "low_rank", "update_input_grad", "update_parts",
+                           "update_parts_backward", "refresh_right"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
 
 #include "plan.inl"

@@ -125,7 +125,7 @@ class TinyLoRALinear(torch.autograd.Function):
         (t,), v, weight = ctx.saved_tensors, ctx.v, ctx.frozen.weight
         if _versions(v, ctx.frozen) != ctx.versions:
             _raise_modified(ctx)
-        if g is not None and g_t is None and not torch.is_grad_enabled():
+        if g is not None and g_t is None and not torch.is_grad_enabled() and not modes.is_taken_apart(g):
             return _gradients(ctx, g, t, v)
         basis, adapter_ids = ctx.frozen.basis, ctx.frozen.adapter_ids
         g = weight.new_zeros(ctx.shape) if g is None else g
@@ -159,8 +159,12 @@ _apply_untransformed = super(torch.autograd.Function, TinyLoRALinear).apply
 
 
 def _versions(v: Tensor, frozen: FrozenLinear) -> tuple[int, int, int]:
-    basis = frozen.basis
-    return v._version, frozen.weight._version, 0 if basis.is_inference() else basis._version
+    return version_of(v), version_of(frozen.weight), version_of(frozen.basis)
+
+
+def version_of(tensor: Tensor) -> int:
+    """torch's count of the writes into it; 0 of an inference tensor, which has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _raise_modified(ctx: LinearContext) -> None:

@@ -104,15 +104,11 @@ bool tensors_are_as_they_were(const Questions& q, const Answer& a, const Tensor&
   const Tensor& weight = a.frozen->weight;
   const Maybe& bias = a.frozen->bias;
   return x.scalar_type() == weight.scalar_type() && x.device() == weight.device() && !weight.requires_grad() &&
+         x.key_set().has(c10::DispatchKey::Dense) &&  // neither nested nor sparse
          !(bias && (bias->requires_grad() || bias->scalar_type() != x.scalar_type())) && weight._version() == q.version &&
-         weight.const_data_ptr() == q.address &&
+         weight.const_data_ptr() == q.address && a.v.scalar_type() == a.frozen->basis.scalar_type() &&
+         a.v.is_contiguous() &&
          !(q.lacks_right && x.requires_grad() && at::GradMode::is_enabled());
-}
-
-// As its header has it: Tensor::_fw_grad would take the long way, which is cold.
-bool has_tangent(const Tensor& tensor) {
-  const auto* meta = torch::autograd::impl::get_autograd_meta(tensor);
-  return meta && meta->fw_grad_;
 }
 
 // Modes that want to see the call as Python makes it, and tangents, which plain operations carry on.

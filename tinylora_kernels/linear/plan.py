@@ -82,9 +82,10 @@ def _has_hooks(state: dict) -> bool:
 
 def is_bare_product(base: nn.Module, x: Tensor) -> bool:
     """Of a layer whose forward is x W^T + b: whether it is so on this call, hooks aside. Not with tensor subclasses
-    (quantised or sharded weights), nor with a ``forward`` that a library has put on the module (offloading).
+    (quantised or sharded weights), nor with a ``forward`` that a library has put on the module (offloading), nor of a
+    nested or sparse x.
     """
-    if "forward" in base.__dict__:
+    if "forward" in base.__dict__ or not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
         return False
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # a DataParallel replica has neither
     return type(x) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
@@ -213,10 +214,12 @@ class Plan(NamedTuple):
                 or own["weight"] is not weight or own["bias"] is not bias
                 or parameters["v"] is not v or buffers["basis"] is not basis
                 or type(x) is not Tensor or x.dtype is not dtype  # a weight of another dtype by now is an error to come
+                or x.is_nested or x.layout is not torch.strided
                 or _has_hooks(state) or "forward" in state
                 or dispatch.requested is not requested or torch.is_autocast_enabled(device_type)
                 or weight.requires_grad or (bias is not None and (bias.requires_grad or bias.dtype is not dtype))
                 or (weight._version, weight.data_ptr()) != written
+                or v.dtype is not basis.dtype or not v.is_contiguous()  # v.data was set
                 or _in_transform() or forward_ad._current_level >= 0 or _modes_on()
                 or (lacks_right and x.requires_grad and torch.is_grad_enabled())
                 or (self.selected is not None and not self._selects(x))
@@ -269,6 +272,8 @@ def make_plan(
     weight, bias = own["weight"], own["bias"]
     accumulate = accumulation_dtype(weight.dtype)
     if basis.dtype is not accumulate or v.dtype is not accumulate or v.device != basis.device:
+        return None
+    if not (v.is_contiguous() and basis.is_contiguous() and projection.is_contiguous()):  # to be copied at every call
         return None
     if weight.is_inference():  # it has no version
         return None
@@ -392,4 +397,4 @@ def _compute_right(weight: Tensor, basis: Tensor, backend: Backend, held: HeldRi
 
 def _written(weight: Tensor) -> tuple[int, int]:
     """What changes when other values come into a weight, but for what is written through its .data: Witness."""
-    return weight._version, weight.data_ptr()
+    return node.version_of(weight), weight.data_ptr()

@@ -159,7 +159,7 @@ class TinyLoRAUpdate(torch.autograd.Function):
         basis, projection, adapter_ids, backend = ctx.frozen
         needs_y, _, needs_v, _, _, needs_bias, _, _ = ctx.needs_input_grad
         g0: Tensor | None
-        if g_t is not None or torch.is_grad_enabled():
+        if g_t is not None or torch.is_grad_enabled() or modes.is_taken_apart(g):
             g0, dv = differentiable_gradients(g, g_t, basis, v, projection, t, adapter_ids)
         else:
             g0, dv = update_gradients(g, basis, v, projection, t, adapter_ids, needs_y, backend)
@@ -225,7 +225,9 @@ def differentiable_gradients(
     g: Tensor, g_t: Tensor | None, basis: Tensor, v: Tensor, projection: Tensor, t: Tensor | None,
     adapter_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(g0, dv) in plain operations, for gradients that are differentiated again; g_t [N, r] is what came to t."""
+    """(g0, dv) in plain operations, for gradients that are differentiated again, or one of many (is_grads_batched), or
+    with a tangent; g_t [N, r] is what came to t.
+    """
     a = reference.project(g, basis)  # [N, r]
     gains = reference.gains(a, v, projection, adapter_ids, transposed=True)
     # g0 = g + (a M + g_t) U^T;  dv_i = <P'_i, a^T t>
@@ -277,7 +279,8 @@ class TinyLoRAPartsUpdate(torch.autograd.Function):
         t, v = ctx.saved_tensors
         basis, projection, adapter_ids, ends, groups, backend = ctx.frozen
         needs_y, db = ctx.needs_input_grad[0], bias_gradient(g) if ctx.needs_input_grad[5] else None
-        g0, dv = backend.update_parts_backward(
+        backward = (reference if modes.is_taken_apart(g) else backend).update_parts_backward
+        g0, dv = backward(
             g.contiguous(), basis, v, projection, t, adapter_ids, ends, groups, needs_y
         )
         return (g0 if needs_y else None, None, None if t is None else dv, None, None, db, *(None,) * 4)

@@ -41,7 +41,8 @@ def contract(v: Tensor, projection: Tensor) -> Tensor:
 
 def contract_backward(d_mixing: Tensor, projection: Tensor) -> Tensor:
     """dv_i = <P'_i, dM>, or projection * dM for LoRA-XS: dM [r, r] -> [u];  dM [n, r, r] -> [n, u]."""
-    flat = d_mixing.flatten(-2)
+    rank = projection.shape[-1]
+    flat = d_mixing.reshape(*d_mixing.shape[:-2], rank * rank)  # flatten has no rule for a batch of gradients
     return product(flat, projection.flatten(1).T) if projection.dim() == 3 else flat * projection.flatten()
 
 
@@ -124,7 +125,7 @@ def vector_gradient(a: Tensor, t: Tensor | None, v: Tensor, projection: Tensor, 
     ids = _row_ids(adapter_ids, len(a), len(v))  # [N]
     keep = ids >= 0
     outer = a[keep].unsqueeze(-1) * t[keep].unsqueeze(-2)  # dM of each row  [n, r, r]
-    return torch.zeros_like(v).index_add_(0, ids[keep], contract_backward(outer, projection))
+    return torch.zeros_like(v).index_add(0, ids[keep], contract_backward(outer, projection))
 
 
 def update_backward(
@@ -265,19 +266,19 @@ def update_parts_backward(
 ) -> tuple[Tensor, Tensor]:
     """(g0, dv) of update_parts, dv summed over the parts of a tie group; what is not asked for comes back empty."""
     check_parts("g", g, basis, v, projection, ends, groups, t=t, adapter_ids=adapter_ids)
-    g0 = g.new_empty(g.shape if need_input_grad else 0)
-    dv = torch.zeros_like(v) if t is not None else v.new_empty(0)
+    pieces, dv = [], list(torch.zeros_like(v))
     for part, columns in enumerate(_columns(ends)):
         piece, own_basis, own_v = g[..., columns], basis[:, columns], v[groups[part]]
         a = project(piece, own_basis)  # [N, r]
         if need_input_grad:
             # g0_p = g_p + (a_p M_p) U_p^T
             delta = product(gains(a, own_v, projection[part], adapter_ids, transposed=True), own_basis)
-            g0[..., columns] = (piece.to(delta.dtype) + delta.view(piece.shape)).to(g.dtype)
+            pieces.append((piece.to(delta.dtype) + delta.view(piece.shape)).to(g.dtype))
         if t is not None:
             # dv_i = sum_p <P'_{p,i}, a_p^T t_p>
-            dv[groups[part]] += vector_gradient(a, t[part], own_v, projection[part], adapter_ids)
-    return g0, dv
+            dv[groups[part]] = dv[groups[part]] + vector_gradient(a, t[part], own_v, projection[part], adapter_ids)
+    g0 = torch.cat(pieces, -1) if need_input_grad else g.new_empty(0)
+    return g0, torch.stack(dv) if t is not None else v.new_empty(0)
 
 
 def _columns(ends: Sequence[int]) -> list[slice]:
