@@ -252,6 +252,8 @@ class TinyLoRALayer(nn.Module):
         self.__dict__.update(_base_type=type(base), _product=product, _fresh_output=has_fresh_output(base))
 
     def _expect_output(self, y: object, basis: Tensor) -> None:
+        if isinstance(y, Tensor) and y.is_nested:  # its samples are asked
+            return
         if not isinstance(y, Tensor) or y.dim() < self._feature_axis or y.shape[-self._feature_axis] != basis.shape[1]:
             found = f"one {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise ValueError(
