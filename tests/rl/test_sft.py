@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.models import tiny_decoder
+from tinylora_kernels import TinyLoRAConfig, adapted_layers, apply_tiny_lora, trainable_vectors
 from tinylora_kernels.rl import SFTTrainer, token_log_probs
 
 
@@ -108,3 +110,23 @@ def test_bad_input_changes_nothing(batch, step, message):
         trainer.training_step(**step(log_probs, logits, tokens))
     assert "\n" not in str(error.value)
     assert torch.equal(model.table.weight, before) and model.table.weight.grad is None and trainer.steps == 0
+
+
+def test_an_optimizer_that_computes_the_loss_itself_is_refused_when_it_comes():
+    with pytest.raises(ValueError, match=r"^optimizer: LBFGS computes the loss several times a step, by step"):
+        SFTTrainer(Tiny(), optimizer=torch.optim.LBFGS)
+
+
+@pytest.mark.parametrize("which", ["first", "all"])
+def test_a_vector_that_was_replaced_does_not_stand_still_in_silence(which, batch):
+    tokens = batch[0]
+    model = apply_tiny_lora(tiny_decoder(), TinyLoRAConfig(n_tie=7, cache=False), progress=False)
+    trainer = SFTTrainer(model)
+    owners = [layer for layer in adapted_layers(model).values() if layer.owner is layer]
+    for layer in owners[:1] if which == "first" else owners:
+        layer.v = nn.Parameter(layer.v.detach() + 0.1)
+    before = [v.detach().clone() for v in trainable_vectors(model)]
+    with pytest.raises(ValueError, match=r"^layers.0.q_proj.v: expected the parameter that this trainer was made with"):
+        trainer.training_step(logits=model(tokens), labels=tokens)
+    assert all(torch.equal(v, was) for v, was in zip(trainable_vectors(model), before, strict=True))
+    SFTTrainer(model).training_step(logits=model(tokens), labels=tokens)

@@ -72,6 +72,12 @@ class VectorTrainer:
             optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         elif not isinstance(optimizer, torch.optim.Optimizer):
             optimizer = optimizer(self.parameters)
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} computes the loss several times a step, by step(closure); take "
+                "one whose step() takes the gradients as they are, such as Adam"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(id(p) for p in self.parameters):
             raise ValueError("optimizer: it holds none of the model's trainable parameters; build it from this model")
@@ -158,6 +164,15 @@ class VectorTrainer:
                                      f"of {kind}, found {listed(sorted(map(str, slots)))}; it belongs to another kind "
                                      "of optimizer")
 
+    def _expect_the_models_vectors(self) -> None:
+        held = {id(p) for p in self.parameters}
+        for name, layer in adapted_layers(self.model).items():
+            if layer.owner is layer and layer.v.requires_grad and id(layer.v) not in held:
+                raise ValueError(
+                    f"{name}.v: expected the parameter that this trainer was made with, found another one that trains: "
+                    "it would stand still; write into v.data, or make the trainer anew"
+                )
+
     def _apply(self, loss: torch.Tensor, weight: float) -> float:
         """Backward and, when the accumulation window is full, the optimizer step.  Returns the gradient norm.
 
@@ -165,6 +180,7 @@ class VectorTrainer:
             loss: an average.
             weight: what it was divided by, tokens or sequences; 0: there was nothing to average, and the loss is 0.
         """
+        self._expect_the_models_vectors()
         accumulated = [p.grad for p in self.parameters]
         before = self.steps, self._pending, self._weight
         put_back: list[Callable[[], None]] = []
