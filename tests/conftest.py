@@ -12,9 +12,10 @@ import torch
 # These have an environment of their own: make test-vllm.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["integrations/vllm"]
 LONGEST_FIRST = (  # half a minute or more of one core each; the rest in the order they are collected
-    "sim/test_ptx_cuda.py", "sim/test_triton.py", "bench/test_bench.py", "integrations/test_trl.py",
-    "sim/test_cuda_static.py", "ops/test_triton_interpreter.py", "sim/test_cuda_host.py",
-    "integrations/test_compile.py", "factors/test_svd.py", "demo/test_demo.py", "sim/test_cuda_ops.py",
+    "sim/test_ptx_cuda.py", "sim/test_triton.py", "guarantees/test_compiled_node.py", "sim/test_driver.py",
+    "bench/test_bench.py", "integrations/test_trl.py", "sim/test_cuda_static.py", "ops/test_triton_interpreter.py",
+    "sim/test_cuda_host.py", "integrations/test_compile.py", "factors/test_svd.py", "demo/test_demo.py",
+    "sim/test_cuda_ops.py", "sim/test_cuda_parts.py", "bench/test_gpu_parts.py", "examples/test_examples.py",
 )  # fmt: skip
 
 
