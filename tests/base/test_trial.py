@@ -300,3 +300,8 @@ def test_a_layer_that_was_named_says_at_its_call_that_it_is_another():
     model = apply_tiny_lora(Two(Grouped), TinyLoRAConfig(target_modules=["odd"], cache=False), progress=False)
     with pytest.raises(ValueError, match=r"^odd: expected .* 16 features of Grouped, .* found one \[3, 4, 4\]"):
         model.odd(torch.randn(3, 4, 24))
+
+
+def test_a_model_of_nothing_that_is_known_says_why():
+    with pytest.raises(ValueError, match="every linear layer; 0 cannot be adapted .the forward of Activ"):
+        apply_tiny_lora(nn.Sequential(Activated(24, 16)), TinyLoRAConfig(cache=False), progress=False)

@@ -45,8 +45,8 @@ def expect_all_vectors(layers: Mapping[str, TinyLoRALayer], who: str) -> None:
     for name, layer in layers.items():
         if layer.owner not in there:
             raise ValueError(
-                f"{who}: the vector v of {name} is held by {layer.owner.name}, which is not in this model; take blocks "
-                "out of the bare model and adapt it then"
+                f"{who}: the vector v of {name} was put on the layer that was {layer.owner.name}, which is not in this "
+                "model; take blocks out of the bare model and adapt it then"
             )
 
 

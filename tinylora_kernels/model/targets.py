@@ -108,8 +108,10 @@ def selected_names(
     if not chosen:
         asked = "every linear layer" if wanted is None else listed(entries(wanted))
         left_out = [name for name in ("exclude_modules", "layers_to_transform") if getattr(config, name) is not None]
-        left_out += [f"the rank {config.rank}"] if skipped else []
+        of_rank = [name for name, reason in skipped.items() if reason.startswith("cannot carry")]
+        left_out += [f"the rank {config.rank}"] if of_rank else []
         because = f" that {' and '.join(left_out)} leave" if left_out else ""
+        because += "".join(f"; {name} {reason}" for name, reason in skipped.items() if name not in of_rank)[:300]
         raise ValueError(f"target_modules: no module matches {asked}{because}; the model has {_adaptable(candidates)}")
     for name, base, _ in chosen:
         if reason := kind_of(base).why_not(base) or _within_another_adapter(model, name):
