@@ -394,3 +394,12 @@ def test_modules_beside_another_adapter_are_adapted(make):
 def test_a_merged_adapter_is_no_adapter():
     merged = with_peft(peft.LoraConfig, r=4)().merge_and_unload()
     assert selected(merged) == selected(llama())
+
+
+@pytest.mark.parametrize("sizes", [(12, 0), (0, 12)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+def test_a_layer_of_no_size_is_left_out_by_default(sizes):
+    model = nn.ModuleDict({"body": nn.Linear(12, 10), "none": nn.Linear(*sizes)})
+    names, (said,) = by_default(model)
+    assert names == ["body"] and said.startswith("target_modules: none cannot carry rank 2")
+    refused(nn.ModuleDict({"none": nn.Linear(*sizes)}), "none: .*", target_modules=["none"])

@@ -94,7 +94,8 @@ def selected_names(
     for name, base, _ in chosen:
         if reason := why_not_weight(base):
             raise ValueError(f"{name}: it cannot be adapted: {reason}")
-        if weight_of(base).numel() == 0 and weight_of(base).dim() == 1:
+        meant = getattr(base, "in_features", 1) and getattr(base, "out_features", 1)  # MobileBERT has one of 0
+        if weight_of(base).numel() == 0 and meant:
             raise ValueError(
                 f"{name}: its weight is empty on this rank, shape {list(weight_of(base).shape)}, as DeepSpeed's ZeRO-3 "
                 "leaves it; adapt the model before deepspeed.initialize, or inside "
