@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -27,10 +28,10 @@ SOURCE = pathlib.Path(__file__).with_name("absent_gpu.cpp")
 
 
 def compile_absent_gpu() -> pathlib.Path:
-    """The library of absent_gpu.cpp for the torch at hand; kept by the hash of what went in."""
+    """The library of absent_gpu.cpp for the torch at hand; kept by the hash of what went in, the torch's place too."""
     package = pathlib.Path(importlib.util.find_spec("torch").origin).parent
     version = (package / "version.py").read_bytes()
-    digest = hashlib.sha256(SOURCE.read_bytes() + version).hexdigest()[:16]
+    digest = hashlib.sha256(SOURCE.read_bytes() + version + os.fsencode(package)).hexdigest()[:16]
     path = pathlib.Path(tempfile.gettempdir()) / f"absent_gpu-{digest}.so"
     if not path.is_file():
         unfinished = pathlib.Path(tempfile.mkdtemp()) / path.name
