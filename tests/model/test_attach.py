@@ -265,3 +265,27 @@ def test_a_vector_that_left_the_model_with_its_layer_is_missed(who, taken):
     part = {"the tail": model, "a block": model.layers[0], "a copy of a block": copy.deepcopy(model.layers[0])}[taken]
     with pytest.raises(ValueError, match=rf"^{who}: the vector v of .* the layer that was layers.0.q_proj, which is n"):
         TAKES[who](part)
+
+
+class WithAChild(nn.Linear):
+    """Adapted, and around another one that is."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.before = nn.Linear(self.in_features, self.in_features)
+
+    def forward(self, x):
+        return super().forward(self.before(x))
+
+
+@torch.no_grad()
+def test_a_layer_inside_an_adapted_one_is_adapted_too():
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"outer": WithAChild(8, 8)}), torch.randn(3, 8)
+    bare = model["outer"](x)
+    apply_tiny_lora(model, TinyLoRAConfig(cache=False, n_tie=1), progress=False)
+    inner = model["outer"].base.before
+    inner.v.fill_(1.0)
+    assert (model["outer"](x) - bare).abs().max() > 0.01
+    remove_adapter(model)
+    assert torch.equal(model["outer"](x), bare)

@@ -211,14 +211,13 @@ def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -
     """
     new = set(replacement.values())
     for parent in list(model.modules()):
-        if parent in new or parent in replacement:  # a base keeps what is its own: accelerate's _old_forward
-            continue
-        for key in vars(parent).keys() - _REGISTERS:
+        # a wrapper and its base keep what is their own: accelerate's _old_forward
+        for key in () if parent in new or parent in replacement else vars(parent).keys() - _REGISTERS:
             held = parent.__dict__[key]
             if (swapped := _swapped(held, replacement)) is not held:
                 parent.__dict__[key] = swapped
         for child_name, child in list(parent._modules.items()):
-            if child in replacement:
+            if child in replacement and replacement[child] is not parent:
                 child = parent._modules[child_name] = replacement[child]
             if child in new and is_of(parent, COMPILED):  # it calls what it held when it was made
                 parent.__setstate__(parent.__getstate__())
